@@ -1,0 +1,319 @@
+"""Shape algebra: from axes of any array to the plain two or three axes of a kernel.
+
+A :class:`Geometry` says what a layer normalises over, for one shape of x. It knows the axes that
+each statistic reduces, and the axes that the parameters span. An axis that every statistic
+reduces and no parameter spans is *inner*: its elements share their statistics and parameters,
+and make up a *piece*. In (N, C, H, W) with channel parameters a piece is an instance, H x W.
+
+A :class:`Plan` is a geometry for one order of the axes in memory. The kernels see the last run
+of inner axes as one axis of length L; all that stands before or after it counts pieces:
+
+    rows      (P, L)      the inner axes come last            N, C, (H, W)
+    columns   (A, L, C)   other axes follow the inner ones    N, (H, W), C
+
+Both are made once for a shape and kept.
+"""
+
+import functools
+import math
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+Axes = tuple[int, ...]
+
+# Elements of a part of a row: 128 KiB of float32, still in a core's own cache.
+ROW_PART = 1 << 15
+# Rows of a part of a column: keeps a float64 sum of any length as exact as that of 4096 values.
+COLUMN_PART = 1 << 12
+COLUMN_BLOCK = 1 << 10
+# Elements of a task and tasks of a call: enough for many cores, few enough to cost nothing.
+TASK = 1 << 14
+TASKS = 64
+
+
+class AllBut(NamedTuple):
+    """All axes but these, for an x of any rank."""
+
+    axes: Axes
+
+
+def axis_tuple(axes: int | Iterable[int], name: str) -> Axes:
+    """Return an int or a sequence of ints as a tuple."""
+    found = tuple(axes) if isinstance(axes, Iterable) else (axes,)
+    if any(isinstance(axis, bool) or not hasattr(axis, "__index__") for axis in found):
+        raise TypeError(f"{name}: an int or a tuple of ints is needed, got {axes!r}")
+    if len(set(found)) < len(found):
+        raise ValueError(f"{name}: each axis may stand once, got {axes!r}")
+    return tuple(axis.__index__() for axis in found)
+
+
+def normalize_axes(axes: int | Iterable[int] | AllBut, ndim: int, name: str = "axes") -> Axes:
+    """Return sorted non-negative axes of an array of ``ndim`` axes."""
+    if isinstance(axes, AllBut):
+        kept = normalize_axes(axes.axes, ndim, name)
+        return tuple(axis for axis in range(ndim) if axis not in kept)
+    found = []
+    for index in axis_tuple(axes, name):
+        if not -ndim <= index < ndim:
+            raise ValueError(
+                f"{name}: axis {index} is out of range for x with {ndim} axes; "
+                f"from {-ndim} to {ndim - 1} would do"
+            )
+        found.append(index % ndim)
+    if len(set(found)) < len(found):
+        raise ValueError(f"{name}: each axis may stand once, got {axes!r} for {ndim} axes")
+    return tuple(sorted(found))
+
+
+def memory_order(x: Array) -> Axes | None:
+    """Return the axes of x from the slowest to the fastest in memory, or None if x has gaps."""
+    if x.flags.c_contiguous:
+        return tuple(range(x.ndim))
+    order = sorted(range(x.ndim), key=lambda axis: (x.strides[axis] == 0, -x.strides[axis], axis))
+    return tuple(order) if x.transpose(order).flags.c_contiguous else None
+
+
+class Tiles(NamedTuple):
+    """How a kernel cuts its work: ``n_parts`` parts of ``part`` elements along L.
+
+    ``block`` is the number of parts in a task (rows), or of columns in a task (columns).
+    """
+
+    n_parts: int
+    part: int
+    block: int
+
+
+class Plan:
+    """A geometry for one order of the axes in memory.
+
+    Attributes
+    ----------
+    order : tuple of int
+        The axes from the slowest to the fastest in memory; kernels work in this order.
+    view : tuple of int
+        (P, L) for rows, (A, L, C) for columns, (M, D) for elements.
+    elements : bool
+        Whether each row is a group with a parameter for each element.
+    tiles : Tiles
+        How the kernels cut the view.
+    fold : int
+        With few columns, this many rows of L are seen as one, to make long rows.
+    """
+
+    def __init__(self, geometry: "Geometry", order: Axes, affine: bool, fused: bool) -> None:
+        shape, reduced = geometry.shape, geometry.reductions[0]
+        wide = [axis for axis in order if shape[axis] != 1]
+        kept = [axis for axis in wide if axis not in reduced]
+        features = [axis for axis in geometry.features if shape[axis] != 1] if affine else []
+        single = len(geometry.reductions) == 1 and fused
+        per_element = single and bool(features) and set(features) == set(wide) - set(kept)
+        trailing = wide == kept + [axis for axis in wide if axis in reduced]
+        if per_element and not trailing:
+            # The one case that needs a copy of x: a group must be a row.
+            order = tuple(a for a in order if a not in reduced) + tuple(
+                a for a in range(len(shape)) if a in reduced
+            )
+        self.order = order
+        self.inverse_order = tuple(int(axis) for axis in np.argsort(order))
+        plain = not affine or not geometry.features
+        self.elements = per_element or (single and plain and trailing)
+        self.fold = 1
+        self.grid = geometry.shape
+        self.tiles = Tiles(1, 1, 1)
+        if self.elements:
+            d = math.prod(shape[axis] for axis in reduced)
+            m = math.prod(shape[axis] for axis in range(len(shape)) if axis not in reduced)
+            self.view: tuple[int, ...] = (m, d)
+            self.grid = tuple(1 if axis in reduced else n for axis, n in enumerate(shape))
+            self.tiles = Tiles(1, d, max(1, TASK // max(d, 1)))
+            # Each part has its own sums of the parameters' gradients, so that they need room.
+            self.gradient_parts = (min(max(m // 16, min(m, 2), 1), TASKS), d)
+            return
+        inner = set(geometry.inner(affine))
+        end = len(wide)
+        while end > 0 and wide[end - 1] not in inner:
+            end -= 1
+        start = end
+        while start > 0 and wide[start - 1] in inner:
+            start -= 1
+        if start == end:  # nothing is inner: each element is a piece
+            start = end = len(wide)
+        outer, run, columns = wide[:start], wide[start:end], wide[end:]
+        self.grid = tuple(1 if axis in run else n for axis, n in enumerate(shape))
+        a, length, c = (math.prod(shape[axis] for axis in part) for part in (outer, run, columns))
+        if not columns:
+            self.view = (a, length)
+            n_parts = max(1, -(-length // ROW_PART))
+            part = max(1, -(-length // n_parts))
+            self.tiles = Tiles(n_parts, part, max(1, TASK // part))
+            return
+        # A row of three channels is too short for vector registers; several rows are one.
+        self.fold = max(k for k in range(1, max(1, 128 // max(c, 1)) + 1) if length % k == 0)
+        length, c = length // self.fold, c * self.fold
+        self.view = (a, length, c)
+        block = min(max(c, 1), COLUMN_BLOCK)
+        n_tasks = max(1, a * -(-c // block))
+        n_parts = max(
+            min(-(-TASKS // n_tasks), max(1, length * block // TASK)), -(-length // COLUMN_PART), 1
+        )
+        part = max(1, -(-length // n_parts))
+        self.tiles = Tiles(max(1, -(-length // part)), part, block)
+
+    @property
+    def columns(self) -> bool:
+        """Whether pieces are columns of the view."""
+        return len(self.view) == 3
+
+    @property
+    def parts(self) -> tuple[int, ...]:
+        """Shape of what a kernel returns for each part."""
+        n_parts = self.tiles.n_parts
+        if self.columns:
+            return self.view[0], n_parts, self.view[2]
+        return self.view[0], n_parts
+
+    def to_view(self, x: Array) -> Array:
+        """Return x as the kernels see it: read-only, and copied only if its order differs."""
+        view = np.ascontiguousarray(x.transpose(self.order)).reshape(self.view)
+        # Read-only arrays are a type of their own for Numba: with all inputs of that type,
+        # there is one machine code for them and for those that the user may write to.
+        view.flags.writeable = False
+        return view
+
+    def to_target(self, y: Array) -> tuple[Array, Array | None]:
+        """Return where the kernels write y, and if that is not y itself, y as it is to be set."""
+        in_memory = y.transpose(self.order)
+        if in_memory.flags.c_contiguous and in_memory.flags.aligned:
+            return in_memory.reshape(self.view), None
+        return np.empty(self.view, y.dtype), in_memory
+
+    def by_part(self, parts: Array) -> Array:
+        """Return the kernels' parts as (A, K, B), where K is the axis to merge."""
+        if self.columns:
+            a, n_parts, c = parts.shape
+            return parts.reshape(a, n_parts * self.fold, c // self.fold)
+        return parts.reshape(*parts.shape, 1)
+
+    def to_grid(self, pieces: Array) -> Array:
+        """Return a value for each piece, in memory order, with the axes of x (inner ones 1)."""
+        in_memory = pieces.reshape([self.grid[axis] for axis in self.order])
+        return in_memory.transpose(self.inverse_order)
+
+    def from_grid(self, values: Array, dtype: Any = np.float64) -> Array:
+        """Return values that broadcast to the grid as the kernels see them."""
+        pieces = np.broadcast_to(values, self.grid).transpose(self.order)
+        if not self.columns:
+            return np.ascontiguousarray(pieces, dtype).reshape(self.view[0])
+        a, _, c = self.view
+        folded = pieces.reshape(a, 1, c // self.fold)
+        folded = np.broadcast_to(folded, (a, self.fold, c // self.fold))
+        return np.ascontiguousarray(folded, dtype).reshape(a, c)
+
+
+class Geometry:
+    """What is reduced and what has parameters, for one shape of x.
+
+    Attributes
+    ----------
+    shape : tuple of int
+        The shape of x; where there are groups, their axis is split into (groups, size / groups).
+    reductions : tuple of tuple of int
+        For each statistic, the axes of ``shape`` that it reduces.
+    features : tuple of int
+        The axes of ``shape`` that the parameters span.
+    param_shape : tuple of int
+        The parameters' shape (one axis where ``shape`` has two for the groups).
+    running_shape : tuple of int
+        The shape of running statistics: the kept axes of the ``tracked`` reduction, but axis 0.
+    param_grid, running_grid : tuple of int
+        Both shapes again, as they broadcast to ``shape``.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        reductions: tuple[Axes, ...],
+        features: Axes,
+        param_shape: tuple[int, ...],
+        running_shape: tuple[int, ...],
+        tracked: int,
+    ) -> None:
+        axes = range(len(shape))
+        self.shape = shape
+        self.reductions = reductions
+        self.features = features
+        self.param_shape = param_shape
+        self.param_grid = tuple(shape[axis] if axis in features else 1 for axis in axes)
+        self.tracked = tracked
+        kept = [axis for axis in axes if axis not in reductions[tracked] and axis != 0]
+        self.running_shape = running_shape
+        self.running_grid = tuple(shape[axis] if axis in kept else 1 for axis in axes)
+        self.group_size = math.prod(shape[axis] for axis in reductions[tracked])
+        self._plans: dict[tuple[Axes, bool, bool], Plan] = {}
+
+    def inner(self, affine: bool) -> Axes:
+        """Return the axes that every statistic reduces and no parameter spans."""
+        outside = set(self.features) if affine else set()
+        for reduced in self.reductions:
+            outside |= set(range(len(self.shape))) - set(reduced)
+        return tuple(axis for axis in range(len(self.shape)) if axis not in outside)
+
+    def plan(self, order: Axes, affine: bool, fused: bool = True) -> Plan:
+        """Return the plan for axes of this order in memory, with or without parameters.
+
+        If not ``fused``, it is one for pieces, also where whole rows could be handled at once.
+        """
+        plan = self._plans.get((order, affine, fused))
+        if plan is None:
+            plan = self._plans[order, affine, fused] = Plan(self, order, affine, fused)
+        return plan
+
+
+def _split(axes: Iterable[int], axis: int, both: bool = True) -> Axes:
+    """Return axes numbered anew after ``axis`` became two; itself is then both or the second."""
+    found: list[int] = []
+    for a in axes:
+        found += [a] if a < axis else [a + 1] if a > axis else [a, a + 1] if both else [a + 1]
+    return tuple(found)
+
+
+@functools.lru_cache(maxsize=4096)
+def geometry(
+    shape: tuple[int, ...],
+    reductions: tuple[Axes, ...],
+    features: Axes,
+    *,
+    groups: int = 1,
+    group_axis: int = 1,
+    grouped: tuple[bool, ...] = (True,),
+    tracked: int = 0,
+) -> Geometry:
+    """Return the geometry of statistics over ``reductions`` of an x of this shape.
+
+    With ``groups``, ``group_axis`` is split into (groups, size / groups); a reduction that is
+    ``grouped`` stays inside a group. ``tracked`` is the reduction with running statistics.
+    """
+    param_shape = tuple(shape[axis] for axis in features)
+    kept = [axis for axis in range(1, len(shape)) if axis not in reductions[tracked]]
+    running_shape = tuple(shape[axis] for axis in kept)
+    if groups > 1:
+        size = shape[group_axis]
+        if size % groups:
+            raise ValueError(
+                f"x: axis {group_axis} of size {size} cannot be split into {groups} groups; "
+                f"a multiple of {groups} would do"
+            )
+        shape = (*shape[:group_axis], groups, size // groups, *shape[group_axis + 1 :])
+        features = _split(features, group_axis)
+        if grouped[tracked] and group_axis in reductions[tracked]:
+            running_shape = (groups, *running_shape)
+        reductions = tuple(
+            _split(axes, group_axis, both=not inside)
+            for axes, inside in zip(reductions, grouped, strict=True)
+        )
+    return Geometry(shape, reductions, features, param_shape, running_shape, tracked)

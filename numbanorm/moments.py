@@ -1,0 +1,292 @@
+"""Count, mean and second central moment of data, in one pass, and how they merge."""
+
+import math
+from collections.abc import Iterable
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from numbanorm import _kernels, _threads
+from numbanorm._axes import Array, Axes, Plan, geometry, memory_order, normalize_axes
+
+
+class Moments:
+    """Count, mean and second central moment of data, for one or for many groups.
+
+    ``m2`` is the sum of squared deviations from the mean; ``a + b`` are the moments of both data
+    together, as if they had been one array (Chan, Golub, LeVeque 1983).
+
+    Parameters
+    ----------
+    count : int or array of int64
+        How many elements each group has; an array of the shape of ``mean`` where groups differ.
+    mean, m2 : array of float64
+        Of equal shape, one value for each group; 0 where a group is empty.
+
+    Raises
+    ------
+    ValueError
+        If the shapes do not fit.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import numbanorm
+    >>> a = numbanorm.moments(np.array([1.0, 2.0]))
+    >>> b = numbanorm.moments(np.array([3.0, 4.0, 5.0]))
+    >>> (a + b).count, float((a + b).mean), float((a + b).var(ddof=1))
+    (5, 3.0, 2.5)
+    """
+
+    __slots__ = ("count", "m2", "mean")
+
+    def __init__(self, count: int | NDArray[np.int64], mean: ArrayLike, m2: ArrayLike) -> None:
+        self.mean = np.asarray(mean, np.float64)
+        self.m2 = np.asarray(m2, np.float64)
+        self.count = count if isinstance(count, np.ndarray) and count.ndim else int(count)
+        if self.m2.shape != self.mean.shape:
+            raise ValueError(
+                f"m2: the shape of mean, {self.mean.shape}, is needed, got {self.m2.shape}"
+            )
+        if isinstance(self.count, np.ndarray) and self.count.shape != self.mean.shape:
+            raise ValueError(
+                f"count: an int or the shape of mean, {self.mean.shape}, is needed, "
+                f"got {self.count.shape}"
+            )
+
+    def __repr__(self) -> str:
+        """Return the call that makes these moments."""
+        return f"Moments(count={self.count!r}, mean={self.mean!r}, m2={self.m2!r})"
+
+    def var(self, ddof: int = 0) -> NDArray[np.float64]:
+        """Return the variance, m2 / max(count - ddof, 1).
+
+        Parameters
+        ----------
+        ddof : int
+            0 for the biased variance, which normalises; 1 for the sample variance.
+
+        Examples
+        --------
+        >>> import numbanorm
+        >>> float(numbanorm.moments([2.0, 3.0, 5.0, 1.0, 4.0]).var(ddof=1))
+        2.5
+        """
+        return np.asarray(self.m2 / np.maximum(np.subtract(self.count, ddof), 1))
+
+    def std(self, ddof: int = 0) -> NDArray[np.float64]:
+        """Return the standard deviation, the root of :meth:`var`.
+
+        Examples
+        --------
+        >>> import numbanorm
+        >>> float(numbanorm.moments([1.0, 3.0]).std())
+        1.0
+        """
+        return np.asarray(np.sqrt(self.var(ddof)))
+
+    def __add__(self, other: "Moments") -> "Moments":
+        """Return the moments of both data together."""
+        if not isinstance(other, Moments):
+            return NotImplemented
+        return Moments.merge((self, other))
+
+    @classmethod
+    def empty(cls, shape: int | tuple[int, ...] = ()) -> "Moments":
+        """Return the moments of no data, the neutral element of ``+``.
+
+        Parameters
+        ----------
+        shape : int or tuple of int
+            The shape of ``mean``.
+
+        Examples
+        --------
+        >>> import numbanorm
+        >>> numbanorm.Moments.empty(3).mean
+        array([0., 0., 0.])
+        """
+        return cls(0, np.zeros(shape), np.zeros(shape))
+
+    @classmethod
+    def merge(cls, moments: Iterable["Moments"]) -> "Moments":
+        """Return the moments of all data together.
+
+        Parameters
+        ----------
+        moments : iterable of Moments
+            At least one, all of the same shape; it may be a generator.
+
+        Raises
+        ------
+        ValueError
+            If there is none, or if the shapes differ.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import numbanorm
+        >>> pieces = (numbanorm.moments(np.full(n, n + 0.5)) for n in (1, 2, 3))
+        >>> numbanorm.Moments.merge(pieces).count
+        6
+        """
+        shape: tuple[int, ...] | None = None
+        total: int | NDArray[np.int64] = 0
+        for one in moments:
+            if not isinstance(one, Moments):
+                raise TypeError(f"moments: Moments are needed, got {type(one).__name__}")
+            if shape is None:
+                shape = one.mean.shape
+                merged = _zeros(shape)
+            elif one.mean.shape != shape:
+                raise ValueError(
+                    f"moments: all of one shape are needed, got {shape} and {one.mean.shape}"
+                )
+            count = np.broadcast_to(np.asarray(one.count, np.int64), shape)
+            _merge_into(merged, (count, one.mean, one.m2), (1, 1, one.mean.size))
+            total = total + one.count
+        if shape is None:
+            raise ValueError("moments: at least one is needed, got none")
+        return cls(total, merged[1], merged[2])
+
+
+Grids = tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]
+
+
+def _zeros(shape: tuple[int, ...]) -> Grids:
+    return np.zeros(shape, np.int64), np.zeros(shape), np.zeros(shape)
+
+
+def _merge_into(merged: Grids, parts: Grids, shape: tuple[int, int, int]) -> None:
+    """Merge the middle axis of ``parts``, seen in this shape, into the arrays ``merged``."""
+    a, _, b = shape
+    _kernels.merge(
+        *(np.ascontiguousarray(part).reshape(shape) for part in parts),
+        *(array.reshape(a, b) for array in merged),
+    )
+
+
+def merge(parts: Grids, axes: Axes) -> Grids:
+    """Return counts, means and m2 merged over ``axes``, which stay as axes of size 1."""
+    shape = parts[1].shape
+    axis = 0
+    while axis < len(shape):
+        # A run of neighbouring axes is merged at once.
+        end = axis
+        while end < len(shape) and (end in axes or shape[end] == 1):
+            end += 1
+        size = math.prod(shape[axis:end])
+        if size != 1:
+            before, after = shape[:axis], shape[end:]
+            merged_shape = (*before, *(1,) * (end - axis), *after)
+            merged = _zeros(merged_shape)
+            outer, inner = (math.prod(sizes) for sizes in (before, after))
+            _merge_into(merged, parts, (outer, size, inner))
+            parts, shape = merged, merged_shape
+        axis = end + 1
+    return parts
+
+
+def piece_moments(plan: Plan, x: Array, mask: Array | None) -> Grids:
+    """Return count, mean and m2 of each piece of x, as grids.
+
+    ``x`` and ``mask`` are views of the plan.
+    """
+    kernel = _kernels.moments_columns if plan.columns else _kernels.moments_rows
+    _, part, block = plan.tiles
+    parts = np.empty(plan.parts, np.int64), np.empty(plan.parts), np.empty(plan.parts)
+    _threads.run(kernel, x.size, x, mask, part, block, *parts)
+    shaped = tuple(plan.by_part(array) for array in parts)
+    count, mean, m2 = merge((shaped[0], shaped[1], shaped[2]), (1,))
+    return plan.to_grid(count), plan.to_grid(mean), plan.to_grid(m2)
+
+
+def moments(
+    x: ArrayLike,
+    axes: int | Iterable[int] | None = None,
+    *,
+    mask: ArrayLike | None = None,
+    keepdims: bool = False,
+) -> Moments:
+    """Take count, mean and second central moment over some axes, in one pass over x.
+
+    Parameters
+    ----------
+    x : array of float32 or float64
+        Any shape and strides; there is a copy only if x has gaps in memory.
+    axes : int or tuple of int, optional
+        The axes to reduce, negative allowed; by default all.
+    mask : array of bool, optional
+        Broadcasts to x; True where an element counts. Then ``count`` is an array.
+    keepdims : bool
+        Keep reduced axes with size 1.
+
+    Returns
+    -------
+    Moments
+        In float64; an empty group has count, mean and m2 of 0.
+
+    Raises
+    ------
+    TypeError
+        If x is not of float32 or float64, or mask is not boolean.
+    ValueError
+        If an axis is out of range or stands twice, or mask does not broadcast to x.
+
+    References
+    ----------
+    Chan, Golub, LeVeque, "Algorithms for Computing the Sample Variance", The American
+    Statistician 37 (1983).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import numbanorm
+    >>> m = numbanorm.moments(np.arange(6.0).reshape(2, 3), axes=1)
+    >>> m.count, m.mean, m.m2
+    (3, array([1., 4.]), array([2., 2.]))
+    """
+    array = float_array(x, "x")
+    everything = tuple(range(array.ndim))
+    reduced = everything if axes is None else normalize_axes(axes, array.ndim)
+    counts = bool_mask(mask, array.shape)
+    order = memory_order(array) or everything
+    plan = geometry(array.shape, (reduced,), ()).plan(order, affine=False, fused=False)
+    counts_view = None if counts is None else plan.to_view(counts)
+    count, mean, m2 = merge(piece_moments(plan, plan.to_view(array), counts_view), reduced)
+    if not keepdims:
+        count, mean, m2 = count.squeeze(reduced), mean.squeeze(reduced), m2.squeeze(reduced)
+    size = math.prod(array.shape[axis] for axis in reduced)
+    return Moments(size if counts is None else count, mean, m2)
+
+
+def float_array(x: ArrayLike, name: str) -> Array:
+    """Return x as an aligned native array of float32 or float64, or say what would do."""
+    if isinstance(x, np.ma.MaskedArray):
+        raise TypeError(f"{name}: a masked array was given; pass {name}.data and mask=~{name}.mask")
+    array = np.asarray(x)
+    if array.dtype.kind != "f" or array.dtype.itemsize not in (4, 8):
+        raise TypeError(
+            f"{name}: an array of float32 or float64 is needed, got {array.dtype}; "
+            f"numpy.asarray({name}, numpy.float32) would do"
+        )
+    if not array.flags.aligned or not array.dtype.isnative:
+        array = array.astype(array.dtype.newbyteorder("="))
+    return array
+
+
+def bool_mask(mask: ArrayLike | None, shape: tuple[int, ...]) -> Array | None:
+    """Return mask broadcast to the shape of x."""
+    if mask is None:
+        return None
+    array = np.asarray(mask)
+    if array.dtype != np.bool_:
+        raise TypeError(
+            f"mask: an array of bool, True where an element counts, is needed, got {array.dtype}"
+        )
+    try:
+        return np.broadcast_to(array, shape)
+    except ValueError:
+        raise ValueError(
+            f"mask: a shape that broadcasts to x, {shape}, is needed, got {array.shape}"
+        ) from None
