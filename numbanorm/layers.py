@@ -1,0 +1,409 @@
+"""BatchNorm, InstanceNorm, GroupNorm, LayerNorm, RMSNorm: a Norm with its axes and shapes."""
+
+from collections.abc import Iterable
+
+import numpy as np
+from numpy.typing import ArrayLike, DTypeLike
+
+from numbanorm import functional
+from numbanorm._axes import AllBut, Array
+from numbanorm.norm import Norm
+
+
+class BatchNorm(Norm):
+    """Normalise each channel over the batch, for x of any rank.
+
+    y = (x - mean) / sqrt(var + eps) * weight + bias, with the mean and the biased variance of
+    each channel over all other axes; in evaluation with their running averages.
+
+    Parameters
+    ----------
+    num_features : int
+        C, the number of channels.
+    eps : float
+        Added to the variance.
+    momentum : float or None
+        Weight of the new value in the running statistics; None means the cumulative average.
+    affine : bool
+        Whether there are a weight and a bias, of shape (C,).
+    track_running_stats : bool
+        Whether there are running statistics, of shape (C,); without, evaluation uses the batch.
+    bias : bool
+        Whether an affine layer has a bias.
+    axis : int
+        The channel axis; -1 for (N, ..., C).
+    skip_nonfinite : bool
+        Whether a batch with non-finite statistics leaves the running ones alone.
+    dtype : dtype
+        Of parameters and running statistics, float32 or float64.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument does not fit; in training, if x has a single value per channel.
+
+    References
+    ----------
+    Ioffe and Szegedy, "Batch Normalization", arXiv:1502.03167.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import numbanorm
+    >>> numbanorm.BatchNorm(3)(np.arange(9, dtype=np.float32).reshape(3, 3))[:, 0].round(4)
+    array([-1.2247,  0.    ,  1.2247], dtype=float32)
+    """
+
+    several_values = True
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        *,
+        bias: bool = True,
+        axis: int = 1,
+        skip_nonfinite: bool = False,
+        dtype: DTypeLike = np.float32,
+    ) -> None:
+        self.num_features = functional.check_count(num_features, "num_features")
+        self.axis = functional.check_channel_axis(axis)
+        super().__init__(
+            AllBut((self.axis,)),
+            affine,
+            track_running_stats,
+            feature_axes=self.axis,
+            shape=self.num_features,
+            bias=bias,
+            eps=functional.check_eps(eps),
+            momentum=momentum,
+            skip_nonfinite=skip_nonfinite,
+            dtype=dtype,
+        )
+
+    @property
+    def track_running_stats(self) -> bool:
+        """Whether there are running statistics."""
+        return self.track_stats
+
+
+class BatchNorm1d(BatchNorm):
+    """:class:`BatchNorm` for x of shape (N, C) or (N, C, L)."""
+
+    ranks = (2, 3)
+
+
+class BatchNorm2d(BatchNorm):
+    """:class:`BatchNorm` for x of shape (N, C, H, W)."""
+
+    ranks = (4,)
+
+
+class BatchNorm3d(BatchNorm):
+    """:class:`BatchNorm` for x of shape (N, C, D, H, W)."""
+
+    ranks = (5,)
+
+
+class InstanceNorm(Norm):
+    """Normalise each channel of each sample, for x of any rank.
+
+    Parameters
+    ----------
+    num_features : int
+        C, the number of channels.
+    eps : float
+        Added to the variance.
+    momentum : float or None
+        Weight of the new value in the running statistics; None means the cumulative average.
+    affine : bool
+        Whether there are a weight and a bias, of shape (C,).
+    track_running_stats : bool
+        Whether there are running statistics, of shape (C,), averages over samples and batches,
+        which evaluation uses.
+    bias, axis, skip_nonfinite, dtype
+        As in :class:`BatchNorm`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument does not fit; in training, if an instance is a single value.
+
+    References
+    ----------
+    Ulyanov, Vedaldi, Lempitsky, "Instance Normalization", arXiv:1607.08022.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import numbanorm
+    >>> numbanorm.InstanceNorm(2, eps=0.0)(np.array([[[1.0, 3.0], [10.0, 30.0]]]))
+    array([[[-1.,  1.],
+            [-1.,  1.]]])
+    """
+
+    several_values = True
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = False,
+        track_running_stats: bool = False,
+        *,
+        bias: bool = True,
+        axis: int = 1,
+        skip_nonfinite: bool = False,
+        dtype: DTypeLike = np.float32,
+    ) -> None:
+        self.num_features = functional.check_count(num_features, "num_features")
+        self.axis = functional.check_channel_axis(axis)
+        super().__init__(
+            AllBut((0, self.axis)),
+            affine,
+            track_running_stats,
+            feature_axes=self.axis,
+            shape=self.num_features,
+            bias=bias,
+            eps=functional.check_eps(eps),
+            momentum=momentum,
+            skip_nonfinite=skip_nonfinite,
+            dtype=dtype,
+        )
+
+    @property
+    def track_running_stats(self) -> bool:
+        """Whether there are running statistics."""
+        return self.track_stats
+
+
+class _SampleOrBatch(InstanceNorm):
+    """An InstanceNorm of fixed rank: x with one axis less is a single sample."""
+
+    def _is_sample(self, x: ArrayLike) -> bool:
+        return np.ndim(x) == self.ranks[0] - 1
+
+    def forward(
+        self, x: ArrayLike, *, mask: ArrayLike | None = None, out: Array | None = None
+    ) -> Array:
+        if not self._is_sample(x):
+            return super().forward(x, mask=mask, out=out)
+        batch_out = out[None] if isinstance(out, np.ndarray) else out
+        y = super().forward(np.asarray(x)[None], mask=mask, out=batch_out)
+        return y[0] if out is None else out
+
+    def backward(self, dy: ArrayLike, *, out: Array | None = None) -> Array:
+        if not self._is_sample(dy):
+            return super().backward(dy, out=out)
+        batch_out = out[None] if isinstance(out, np.ndarray) else out
+        dx = super().backward(np.asarray(dy)[None], out=batch_out)
+        return dx[0] if out is None else out
+
+    forward.__doc__ = Norm.forward.__doc__
+    backward.__doc__ = Norm.backward.__doc__
+
+
+class InstanceNorm1d(_SampleOrBatch):
+    """:class:`InstanceNorm` for x of shape (N, C, L) or (C, L)."""
+
+    ranks = (3,)
+
+
+class InstanceNorm2d(_SampleOrBatch):
+    """:class:`InstanceNorm` for x of shape (N, C, H, W) or (C, H, W)."""
+
+    ranks = (4,)
+
+
+class InstanceNorm3d(_SampleOrBatch):
+    """:class:`InstanceNorm` for x of shape (N, C, D, H, W) or (C, D, H, W)."""
+
+    ranks = (5,)
+
+
+class GroupNorm(Norm):
+    """Normalise each sample over groups of neighbouring channels.
+
+    With one group it is LayerNorm over (C, ...) without its weight per element, with C groups
+    it is InstanceNorm.
+
+    Parameters
+    ----------
+    num_groups : int
+        A divisor of ``num_channels``.
+    num_channels : int
+        C, the number of channels.
+    eps : float
+        Added to the variance.
+    affine : bool
+        Whether there are a weight and a bias, of shape (C,).
+    bias, axis, dtype
+        As in :class:`BatchNorm`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument does not fit.
+
+    References
+    ----------
+    Wu and He, "Group Normalization", arXiv:1803.08494.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import numbanorm
+    >>> numbanorm.GroupNorm(2, 4, eps=0.0)(np.array([[1.0, 3.0, 10.0, 30.0]]))
+    array([[-1.,  1., -1.,  1.]])
+    """
+
+    def __init__(
+        self,
+        num_groups: int,
+        num_channels: int,
+        eps: float = 1e-5,
+        affine: bool = True,
+        *,
+        bias: bool = True,
+        axis: int = 1,
+        dtype: DTypeLike = np.float32,
+    ) -> None:
+        self.num_groups = functional.check_count(num_groups, "num_groups")
+        self.num_channels = functional.check_count(num_channels, "num_channels")
+        if self.num_channels % self.num_groups:
+            raise ValueError(
+                f"num_groups: a divisor of num_channels={num_channels} is needed, got {num_groups}"
+            )
+        self.axis = functional.check_channel_axis(axis)
+        super().__init__(
+            AllBut((0,)),
+            affine,
+            feature_axes=self.axis,
+            shape=self.num_channels,
+            groups=self.num_groups,
+            group_axis=self.axis,
+            bias=bias,
+            eps=functional.check_eps(eps),
+            dtype=dtype,
+        )
+
+
+class LayerNorm(Norm):
+    """Normalise each sample over its trailing axes, with a weight for each element of them.
+
+    Training and evaluation are the same.
+
+    Parameters
+    ----------
+    normalized_shape : int or sequence of int
+        The sizes of the trailing axes; an int means the last axis.
+    eps : float
+        Added to the variance.
+    elementwise_affine : bool
+        Whether there are a weight and a bias, of shape ``normalized_shape``.
+    bias : bool
+        Whether an affine layer has a bias.
+    dtype : dtype
+        Of the parameters, float32 or float64.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument does not fit.
+
+    References
+    ----------
+    Ba, Kiros, Hinton, "Layer Normalization", arXiv:1607.06450.
+
+    Examples
+    --------
+    >>> import numbanorm
+    >>> numbanorm.LayerNorm(2, eps=0.0)([[1.0, 3.0], [10.0, 30.0]])
+    array([[-1.,  1.],
+           [-1.,  1.]])
+    """
+
+    def __init__(
+        self,
+        normalized_shape: int | Iterable[int],
+        eps: float = 1e-5,
+        elementwise_affine: bool = True,
+        bias: bool = True,
+        *,
+        dtype: DTypeLike = np.float32,
+    ) -> None:
+        self.normalized_shape = functional.check_shape(normalized_shape, "normalized_shape")
+        super().__init__(
+            tuple(range(-len(self.normalized_shape), 0)),
+            elementwise_affine,
+            shape=self.normalized_shape,
+            bias=bias,
+            eps=functional.check_eps(eps),
+            dtype=dtype,
+        )
+
+    @property
+    def elementwise_affine(self) -> bool:
+        """Whether there are a weight and a bias."""
+        return self.affine
+
+
+class RMSNorm(Norm):
+    """Divide each sample by the root mean square of its trailing axes; no mean is subtracted.
+
+    y = x / sqrt(mean(x**2) + eps) * weight
+
+    Parameters
+    ----------
+    normalized_shape : int or sequence of int
+        The sizes of the trailing axes; an int means the last axis.
+    eps : float, optional
+        By default the machine epsilon of x's type, as in PyTorch.
+    elementwise_affine : bool
+        Whether there is a weight, of shape ``normalized_shape``; there is no bias.
+    dtype : dtype
+        Of the weight, float32 or float64.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument does not fit.
+
+    References
+    ----------
+    Zhang and Sennrich, "Root Mean Square Layer Normalization", arXiv:1910.07467.
+
+    Examples
+    --------
+    >>> import numbanorm
+    >>> numbanorm.RMSNorm(3, eps=0.0)([[3.0, 3.0, -3.0]])
+    array([[ 1.,  1., -1.]])
+    """
+
+    def __init__(
+        self,
+        normalized_shape: int | Iterable[int],
+        eps: float | None = None,
+        elementwise_affine: bool = True,
+        *,
+        dtype: DTypeLike = np.float32,
+    ) -> None:
+        self.normalized_shape = functional.check_shape(normalized_shape, "normalized_shape")
+        super().__init__(
+            tuple(range(-len(self.normalized_shape), 0)),
+            elementwise_affine,
+            shape=self.normalized_shape,
+            center=False,
+            bias=False,
+            eps=eps,
+            dtype=dtype,
+        )
+
+    @property
+    def elementwise_affine(self) -> bool:
+        """Whether there is a weight."""
+        return self.affine

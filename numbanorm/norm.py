@@ -1,0 +1,517 @@
+"""Norm, the one generic layer: parameters, running statistics, modes, forward and backward."""
+
+import inspect
+from collections.abc import Iterable, Mapping
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import ArrayLike, DTypeLike
+
+from numbanorm import functional
+from numbanorm._axes import AllBut, Array, Geometry, axis_tuple, geometry, normalize_axes
+from numbanorm.functional import Mixture, Saved
+from numbanorm.moments import float_array
+
+
+class Norm:
+    """Normalise x over any axes: y = (x - mean) / sqrt(var + eps) * weight + bias.
+
+    All other layers are a ``Norm`` with axes and shapes of their own.
+
+    Parameters
+    ----------
+    axes : int or tuple of int
+        The axes reduced over, negative allowed.
+    affine : bool
+        Whether there are a weight and a bias.
+    track_stats : bool
+        Whether running statistics are kept, and used in evaluation. They span the kept axes
+        other than axis 0; where axis 0 is kept they are averaged over it.
+    feature_axes : int or tuple of int, optional
+        The axes that weight and bias span; by default the kept axes when axis 0 is reduced
+        (BatchNorm's rule), else the reduced axes (LayerNorm's rule).
+    shape : int or tuple of int, optional
+        The parameters' shape; by default it comes from the first x.
+    groups : int
+        ``group_axis`` is split into that many groups, each with statistics of its own.
+    group_axis : int
+        The axis that is split.
+    center : bool
+        Whether the mean is subtracted; if not, the variance is the mean square (RMSNorm).
+    bias : bool
+        Whether an affine layer has a bias.
+    eps : float or None
+        Added to the variance, inside the root. Where variance and eps both are 0, y is the
+        bias. None means the machine epsilon of x's type.
+    momentum : float or None
+        Weight of the new value in the running statistics; None means the cumulative average.
+    skip_nonfinite : bool
+        Whether a batch whose statistics are not finite leaves the running statistics alone; such
+        batches are counted in ``num_batches_skipped``.
+    dtype : dtype
+        Of parameters and running statistics, float32 or float64.
+
+    Attributes
+    ----------
+    weight, bias : array or None
+        Scale and shift, from 1 and 0; an optimiser updates them in place.
+    running_mean, running_var : array or None
+        Running statistics; the variance is the unbiased one.
+    num_batches_tracked : array of int64, 0-d, or None
+        Training forwards so far.
+    training : bool
+        Whether the batch's own statistics are used; see :meth:`train` and :meth:`eval`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument does not fit; the message says what would do.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import numbanorm
+    >>> layer = numbanorm.Norm(axes=(0, 2), eps=0.0)
+    >>> layer(np.array([[[1.0, 3.0]], [[5.0, 7.0]]]))[:, 0].round(4)
+    array([[-1.3416, -0.4472],
+           [ 0.4472,  1.3416]])
+    >>> layer.weight.shape
+    (1,)
+    """
+
+    # A layer of fixed rank says which number of axes x may have, and whether training needs more
+    # than one value in each group.
+    ranks: tuple[int, ...] = ()
+    several_values = False
+
+    def __init__(
+        self,
+        axes: int | Iterable[int] | AllBut,
+        affine: bool = True,
+        track_stats: bool = False,
+        *,
+        feature_axes: int | Iterable[int] | None = None,
+        shape: int | Iterable[int] | None = None,
+        groups: int = 1,
+        group_axis: int = 1,
+        center: bool = True,
+        bias: bool = True,
+        eps: float | None = 1e-5,
+        momentum: float | None = 0.1,
+        skip_nonfinite: bool = False,
+        dtype: DTypeLike = np.float32,
+    ) -> None:
+        self.axes = axes if isinstance(axes, AllBut) else axis_tuple(axes, "axes")
+        if not self.axes:
+            raise ValueError("axes: at least one axis is needed, got none")
+        self.feature_axes = (
+            None if feature_axes is None else axis_tuple(feature_axes, "feature_axes")
+        )
+        self.shape = None if shape is None else functional.check_shape(shape, "shape")
+        self.groups = functional.check_count(groups, "groups")
+        (self.group_axis,) = axis_tuple(group_axis, "group_axis")
+        self.center = center
+        self.eps = None if eps is None else functional.check_eps(eps)
+        self.momentum = functional.check_momentum(momentum)
+        self.skip_nonfinite = skip_nonfinite
+        self.dtype = functional.check_dtype(dtype)
+        self.affine = bool(affine)
+        self.track_stats = bool(track_stats)
+        self.training = True
+        self.num_batches_skipped = 0
+        self._parameters: dict[str, Array] = {}
+        self._gradients: dict[str, Array] = {}
+        self._buffers: dict[str, Array] = {}
+        self._saved: Saved | None = None
+        self._has_bias = bool(bias)
+        if self.affine and self.shape is not None:
+            self._adopt(self._new_parameters(self.shape))
+        if self.track_stats:
+            if self.shape is not None and self._features_are_kept():
+                mean, var = self._running_or_new(self.shape)
+                self._buffers.update(running_mean=mean, running_var=var)
+            self._buffers["num_batches_tracked"] = np.zeros((), np.int64)
+
+    # -- Axes and shapes ------------------------------------------------------------------------
+
+    def _features_are_kept(self) -> bool:
+        """Tell whether parameters and running statistics have the same shape, whatever x is."""
+        if isinstance(self.axes, AllBut):
+            return set(self.axes.axes) - {0} == set(self.feature_axes or ())
+        return 0 in self.axes and self.feature_axes is None
+
+    def _geometry(self, x: Array) -> Geometry:
+        """Return over which axes of x statistics and parameters are."""
+        self._check_rank(x)
+        axes = normalize_axes(self.axes, x.ndim)
+        if self.feature_axes is not None:
+            features = normalize_axes(self.feature_axes, x.ndim, "feature_axes")
+        else:
+            features = normalize_axes(AllBut(axes), x.ndim) if 0 in axes else axes
+        group_axis = self.group_axis % x.ndim
+        return geometry(x.shape, (axes,), features, groups=self.groups, group_axis=group_axis)
+
+    def _check_rank(self, x: Array) -> None:
+        if self.ranks:
+            if x.ndim not in self.ranks:
+                needed = " or ".join(map(str, self.ranks))
+                raise ValueError(
+                    f"x: {type(self).__name__} needs {needed} axes, got shape {x.shape}"
+                )
+            return
+        given = self.axes.axes if isinstance(self.axes, AllBut) else self.axes
+        given += self.feature_axes or ()
+        if self.groups > 1:
+            given += (self.group_axis,)
+        least = max(axis + 1 if axis >= 0 else -axis for axis in given)
+        if x.ndim < least:
+            raise ValueError(
+                f"x: {type(self).__name__} needs at least {least} axes, got shape {x.shape}"
+            )
+
+    def _check_sizes(self, x: Array, shape: Geometry) -> None:
+        """Raise if parameters or running statistics are there, but of other sizes."""
+        expected = self.shape if self.weight is None else self.weight.shape
+        if expected is not None and expected != shape.param_shape:
+            raise ValueError(
+                f"x: the feature axes need the sizes {expected}, got {shape.param_shape} "
+                f"in shape {x.shape}"
+            )
+        if self.running_mean is not None and self.running_mean.shape != shape.running_shape:
+            raise ValueError(
+                f"x: the kept axes need the sizes {self.running_mean.shape} of running_mean, "
+                f"got {shape.running_shape} in shape {x.shape}"
+            )
+
+    def _mixture(self) -> Mixture | None:
+        """Return the weights of several statistics."""
+        return None
+
+    # -- Forward and backward -------------------------------------------------------------------
+
+    def __call__(
+        self, x: ArrayLike, *, mask: ArrayLike | None = None, out: Array | None = None
+    ) -> Array:
+        """Return :meth:`forward` of x."""
+        return self.forward(x, mask=mask, out=out)
+
+    def forward(
+        self, x: ArrayLike, *, mask: ArrayLike | None = None, out: Array | None = None
+    ) -> Array:
+        """Normalise x, and keep what backward needs.
+
+        Parameters
+        ----------
+        x : array of float32 or float64
+            Any strides. It must stay as it is until :meth:`backward`.
+        mask : array of bool, optional
+            Broadcasts to x; True where an element counts in the statistics.
+        out : array, optional
+            Where y is written; it may be ``x``, and :meth:`backward` is then not possible.
+
+        Returns
+        -------
+        array
+            y, of the shape and dtype of x.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If x, mask or out does not fit; the layer is then as before.
+
+        Examples
+        --------
+        >>> import numbanorm
+        >>> numbanorm.LayerNorm(2, eps=0.0).forward([[1.0, 3.0]])
+        array([[-1.,  1.]])
+        """
+        array = float_array(x, "x")
+        shape = self._geometry(array)
+        self._check_sizes(array, shape)
+        from_batch = self.training or not self.track_stats
+        if self.training and self.several_values:
+            functional.require_several(shape)
+        new = self._new_parameters(shape.param_shape) if self.affine and self.weight is None else {}
+        parameters = {**self._parameters, **new}
+        running = self._running_or_new(shape.running_shape)
+        y, saved = functional.normalize(
+            array,
+            shape,
+            parameters.get("weight"),
+            parameters.get("bias"),
+            self.eps,
+            fixed=None if from_batch else running,
+            mixture=self._mixture(),
+            center=self.center,
+            mask=mask,
+            out=out,
+        )
+        # An error above has left the layer as it was; from here on nothing can fail.
+        self._adopt(new)
+        if self.training and self.track_stats:
+            self._track(running, saved)
+        self._saved = saved
+        return y
+
+    def backward(self, dy: ArrayLike, *, out: Array | None = None) -> Array:
+        """Return dx of the last forward, and add the parameters' gradients to ``gradients()``.
+
+        Parameters
+        ----------
+        dy : array of the shape of x
+            The gradient of the loss with respect to y.
+        out : array, optional
+            Where dx is written; it may be ``dy``.
+
+        Returns
+        -------
+        array
+            dx, of the shape and dtype of x.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If dy or out does not fit; the layer is then as before.
+        RuntimeError
+            If there was no forward since the last backward, or if it wrote y over x.
+
+        Examples
+        --------
+        >>> import numbanorm
+        >>> layer = numbanorm.LayerNorm(2)
+        >>> y = layer([[1.0, 3.0]])
+        >>> layer.backward([[1.0, 1.0]])
+        array([[0., 0.]])
+        """
+        if self._saved is None:
+            raise RuntimeError(
+                "backward: a forward is needed first, and each forward serves one backward"
+            )
+        dx, *gradients = functional.backward(dy, self._saved, out)
+        names = ("weight", "bias", "mean_weight", "var_weight")
+        for name, gradient in zip(names, gradients, strict=True):
+            if name in self._gradients and gradient is not None:
+                self._gradients[name] += gradient.astype(self.dtype)
+        self._saved = None
+        return dx
+
+    # -- Parameters and running statistics ------------------------------------------------------
+
+    def _new_parameters(self, shape: tuple[int, ...]) -> dict[str, Array]:
+        new = {"weight": np.ones(shape, self.dtype)}
+        if self._has_bias:
+            new["bias"] = np.zeros(shape, self.dtype)
+        return new
+
+    def _adopt(self, parameters: dict[str, Array]) -> None:
+        for name, value in parameters.items():
+            self._parameters[name] = value
+            self._gradients[name] = np.zeros_like(value)
+
+    def _running_or_new(self, shape: tuple[int, ...]) -> tuple[Array, Array]:
+        if self.running_mean is not None and self.running_var is not None:
+            return self.running_mean, self.running_var
+        return np.zeros(shape, self.dtype), np.ones(shape, self.dtype)
+
+    def _track(self, running: tuple[Array, Array], saved: Saved) -> None:
+        mean, var = running
+        self._buffers = {"running_mean": mean, "running_var": var, **self._buffers}
+        batch = functional.batch_statistics(saved)
+        tracked = self._buffers["num_batches_tracked"]
+        tracked += 1
+        if self.skip_nonfinite and not (np.isfinite(batch.mean) & np.isfinite(batch.var)).all():
+            self.num_batches_skipped += 1
+            return
+        momentum = self.momentum
+        if momentum is None:
+            momentum = 1 / (int(tracked) - self.num_batches_skipped)
+        functional.update_running(*running, batch, momentum)
+
+    @property
+    def weight(self) -> Array | None:
+        """Scale, or None."""
+        return self._parameters.get("weight")
+
+    @property
+    def bias(self) -> Array | None:
+        """Shift, or None."""
+        return self._parameters.get("bias")
+
+    @property
+    def running_mean(self) -> Array | None:
+        """Running mean, or None."""
+        return self._buffers.get("running_mean")
+
+    @property
+    def running_var(self) -> Array | None:
+        """Running unbiased variance, or None."""
+        return self._buffers.get("running_var")
+
+    @property
+    def num_batches_tracked(self) -> Array | None:
+        """Number of training forwards, or None."""
+        return self._buffers.get("num_batches_tracked")
+
+    def parameters(self) -> dict[str, Array]:
+        """Return the parameters by name; an optimiser updates the arrays in place.
+
+        Examples
+        --------
+        >>> import numbanorm
+        >>> numbanorm.BatchNorm2d(2).parameters()
+        {'weight': array([1., 1.], dtype=float32), 'bias': array([0., 0.], dtype=float32)}
+        """
+        return dict(self._parameters)
+
+    def gradients(self) -> dict[str, Array]:
+        """Return the parameters' gradients by name, added up since the last :meth:`zero_grad`.
+
+        Examples
+        --------
+        >>> import numbanorm
+        >>> sorted(numbanorm.BatchNorm2d(2).gradients())
+        ['bias', 'weight']
+        """
+        return dict(self._gradients)
+
+    def zero_grad(self) -> None:
+        """Set all gradients to 0.
+
+        Examples
+        --------
+        >>> import numbanorm
+        >>> numbanorm.BatchNorm2d(2).zero_grad()
+        """
+        for gradient in self._gradients.values():
+            gradient.fill(0)
+
+    def reset_running_stats(self) -> None:
+        """Set running statistics and counts to their start: 0, 1 and 0.
+
+        Examples
+        --------
+        >>> import numbanorm
+        >>> numbanorm.BatchNorm2d(2).reset_running_stats()
+        """
+        for name, buffer in self._buffers.items():
+            buffer.fill(1 if name == "running_var" else 0)
+        self.num_batches_skipped = 0
+
+    # -- Modes, state, copies -------------------------------------------------------------------
+
+    def train(self, mode: bool = True) -> Self:
+        """Use the batch's statistics and track them (or not, with False); return the layer.
+
+        Examples
+        --------
+        >>> import numbanorm
+        >>> numbanorm.BatchNorm2d(2).train().training
+        True
+        """
+        self.training = bool(mode)
+        return self
+
+    def eval(self) -> Self:
+        """Use the running statistics, where the layer has them; return the layer.
+
+        Examples
+        --------
+        >>> import numbanorm
+        >>> numbanorm.BatchNorm2d(2).eval().training
+        False
+        """
+        return self.train(False)
+
+    def state_dict(self) -> dict[str, Array]:
+        """Return copies of parameters and running statistics, with PyTorch's keys and shapes.
+
+        Examples
+        --------
+        >>> import numbanorm
+        >>> list(numbanorm.BatchNorm2d(2).state_dict())
+        ['weight', 'bias', 'running_mean', 'running_var', 'num_batches_tracked']
+        """
+        state = {**self._parameters, **self._buffers}
+        return {name: value.copy() for name, value in state.items()}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Copy parameters and running statistics from a state dict, also one of PyTorch.
+
+        Parameters
+        ----------
+        state_dict : mapping of str to array
+            Arrays or CPU tensors. ``num_batches_tracked`` may be missing, as it is in old
+            checkpoints.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If an entry is missing, unknown or of another shape; the layer is then as before.
+
+        Examples
+        --------
+        >>> import numbanorm
+        >>> layer = numbanorm.BatchNorm2d(2)
+        >>> layer.load_state_dict(numbanorm.BatchNorm2d(2).state_dict())
+        """
+        if not isinstance(state_dict, Mapping):
+            raise TypeError(f"state_dict: a mapping is needed, got {type(state_dict).__name__}")
+        # What the first x has yet to bring takes its shape from the state dict.
+        names = [*self._parameters, *self._buffers]
+        if self.affine and self.weight is None:
+            names += ["weight", *(["bias"] if self._has_bias else [])]
+        if self.track_stats and self.running_mean is None:
+            names += ["running_mean", "running_var"]
+        missing = set(names) - set(state_dict) - {"num_batches_tracked"}
+        unknown = set(state_dict) - set(names)
+        if missing or unknown:
+            raise ValueError(
+                f"state_dict: the entries {names} are needed; "
+                f"missing {sorted(missing)}, unknown {sorted(map(str, unknown))}"
+            )
+        values = {name: _entry(name, value, self.dtype) for name, value in state_dict.items()}
+        current = {**self._parameters, **self._buffers}
+        for name, value in values.items():
+            if name in current and current[name].shape != value.shape:
+                raise ValueError(
+                    f"state_dict: shape {current[name].shape} is needed for {name!r}, "
+                    f"got {value.shape}"
+                )
+        for name, value in values.items():
+            if name in current:
+                current[name][...] = value
+            elif name in ("weight", "bias"):
+                self._adopt({name: value})
+            else:
+                self._buffers[name] = value
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what is pickled and copied: all but what the last forward kept."""
+        return {**self.__dict__, "_saved": None}
+
+    def __repr__(self) -> str:
+        """Return the call that makes the layer; keyword-only arguments where not the default."""
+        shown = []
+        for name, argument in inspect.signature(type(self).__init__).parameters.items():
+            if name == "self":
+                continue
+            value = self._has_bias if name == "bias" else getattr(self, name)
+            if argument.kind is argument.KEYWORD_ONLY:
+                default = np.dtype(argument.default) if name == "dtype" else argument.default
+                if value != default:
+                    shown.append(f"{name}={value}")
+            else:
+                shown.append(
+                    f"{value}" if argument.default is argument.empty else f"{name}={value}"
+                )
+        return f"{type(self).__name__}({', '.join(shown)})"
+
+
+def _entry(name: str, value: Any, dtype: np.dtype[Any]) -> Array:
+    """Return a copy of an entry of a state dict, in the type that the layer has for it."""
+    array = np.asarray(value.detach() if hasattr(value, "detach") else value)
+    kind = "iu" if name == "num_batches_tracked" else "f"
+    if array.dtype.kind not in kind:
+        needed = "integers" if kind == "iu" else "floats"
+        raise TypeError(f"state_dict: {needed} are needed for {name!r}, got {array.dtype}")
+    return array.astype(np.int64 if kind == "iu" else dtype)
