@@ -101,6 +101,8 @@ class Plan:
         Whether each row is a group with a parameter for each element.
     tiles : Tiles
         How the kernels cut the view.
+    instance, instance_size : tuple of int, int
+        The inner axes, which pieces may divide, and the number of elements in them.
     fold : int
         With few columns, this many rows of L are seen as one, to make long rows.
     """
@@ -110,7 +112,7 @@ class Plan:
         wide = [axis for axis in order if shape[axis] != 1]
         kept = [axis for axis in wide if axis not in reduced]
         features = [axis for axis in geometry.features if shape[axis] != 1] if affine else []
-        single = len(geometry.reductions) == 1 and fused
+        single = len(geometry.reductions) == 1 and not geometry.apart and fused
         per_element = single and bool(features) and set(features) == set(wide) - set(kept)
         trailing = wide == kept + [axis for axis in wide if axis in reduced]
         if per_element and not trailing:
@@ -120,9 +122,10 @@ class Plan:
             )
         self.order = order
         self.inverse_order = tuple(int(axis) for axis in np.argsort(order))
-        plain = not affine or not geometry.features
-        self.elements = per_element or (single and plain and trailing)
+        self.elements = per_element or (single and trailing and not affine)
         self.fold = 1
+        self.instance = geometry.inner(affine)
+        self.instance_size = math.prod(shape[axis] for axis in self.instance)
         self.grid = geometry.shape
         self.tiles = Tiles(1, 1, 1)
         if self.elements:
@@ -134,7 +137,7 @@ class Plan:
             # Each part has its own sums of the parameters' gradients, so that they need room.
             self.gradient_parts = (min(max(m // 16, min(m, 2), 1), TASKS), d)
             return
-        inner = set(geometry.inner(affine))
+        inner = set(self.instance)
         end = len(wide)
         while end > 0 and wide[end - 1] not in inner:
             end -= 1
@@ -242,6 +245,7 @@ class Geometry:
         param_shape: tuple[int, ...],
         running_shape: tuple[int, ...],
         tracked: int,
+        apart: Axes,
     ) -> None:
         axes = range(len(shape))
         self.shape = shape
@@ -250,6 +254,7 @@ class Geometry:
         self.param_shape = param_shape
         self.param_grid = tuple(shape[axis] if axis in features else 1 for axis in axes)
         self.tracked = tracked
+        self.apart = apart
         kept = [axis for axis in axes if axis not in reductions[tracked] and axis != 0]
         self.running_shape = running_shape
         self.running_grid = tuple(shape[axis] if axis in kept else 1 for axis in axes)
@@ -258,7 +263,7 @@ class Geometry:
 
     def inner(self, affine: bool) -> Axes:
         """Return the axes that every statistic reduces and no parameter spans."""
-        outside = set(self.features) if affine else set()
+        outside = set(self.apart) | set(self.features if affine else ())
         for reduced in self.reductions:
             outside |= set(range(len(self.shape))) - set(reduced)
         return tuple(axis for axis in range(len(self.shape)) if axis not in outside)
@@ -292,11 +297,13 @@ def geometry(
     group_axis: int = 1,
     grouped: tuple[bool, ...] = (True,),
     tracked: int = 0,
+    apart: Axes = (),
 ) -> Geometry:
     """Return the geometry of statistics over ``reductions`` of an x of this shape.
 
     With ``groups``, ``group_axis`` is split into (groups, size / groups); a reduction that is
-    ``grouped`` stays inside a group. ``tracked`` is the reduction with running statistics.
+    ``grouped`` stays inside a group. ``tracked`` is the reduction with running statistics; no
+    piece spans the axes ``apart``.
     """
     param_shape = tuple(shape[axis] for axis in features)
     kept = [axis for axis in range(1, len(shape)) if axis not in reductions[tracked]]
@@ -309,11 +316,11 @@ def geometry(
                 f"a multiple of {groups} would do"
             )
         shape = (*shape[:group_axis], groups, size // groups, *shape[group_axis + 1 :])
-        features = _split(features, group_axis)
+        features, apart = _split(features, group_axis), _split(apart, group_axis)
         if grouped[tracked] and group_axis in reductions[tracked]:
             running_shape = (groups, *running_shape)
         reductions = tuple(
             _split(axes, group_axis, both=not inside)
             for axes, inside in zip(reductions, grouped, strict=True)
         )
-    return Geometry(shape, reductions, features, param_shape, running_shape, tracked)
+    return Geometry(shape, reductions, features, param_shape, running_shape, tracked, apart)

@@ -5,8 +5,9 @@ from collections.abc import Iterable
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
-from numbanorm import functional
+from numbanorm import _checks
 from numbanorm._axes import AllBut, Array
+from numbanorm._checks import bool_mask, float_array
 from numbanorm.norm import Norm
 
 
@@ -69,8 +70,8 @@ class BatchNorm(Norm):
         skip_nonfinite: bool = False,
         dtype: DTypeLike = np.float32,
     ) -> None:
-        self.num_features = functional.check_count(num_features, "num_features")
-        self.axis = functional.check_channel_axis(axis)
+        self.num_features = _checks.check_count(num_features, "num_features")
+        self.axis = _checks.check_channel_axis(axis)
         super().__init__(
             AllBut((self.axis,)),
             affine,
@@ -78,7 +79,7 @@ class BatchNorm(Norm):
             feature_axes=self.axis,
             shape=self.num_features,
             bias=bias,
-            eps=functional.check_eps(eps),
+            eps=_checks.check_eps(eps),
             momentum=momentum,
             skip_nonfinite=skip_nonfinite,
             dtype=dtype,
@@ -160,8 +161,8 @@ class InstanceNorm(Norm):
         skip_nonfinite: bool = False,
         dtype: DTypeLike = np.float32,
     ) -> None:
-        self.num_features = functional.check_count(num_features, "num_features")
-        self.axis = functional.check_channel_axis(axis)
+        self.num_features = _checks.check_count(num_features, "num_features")
+        self.axis = _checks.check_channel_axis(axis)
         super().__init__(
             AllBut((0, self.axis)),
             affine,
@@ -169,7 +170,7 @@ class InstanceNorm(Norm):
             feature_axes=self.axis,
             shape=self.num_features,
             bias=bias,
-            eps=functional.check_eps(eps),
+            eps=_checks.check_eps(eps),
             momentum=momentum,
             skip_nonfinite=skip_nonfinite,
             dtype=dtype,
@@ -184,23 +185,27 @@ class InstanceNorm(Norm):
 class _SampleOrBatch(InstanceNorm):
     """An InstanceNorm of fixed rank: x with one axis less is a single sample."""
 
-    def _is_sample(self, x: ArrayLike) -> bool:
-        return np.ndim(x) == self.ranks[0] - 1
-
     def forward(
         self, x: ArrayLike, *, mask: ArrayLike | None = None, out: Array | None = None
     ) -> Array:
-        if not self._is_sample(x):
-            return super().forward(x, mask=mask, out=out)
+        sample = float_array(x, "x")
+        if sample.ndim != self.ranks[0] - 1:
+            return super().forward(sample, mask=mask, out=out)
+        channel = self.axis - 1 if self.axis > 0 else self.axis
+        if -sample.ndim <= channel < sample.ndim:
+            self._check_sizes(sample, (channel,))
+        counts = bool_mask(mask, sample.shape)
+        batch_mask = None if counts is None else counts[None]
         batch_out = out[None] if isinstance(out, np.ndarray) else out
-        y = super().forward(np.asarray(x)[None], mask=mask, out=batch_out)
+        y = super().forward(sample[None], mask=batch_mask, out=batch_out)
         return y[0] if out is None else out
 
     def backward(self, dy: ArrayLike, *, out: Array | None = None) -> Array:
-        if not self._is_sample(dy):
-            return super().backward(dy, out=out)
+        sample = float_array(dy, "dy")
+        if sample.ndim != self.ranks[0] - 1:
+            return super().backward(sample, out=out)
         batch_out = out[None] if isinstance(out, np.ndarray) else out
-        dx = super().backward(np.asarray(dy)[None], out=batch_out)
+        dx = super().backward(sample[None], out=batch_out)
         return dx[0] if out is None else out
 
     forward.__doc__ = Norm.forward.__doc__
@@ -272,13 +277,13 @@ class GroupNorm(Norm):
         axis: int = 1,
         dtype: DTypeLike = np.float32,
     ) -> None:
-        self.num_groups = functional.check_count(num_groups, "num_groups")
-        self.num_channels = functional.check_count(num_channels, "num_channels")
+        self.num_groups = _checks.check_count(num_groups, "num_groups")
+        self.num_channels = _checks.check_count(num_channels, "num_channels")
         if self.num_channels % self.num_groups:
             raise ValueError(
                 f"num_groups: a divisor of num_channels={num_channels} is needed, got {num_groups}"
             )
-        self.axis = functional.check_channel_axis(axis)
+        self.axis = _checks.check_channel_axis(axis)
         super().__init__(
             AllBut((0,)),
             affine,
@@ -287,7 +292,7 @@ class GroupNorm(Norm):
             groups=self.num_groups,
             group_axis=self.axis,
             bias=bias,
-            eps=functional.check_eps(eps),
+            eps=_checks.check_eps(eps),
             dtype=dtype,
         )
 
@@ -336,13 +341,15 @@ class LayerNorm(Norm):
         *,
         dtype: DTypeLike = np.float32,
     ) -> None:
-        self.normalized_shape = functional.check_shape(normalized_shape, "normalized_shape")
+        self.normalized_shape = _checks.check_shape(normalized_shape, "normalized_shape")
+        axes = tuple(range(-len(self.normalized_shape), 0))
         super().__init__(
-            tuple(range(-len(self.normalized_shape), 0)),
+            axes,
             elementwise_affine,
+            feature_axes=axes,
             shape=self.normalized_shape,
             bias=bias,
-            eps=functional.check_eps(eps),
+            eps=_checks.check_eps(eps),
             dtype=dtype,
         )
 
@@ -392,10 +399,12 @@ class RMSNorm(Norm):
         *,
         dtype: DTypeLike = np.float32,
     ) -> None:
-        self.normalized_shape = functional.check_shape(normalized_shape, "normalized_shape")
+        self.normalized_shape = _checks.check_shape(normalized_shape, "normalized_shape")
+        axes = tuple(range(-len(self.normalized_shape), 0))
         super().__init__(
-            tuple(range(-len(self.normalized_shape), 0)),
+            axes,
             elementwise_affine,
+            feature_axes=axes,
             shape=self.normalized_shape,
             center=False,
             bias=False,

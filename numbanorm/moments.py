@@ -8,6 +8,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from numbanorm import _kernels, _threads
 from numbanorm._axes import Array, Axes, Plan, geometry, memory_order, normalize_axes
+from numbanorm._checks import bool_mask, float_array
 
 
 class Moments:
@@ -258,35 +259,3 @@ def moments(
         count, mean, m2 = count.squeeze(reduced), mean.squeeze(reduced), m2.squeeze(reduced)
     size = math.prod(array.shape[axis] for axis in reduced)
     return Moments(size if counts is None else count, mean, m2)
-
-
-def float_array(x: ArrayLike, name: str) -> Array:
-    """Return x as an aligned native array of float32 or float64, or say what would do."""
-    if isinstance(x, np.ma.MaskedArray):
-        raise TypeError(f"{name}: a masked array was given; pass {name}.data and mask=~{name}.mask")
-    array = np.asarray(x)
-    if array.dtype.kind != "f" or array.dtype.itemsize not in (4, 8):
-        raise TypeError(
-            f"{name}: an array of float32 or float64 is needed, got {array.dtype}; "
-            f"numpy.asarray({name}, numpy.float32) would do"
-        )
-    if not array.flags.aligned or not array.dtype.isnative:
-        array = array.astype(array.dtype.newbyteorder("="))
-    return array
-
-
-def bool_mask(mask: ArrayLike | None, shape: tuple[int, ...]) -> Array | None:
-    """Return mask broadcast to the shape of x."""
-    if mask is None:
-        return None
-    array = np.asarray(mask)
-    if array.dtype != np.bool_:
-        raise TypeError(
-            f"mask: an array of bool, True where an element counts, is needed, got {array.dtype}"
-        )
-    try:
-        return np.broadcast_to(array, shape)
-    except ValueError:
-        raise ValueError(
-            f"mask: a shape that broadcasts to x, {shape}, is needed, got {array.shape}"
-        ) from None

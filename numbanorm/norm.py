@@ -7,10 +7,29 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
-from numbanorm import functional
-from numbanorm._axes import AllBut, Array, Geometry, axis_tuple, geometry, normalize_axes
-from numbanorm.functional import Mixture, Saved
-from numbanorm.moments import float_array
+from numbanorm import _checks, functional
+from numbanorm._axes import AllBut, Array, Axes, Geometry, axis_tuple, geometry, normalize_axes
+from numbanorm._checks import float_array
+from numbanorm._normalize import Mixture, Saved, backward, normalize
+from numbanorm._running import Pool, batch_statistics, update_running
+
+
+def live_array(group: str, name: str, doc: str) -> Any:
+    """Return a property for an array of the layer, which stays the same array when it is set."""
+
+    def get(layer: "Norm") -> Array | None:
+        found: Array | None = getattr(layer, group).get(name)
+        return found
+
+    def replace(layer: "Norm", value: ArrayLike) -> None:
+        array = get(layer)
+        if array is None:
+            raise AttributeError(f"{name}: this layer has none")
+        if np.shape(value) != array.shape:
+            raise ValueError(f"{name}: shape {array.shape} is needed, got {np.shape(value)}")
+        array[...] = value
+
+    return property(get, replace, doc=doc)
 
 
 class Norm:
@@ -107,14 +126,14 @@ class Norm:
         self.feature_axes = (
             None if feature_axes is None else axis_tuple(feature_axes, "feature_axes")
         )
-        self.shape = None if shape is None else functional.check_shape(shape, "shape")
-        self.groups = functional.check_count(groups, "groups")
+        self.shape = None if shape is None else _checks.check_shape(shape, "shape")
+        self.groups = _checks.check_count(groups, "groups")
         (self.group_axis,) = axis_tuple(group_axis, "group_axis")
         self.center = center
-        self.eps = None if eps is None else functional.check_eps(eps)
-        self.momentum = functional.check_momentum(momentum)
+        self.eps = None if eps is None else _checks.check_eps(eps)
+        self.momentum = _checks.check_momentum(momentum)
         self.skip_nonfinite = skip_nonfinite
-        self.dtype = functional.check_dtype(dtype)
+        self.dtype = _checks.check_dtype(dtype)
         self.affine = bool(affine)
         self.track_stats = bool(track_stats)
         self.training = True
@@ -123,6 +142,7 @@ class Norm:
         self._gradients: dict[str, Array] = {}
         self._buffers: dict[str, Array] = {}
         self._saved: Saved | None = None
+        self._pool: Pool | None = None
         self._has_bias = bool(bias)
         if self.affine and self.shape is not None:
             self._adopt(self._new_parameters(self.shape))
@@ -148,6 +168,7 @@ class Norm:
             features = normalize_axes(self.feature_axes, x.ndim, "feature_axes")
         else:
             features = normalize_axes(AllBut(axes), x.ndim) if 0 in axes else axes
+        self._check_sizes(x, features)
         group_axis = self.group_axis % x.ndim
         return geometry(x.shape, (axes,), features, groups=self.groups, group_axis=group_axis)
 
@@ -169,23 +190,29 @@ class Norm:
                 f"x: {type(self).__name__} needs at least {least} axes, got shape {x.shape}"
             )
 
-    def _check_sizes(self, x: Array, shape: Geometry) -> None:
-        """Raise if parameters or running statistics are there, but of other sizes."""
+    def _check_sizes(self, x: Array, features: Axes) -> None:
+        """Raise if parameters are there, or declared, but of other sizes."""
         expected = self.shape if self.weight is None else self.weight.shape
-        if expected is not None and expected != shape.param_shape:
+        sizes = tuple(x.shape[axis] for axis in features)
+        if expected is not None and expected != sizes:
             raise ValueError(
-                f"x: the feature axes need the sizes {expected}, got {shape.param_shape} "
+                f"x: sizes {expected} are needed on the feature axes {features}, got {sizes} "
                 f"in shape {x.shape}"
             )
+
+    def _check_running(self, x: Array, shape: Geometry) -> None:
         if self.running_mean is not None and self.running_mean.shape != shape.running_shape:
             raise ValueError(
-                f"x: the kept axes need the sizes {self.running_mean.shape} of running_mean, "
-                f"got {shape.running_shape} in shape {x.shape}"
+                f"x: sizes {self.running_mean.shape} are needed on the kept axes, as running_mean "
+                f"has them, got {shape.running_shape} in shape {x.shape}"
             )
 
     def _mixture(self) -> Mixture | None:
         """Return the weights of several statistics."""
         return None
+
+    # Whether instances have sample variances, see SwitchableNorm.from_official.
+    sample_variance = False
 
     # -- Forward and backward -------------------------------------------------------------------
 
@@ -227,14 +254,14 @@ class Norm:
         """
         array = float_array(x, "x")
         shape = self._geometry(array)
-        self._check_sizes(array, shape)
+        self._check_running(array, shape)
         from_batch = self.training or not self.track_stats
         if self.training and self.several_values:
             functional.require_several(shape)
         new = self._new_parameters(shape.param_shape) if self.affine and self.weight is None else {}
         parameters = {**self._parameters, **new}
         running = self._running_or_new(shape.running_shape)
-        y, saved = functional.normalize(
+        y, saved = normalize(
             array,
             shape,
             parameters.get("weight"),
@@ -243,6 +270,7 @@ class Norm:
             fixed=None if from_batch else running,
             mixture=self._mixture(),
             center=self.center,
+            sample_variance=self.sample_variance,
             mask=mask,
             out=out,
         )
@@ -287,11 +315,12 @@ class Norm:
             raise RuntimeError(
                 "backward: a forward is needed first, and each forward serves one backward"
             )
-        dx, *gradients = functional.backward(dy, self._saved, out)
+        dx, *gradients = backward(dy, self._saved, out)
         names = ("weight", "bias", "mean_weight", "var_weight")
         for name, gradient in zip(names, gradients, strict=True):
             if name in self._gradients and gradient is not None:
-                self._gradients[name] += gradient.astype(self.dtype)
+                with np.errstate(over="ignore", invalid="ignore"):
+                    self._gradients[name] += gradient.astype(self.dtype)
         self._saved = None
         return dx
 
@@ -314,43 +343,60 @@ class Norm:
         return np.zeros(shape, self.dtype), np.ones(shape, self.dtype)
 
     def _track(self, running: tuple[Array, Array], saved: Saved) -> None:
+        batch = batch_statistics(saved)
+        finite = bool((np.isfinite(batch.mean) & np.isfinite(batch.var)).all())
+        skipped = self.skip_nonfinite and not finite
+        if self._pool is not None:
+            if not skipped:
+                self._pool.add(saved)
+            return
         mean, var = running
         self._buffers = {"running_mean": mean, "running_var": var, **self._buffers}
-        batch = functional.batch_statistics(saved)
         tracked = self._buffers["num_batches_tracked"]
         tracked += 1
-        if self.skip_nonfinite and not (np.isfinite(batch.mean) & np.isfinite(batch.var)).all():
+        if skipped:
             self.num_batches_skipped += 1
             return
         momentum = self.momentum
         if momentum is None:
             momentum = 1 / (int(tracked) - self.num_batches_skipped)
-        functional.update_running(*running, batch, momentum)
+        update_running(mean, var, batch, momentum)
+
+    # -- What recalibrate asks of a layer -------------------------------------------------------
 
     @property
-    def weight(self) -> Array | None:
-        """Scale, or None."""
-        return self._parameters.get("weight")
+    def tracks(self) -> bool:
+        """Whether the layer has running statistics."""
+        return self.track_stats
 
-    @property
-    def bias(self) -> Array | None:
-        """Shift, or None."""
-        return self._parameters.get("bias")
+    def begin_pooling(self, pool: Pool) -> tuple[bool, Saved | None]:
+        """Go to training mode and collect statistics; return what :meth:`end_pooling` needs."""
+        state = self.training, self._saved
+        self._pool = pool
+        self.training = True
+        return state
 
-    @property
-    def running_mean(self) -> Array | None:
-        """Running mean, or None."""
-        return self._buffers.get("running_mean")
+    def end_pooling(self, state: tuple[bool, Saved | None]) -> None:
+        """Go back to the mode and the pending backward of before."""
+        self._pool = None
+        self.training, self._saved = state
 
-    @property
-    def running_var(self) -> Array | None:
-        """Running unbiased variance, or None."""
-        return self._buffers.get("running_var")
+    def adopt_pool(self, pool: Pool) -> None:
+        """Take the pooled statistics as running statistics."""
+        statistics = pool.statistics()
+        mean, var = self._running_or_new(statistics.mean.shape)
+        self._buffers = {"running_mean": mean, "running_var": var, **self._buffers}
+        self.reset_running_stats()
+        update_running(mean, var, statistics, 1.0)
+        self._buffers["num_batches_tracked"][...] = pool.n_forwards
 
-    @property
-    def num_batches_tracked(self) -> Array | None:
-        """Number of training forwards, or None."""
-        return self._buffers.get("num_batches_tracked")
+    weight = live_array("_parameters", "weight", "Scale, or None.")
+    bias = live_array("_parameters", "bias", "Shift, or None.")
+    running_mean = live_array("_buffers", "running_mean", "Running mean, or None.")
+    running_var = live_array("_buffers", "running_var", "Running unbiased variance, or None.")
+    num_batches_tracked = live_array(
+        "_buffers", "num_batches_tracked", "Training forwards, or None."
+    )
 
     def parameters(self) -> dict[str, Array]:
         """Return the parameters by name; an optimiser updates the arrays in place.
@@ -487,16 +533,16 @@ class Norm:
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what is pickled and copied: all but what the last forward kept."""
-        return {**self.__dict__, "_saved": None}
+        return {**self.__dict__, "_saved": None, "_pool": None}
 
     def __repr__(self) -> str:
-        """Return the call that makes the layer; keyword-only arguments where not the default."""
+        """Return the call that makes the layer; bias and keyword-only arguments if unusual."""
         shown = []
         for name, argument in inspect.signature(type(self).__init__).parameters.items():
             if name == "self":
                 continue
             value = self._has_bias if name == "bias" else getattr(self, name)
-            if argument.kind is argument.KEYWORD_ONLY:
+            if argument.kind is argument.KEYWORD_ONLY or name == "bias":
                 default = np.dtype(argument.default) if name == "dtype" else argument.default
                 if value != default:
                     shown.append(f"{name}={value}")

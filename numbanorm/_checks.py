@@ -1,0 +1,173 @@
+"""What arguments may be: each check returns the argument ready for use, or says what would do."""
+
+import math
+import numbers
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, DTypeLike
+
+from numbanorm._axes import Array, axis_tuple
+
+STATISTICS = ("in", "ln", "bn", "gn")
+
+
+def as_array(value: ArrayLike, name: str) -> Array:
+    """Return value as an array, or name what has no shape."""
+    try:
+        return np.asarray(value)
+    except ValueError as error:
+        raise ValueError(f"{name}: an array is needed; {error}") from None
+
+
+def float_array(x: ArrayLike, name: str) -> Array:
+    """Return x as an aligned native array of float32 or float64, or say what would do."""
+    if isinstance(x, np.ma.MaskedArray):
+        raise TypeError(f"{name}: a masked array was given; pass {name}.data and mask=~{name}.mask")
+    array = as_array(x, name)
+    if array.dtype.kind != "f" or array.dtype.itemsize not in (4, 8):
+        raise TypeError(
+            f"{name}: an array of float32 or float64 is needed, got {array.dtype}; "
+            f"numpy.asarray({name}, numpy.float32) would do"
+        )
+    if not array.flags.aligned or not array.dtype.isnative:
+        array = array.astype(array.dtype.newbyteorder("="))
+    return array
+
+
+def bool_mask(mask: ArrayLike | None, shape: tuple[int, ...]) -> Array | None:
+    """Return mask broadcast to the shape of x."""
+    if mask is None:
+        return None
+    array = as_array(mask, "mask")
+    if array.dtype != np.bool_:
+        raise TypeError(
+            f"mask: an array of bool, True where an element counts, is needed, got {array.dtype}"
+        )
+    try:
+        return np.broadcast_to(array, shape)
+    except ValueError:
+        raise ValueError(
+            f"mask: a shape that broadcasts to x, {shape}, is needed, got {array.shape}"
+        ) from None
+
+
+def same_memory(x: Array, y: Array) -> bool:
+    return x.__array_interface__["data"] == y.__array_interface__["data"] and x.strides == y.strides
+
+
+def output_array(out: Array | None, like: Array, *inputs: Array) -> Array:
+    """Return ``out``, or a new array like ``like``; ``inputs`` must not overlap it in part."""
+    if out is None:
+        return np.empty(like.shape, like.dtype)
+    if not isinstance(out, np.ndarray):
+        raise TypeError(f"out: a numpy.ndarray is needed, got {type(out).__name__}")
+    if out.dtype != like.dtype:
+        raise TypeError(f"out: dtype {like.dtype} is needed, got {out.dtype}")
+    if out.shape != like.shape:
+        raise ValueError(f"out: shape {like.shape} is needed, got {out.shape}")
+    if not out.flags.writeable:
+        raise ValueError("out: an array that may be written to is needed, got a read-only one")
+    if any(stride == 0 and n > 1 for stride, n in zip(out.strides, out.shape, strict=True)):
+        raise ValueError(
+            "out: an array with memory for each element is needed, got a broadcast one"
+        )
+    for x in inputs:
+        if same_memory(x, out) or not np.may_share_memory(x, out):
+            continue
+        try:
+            overlap = np.shares_memory(x, out, max_work=10_000)  # type: ignore[arg-type] # stub: -1, 0
+        except np.exceptions.TooHardError:
+            overlap = True
+        if overlap:
+            raise ValueError(
+                "out: the input itself or memory of its own is needed, got a partial overlap"
+            )
+    return out
+
+
+def check_eps(eps: float) -> float:
+    """Return eps as a float; it must be finite and not negative."""
+    if isinstance(eps, bool) or not isinstance(eps, numbers.Real):
+        raise TypeError(f"eps: a number is needed, got {eps!r}")
+    if not 0 <= eps < math.inf:
+        raise ValueError(f"eps: a finite number of at least 0 is needed, got {eps!r}")
+    return float(eps)
+
+
+def check_momentum(momentum: float | None) -> float | None:
+    """Return momentum as a float, or None; it must be from 0 to 1."""
+    if momentum is None:
+        return None
+    if isinstance(momentum, bool) or not isinstance(momentum, numbers.Real):
+        raise TypeError(f"momentum: a number from 0 to 1 or None is needed, got {momentum!r}")
+    if not 0 <= momentum <= 1:
+        raise ValueError(f"momentum: a number from 0 to 1 or None is needed, got {momentum!r}")
+    return float(momentum)
+
+
+def check_count(value: int, name: str) -> int:
+    """Return a size as an int; it must be positive."""
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name}: a positive int is needed, got {value!r}")
+    if value.__index__() < 1:
+        raise ValueError(f"{name}: a positive int is needed, got {value!r}")
+    return value.__index__()
+
+
+def check_shape(shape: int | Iterable[int], name: str) -> tuple[int, ...]:
+    """Return an int or a sequence of ints as a non-empty tuple of sizes."""
+    sizes = tuple(shape) if isinstance(shape, Iterable) else (shape,)
+    if any(isinstance(n, bool) or not hasattr(n, "__index__") for n in sizes):
+        raise TypeError(f"{name}: an int or a sequence of ints is needed, got {shape!r}")
+    if not sizes or any(n < 0 for n in sizes):
+        raise ValueError(f"{name}: at least one size, none negative, is needed, got {shape!r}")
+    return tuple(n.__index__() for n in sizes)
+
+
+def check_dtype(dtype: DTypeLike) -> np.dtype[Any]:
+    """Return the type of parameters; float32 or float64."""
+    try:
+        found = np.dtype(dtype)
+    except TypeError:
+        found = None
+    if found is None or dtype is None or found not in (np.float32, np.float64):
+        raise TypeError(f"dtype: float32 or float64 is needed, got {dtype!r}")
+    return found
+
+
+def parameter(value: ArrayLike | None, name: str, shape: tuple[int, ...]) -> Array | None:
+    """Return a parameter as a float array of this shape, or None."""
+    if value is None:
+        return None
+    array = as_array(value, name)
+    if array.dtype.kind != "f":
+        raise TypeError(f"{name}: an array of float32 or float64 is needed, got {array.dtype}")
+    if array.shape != shape:
+        raise ValueError(f"{name}: shape {shape} is needed for this x, got {array.shape}")
+    return array
+
+
+def check_channel_axis(axis: int) -> int:
+    """Return a channel axis as an int; axis 0 is the batch."""
+    (found,) = axis_tuple((axis,), "axis")
+    if found == 0:
+        raise ValueError("axis: axis 0 is the batch, so that 1 or -1 would do, got 0")
+    return found
+
+
+def check_over(over: Iterable[str], num_groups: int | None) -> tuple[str, ...]:
+    """Return the names of the statistics; "gn" and num_groups need each other."""
+    if isinstance(over, str) or not isinstance(over, Iterable):
+        raise TypeError(f"over: a sequence of names out of {STATISTICS} is needed, got {over!r}")
+    names = tuple(over)
+    if not names or len(set(names)) < len(names) or not set(names) <= set(STATISTICS):
+        raise ValueError(f"over: one or more of {STATISTICS}, each once, are needed, got {over!r}")
+    if "gn" in names and num_groups is None:
+        raise ValueError("num_groups: the number of groups is needed for 'gn', got None")
+    if num_groups is not None:
+        if "gn" not in names:
+            raise ValueError(f"num_groups: it goes with 'gn' in over, got over={names!r}")
+        check_count(num_groups, "num_groups")
+    return names

@@ -1,0 +1,78 @@
+"""Running statistics: what a batch gives to them, moving averages, and exact pools of batches."""
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from numbanorm._axes import Array
+from numbanorm._normalize import Float64, Saved
+from numbanorm.moments import Moments
+
+
+class Running(NamedTuple):
+    """Means and variances of the shape of running statistics; ``known`` is False where empty."""
+
+    mean: Float64
+    var: Float64
+    known: NDArray[np.bool_]
+
+
+def batch_statistics(saved: Saved) -> Running:
+    """Return a forward's means and unbiased variances, averaged over axis 0 where it is kept."""
+    pool = Pool()
+    pool.add(saved)
+    return pool.statistics()
+
+
+@np.errstate(all="ignore")
+def update_running(
+    running_mean: Array, running_var: Array, batch: Running, momentum: float
+) -> None:
+    """Move running statistics towards the batch's; ``momentum`` weights the batch."""
+    for running, value in ((running_mean, batch.mean), (running_var, batch.var)):
+        moved = (1 - momentum) * running + momentum * value
+        np.copyto(running, moved, where=batch.known, casting="same_kind")
+
+
+class Pool:
+    """The exact statistics of all forwards of a layer, as if they had been one batch.
+
+    Where axis 0 is kept, each sample has statistics of its own; then their averages.
+    """
+
+    def __init__(self) -> None:
+        self.n_forwards = 0
+        self._moments: Moments | None = None
+        self._samples: NDArray[np.int64] | None = None
+        self._mean = self._var = np.zeros(())
+        self._ddof = 1
+
+    @np.errstate(all="ignore")
+    def add(self, saved: Saved) -> None:
+        """Add the tracked statistic of one forward."""
+        axes, n, mean, var = saved.batch
+        assert n is not None
+        shape = saved.geometry.running_shape
+        self.n_forwards += 1
+        self._ddof = 0 if saved.sample_variance else 1
+        if 0 in axes:
+            batch = Moments(n.reshape(shape), mean.reshape(shape), (var * n).reshape(shape))
+            self._moments = batch if self._moments is None else self._moments + batch
+            return
+        known = n > 0
+        unbiased = var * (n / np.maximum(n - self._ddof, 1))
+        sums = (np.where(known, values, 0).sum(0).reshape(shape) for values in (mean, unbiased))
+        mean_sum, var_sum = sums
+        samples = known.sum(0).reshape(shape)
+        self._samples = samples if self._samples is None else self._samples + samples
+        self._mean, self._var = self._mean + mean_sum, self._var + var_sum
+
+    def statistics(self) -> Running:
+        """Return means and unbiased variances of all forwards, of which there is at least one."""
+        if self._samples is not None:
+            n = np.maximum(self._samples, 1)
+            return Running(self._mean / n, self._var / n, self._samples > 0)
+        assert self._moments is not None
+        known = np.asarray(np.asarray(self._moments.count) > 0)
+        return Running(self._moments.mean, self._moments.var(self._ddof), known)
