@@ -7,6 +7,7 @@ without state; :func:`moments` are the statistics alone.
 
 from numbanorm import functional
 from numbanorm._threads import get_num_threads, set_num_threads
+from numbanorm.inference import fold_conv, fold_linear
 from numbanorm.layers import (
     BatchNorm,
     BatchNorm1d,
@@ -22,6 +23,8 @@ from numbanorm.layers import (
 )
 from numbanorm.moments import Moments, moments
 from numbanorm.norm import Norm
+from numbanorm.plot import plot_importance
+from numbanorm.recalibrate import recalibrate
 from numbanorm.switchable import (
     SwitchableNorm,
     SwitchableNorm1d,
@@ -49,8 +52,12 @@ __all__ = [
     "SwitchableNorm1d",
     "SwitchableNorm2d",
     "SwitchableNorm3d",
+    "fold_conv",
+    "fold_linear",
     "functional",
     "get_num_threads",
     "moments",
+    "plot_importance",
+    "recalibrate",
     "set_num_threads",
 ]

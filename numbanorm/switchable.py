@@ -1,14 +1,16 @@
 """SwitchableNorm: learns how much of which statistics to use."""
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar, Self
 
 import numpy as np
 from numpy.typing import DTypeLike
 
-from numbanorm import functional
+from numbanorm import _checks, functional
 from numbanorm._axes import AllBut, Array, Geometry
-from numbanorm.functional import Mixture
-from numbanorm.norm import Norm
+from numbanorm._normalize import Mixture
+from numbanorm.norm import Norm, live_array
 
 
 class SwitchableNorm(Norm):
@@ -38,6 +40,9 @@ class SwitchableNorm(Norm):
         The number of groups for "gn", a divisor of C.
     zero_init : bool
         Whether the weight starts at 0 instead of 1.
+    sample_variance : bool
+        Whether the variance of an instance is divided by n - 1 instead of n, see
+        :meth:`from_official`.
     bias, axis, skip_nonfinite, dtype
         As in :class:`~numbanorm.BatchNorm`.
 
@@ -77,18 +82,20 @@ class SwitchableNorm(Norm):
         bias: bool = True,
         axis: int = 1,
         skip_nonfinite: bool = False,
+        sample_variance: bool = False,
         dtype: DTypeLike = np.float32,
     ) -> None:
-        self.num_features = functional.check_count(num_features, "num_features")
-        self.over = functional.check_over(over, num_groups)
+        self.num_features = _checks.check_count(num_features, "num_features")
+        self.over = _checks.check_over(over, num_groups)
         if num_groups is not None and self.num_features % num_groups:
             raise ValueError(
                 f"num_groups: a divisor of num_features={num_features} is needed, got {num_groups}"
             )
         self.num_groups = num_groups
         self.zero_init = bool(zero_init)
-        self.axis = functional.check_channel_axis(axis)
+        self.axis = _checks.check_channel_axis(axis)
         self.track_running_stats = bool(track_running_stats)
+        self.sample_variance = bool(sample_variance)
         super().__init__(
             AllBut((self.axis,)),
             affine,
@@ -96,7 +103,7 @@ class SwitchableNorm(Norm):
             feature_axes=self.axis,
             shape=self.num_features,
             bias=bias,
-            eps=functional.check_eps(eps),
+            eps=_checks.check_eps(eps),
             momentum=momentum,
             skip_nonfinite=skip_nonfinite,
             dtype=dtype,
@@ -109,20 +116,16 @@ class SwitchableNorm(Norm):
     def _geometry(self, x: Array) -> Geometry:
         self._check_rank(x)
         channel = functional.channel_axis(x, self.axis)
-        return functional.channel_geometry(x, channel, self.over, self.num_groups)
+        self._check_sizes(x, (channel,))
+        return functional.channel_geometry(
+            x, channel, self.over, self.num_groups, by_instance=self.sample_variance
+        )
 
     def _mixture(self) -> Mixture:
         return functional.mix(self.mean_weight, self.var_weight, len(self.over))
 
-    @property
-    def mean_weight(self) -> Array:
-        """Logits of the means."""
-        return self._parameters["mean_weight"]
-
-    @property
-    def var_weight(self) -> Array:
-        """Logits of the variances."""
-        return self._parameters["var_weight"]
+    mean_weight = live_array("_parameters", "mean_weight", "Logits of the means.")
+    var_weight = live_array("_parameters", "var_weight", "Logits of the variances.")
 
     def importance(self) -> dict[str, dict[str, float]]:
         """Return the softmax weights of means and variances by the statistic's name.
@@ -139,6 +142,97 @@ class SwitchableNorm(Norm):
             "var": dict(zip(self.over, mixture.var.tolist(), strict=True)),
         }
 
+    # Of the authors' code: the statistics that 3 and 2 logits stand for, and the weight of the
+    # new value in the running statistics.
+    _official_over: ClassVar[dict[int, tuple[str, ...]]] = {3: ("in", "ln", "bn"), 2: ("in", "ln")}
+    _official_momentum = 0.1
+
+    @classmethod
+    def from_official(
+        cls,
+        state_dict: Mapping[str, Any],
+        *,
+        eps: float = 1e-5,
+        momentum: float | None = None,
+        dtype: DTypeLike = np.float32,
+    ) -> Self:
+        """Load a checkpoint of the authors' own code, and reproduce that code's outputs.
+
+        That code takes the *sample* variance of an instance. With t = var_in + mean_in**2, its
+        var_ln is the mean of t over channels minus mean_ln**2, its var_bn the mean of t over
+        samples minus mean_bn**2. Here they come from merged moments, without the cancellation.
+        In (N, C), "ln" and "bn" have sample variances. Running variances are those of "bn".
+
+        Parameters
+        ----------
+        state_dict : mapping of str to array
+            ``weight, bias`` (1, C, 1, ...), ``mean_weight, var_weight`` (3,) for IN, LN, BN or
+            (2,) for IN, LN (in 1d: LN, BN), and with BN ``running_mean, running_var`` (1, C, 1).
+            Arrays or CPU tensors.
+        eps : float
+            Added to the variance; a checkpoint does not hold it.
+        momentum : float, optional
+            Weight of the *new* value; by default that of the authors' class: 0.1 in 2d (they
+            write 0.9, the weight of the old value), 0.003 in 1d and 3d.
+        dtype : dtype
+            Of parameters and running statistics, float32 or float64.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If an entry is missing, unknown or of another shape.
+
+        References
+        ----------
+        github.com/switchablenorms/Switchable-Normalization, devkit/ops/switchable_norm.py.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import numbanorm
+        >>> state = {"weight": np.ones((1, 4, 1, 1)), "bias": np.zeros((1, 4, 1, 1))}
+        >>> state |= {"mean_weight": np.ones(2), "var_weight": np.ones(2)}
+        >>> numbanorm.SwitchableNorm2d.from_official(state)
+        SwitchableNorm2d(4, eps=1e-05, momentum=0.1, affine=True, track_running_stats=False,
+            over=('in', 'ln'), sample_variance=True)
+        """
+        if not isinstance(state_dict, Mapping):
+            raise TypeError(f"state_dict: a mapping is needed, got {type(state_dict).__name__}")
+        shapes = {name: np.shape(value) for name, value in state_dict.items()}
+        n_logits = math.prod(shapes.get("mean_weight", (0,)))
+        over = cls._official_over.get(n_logits)
+        if over is None:
+            raise ValueError(
+                f"state_dict: 'mean_weight' with {sorted(cls._official_over)} logits is needed, "
+                f"got {shapes.get('mean_weight', 'none')}"
+            )
+        if "weight" not in shapes:
+            raise ValueError(f"state_dict: 'weight' is needed, got {sorted(shapes)}")
+        channels = math.prod(shapes["weight"])
+        layer = cls(
+            channels,
+            eps,
+            cls._official_momentum if momentum is None else momentum,
+            track_running_stats="running_mean" in shapes,
+            over=over,
+            sample_variance=True,
+            dtype=dtype,
+        )
+        own = {"weight", "bias", "running_mean", "running_var"}
+        for name in own & set(shapes):
+            if shapes[name][:2] != (1, channels) or math.prod(shapes[name]) != channels:
+                raise ValueError(
+                    f"state_dict: shape (1, {channels}, 1, ...) is needed for {name!r}, "
+                    f"got {shapes[name]}"
+                )
+        layer.load_state_dict(
+            {
+                name: value.reshape(channels) if name in own else value
+                for name, value in state_dict.items()
+            }
+        )
+        return layer
+
 
 class SwitchableNorm1d(SwitchableNorm):
     """:class:`SwitchableNorm` for x of shape (N, C) or (N, C, L), by default over LN and BN.
@@ -147,6 +241,8 @@ class SwitchableNorm1d(SwitchableNorm):
     """
 
     ranks = (2, 3)
+    _official_over: ClassVar[dict[int, tuple[str, ...]]] = {2: ("ln", "bn")}
+    _official_momentum = 0.003
 
     def __init__(
         self,
@@ -162,12 +258,13 @@ class SwitchableNorm1d(SwitchableNorm):
         bias: bool = True,
         axis: int = 1,
         skip_nonfinite: bool = False,
+        sample_variance: bool = False,
         dtype: DTypeLike = np.float32,
     ) -> None:
         super().__init__(
             num_features, eps, momentum, affine, track_running_stats,
             over=over, num_groups=num_groups, zero_init=zero_init, bias=bias, axis=axis,
-            skip_nonfinite=skip_nonfinite, dtype=dtype,
+            skip_nonfinite=skip_nonfinite, sample_variance=sample_variance, dtype=dtype,
         )  # fmt: skip
 
 
@@ -181,3 +278,4 @@ class SwitchableNorm3d(SwitchableNorm):
     """:class:`SwitchableNorm` for x of shape (N, C, D, H, W)."""
 
     ranks = (5,)
+    _official_momentum = 0.003

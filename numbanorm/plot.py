@@ -1,0 +1,81 @@
+"""Figures; matplotlib is imported when one is drawn."""
+
+import os
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+# Okabe and Ito's palette, which colour-blind readers can tell apart.
+COLOURS = {"in": "#56B4E9", "ln": "#E69F00", "bn": "#009E73", "gn": "#CC79A7"}
+
+
+def plot_importance(
+    layers: Mapping[str, Any] | Iterable[Any], path: str | os.PathLike[str]
+) -> None:
+    """Draw how much of each statistic every SwitchableNorm of a model uses, and save the figure.
+
+    Parameters
+    ----------
+    layers : mapping of str to SwitchableNorm, or iterable of SwitchableNorm
+        In the order of the model; names are shown, numbers where there are none.
+    path : str or path
+        The file; its ending says the format (png, svg, pdf).
+
+    Raises
+    ------
+    ImportError
+        If matplotlib is not installed.
+    TypeError, ValueError
+        If there is no layer, or one that is no SwitchableNorm.
+
+    References
+    ----------
+    Luo et al., arXiv:1806.10779, figure 1.
+
+    Examples
+    --------
+    >>> import numbanorm
+    >>> layers = {"stem": numbanorm.SwitchableNorm2d(8), "head": numbanorm.SwitchableNorm1d(8)}
+    >>> numbanorm.plot_importance(layers, "importance.png")  # doctest: +SKIP
+    """
+    named = dict(layers) if isinstance(layers, Mapping) else dict(enumerate(layers, 1))
+    if not named:
+        raise ValueError("layers: at least one SwitchableNorm is needed, got none")
+    for name, layer in named.items():
+        if not hasattr(layer, "importance"):
+            raise TypeError(
+                f"layers: SwitchableNorm layers are needed, got {type(layer).__name__} as {name!r}"
+            )
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(
+            "plot_importance needs matplotlib: pip install 'numbanorm[plot]'"
+        ) from error
+
+    importances = [layer.importance() for layer in named.values()]
+    names = [name for name in COLOURS if any(name in i["mean"] for i in importances)]
+    labels = [str(name) for name in named]
+    long_names = any(len(label) > 3 for label in labels)
+    figure = Figure(figsize=(max(5.0, 1.6 + 0.45 * len(labels)), 5.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    rows = figure.subplots(2, 1, sharex=True)
+    for axes, kind, title in zip(rows, ("mean", "var"), ("means", "variances"), strict=True):
+        bottom = [0.0] * len(labels)
+        for name in names:
+            heights = [i[kind].get(name, 0.0) for i in importances]
+            axes.bar(
+                range(len(labels)), heights, 0.8, bottom,
+                color=COLOURS[name], label=name.upper(), edgecolor="white", linewidth=0.5,
+            )  # fmt: skip
+            bottom = [b + h for b, h in zip(bottom, heights, strict=True)]
+        axes.set(ylim=(0, 1), ylabel=f"share in {title}")
+        axes.spines[["top", "right"]].set_visible(False)
+    rows[1].set_xticks(
+        range(len(labels)), labels, rotation=60 if long_names else 0,
+        ha="right" if long_names else "center",
+    )  # fmt: skip
+    rows[1].set_xlabel("SwitchableNorm layer")
+    handles, texts = rows[0].get_legend_handles_labels()
+    figure.legend(handles, texts, loc="outside upper center", ncols=len(names), frameon=False)
+    figure.savefig(path, dpi=150)
