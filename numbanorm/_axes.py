@@ -126,13 +126,12 @@ class Plan:
         self.fold = 1
         self.instance = geometry.inner(affine)
         self.instance_size = math.prod(shape[axis] for axis in self.instance)
-        self.grid = geometry.shape
         self.tiles = Tiles(1, 1, 1)
         if self.elements:
             d = math.prod(shape[axis] for axis in reduced)
             m = math.prod(shape[axis] for axis in range(len(shape)) if axis not in reduced)
             self.view: tuple[int, ...] = (m, d)
-            self.grid = tuple(1 if axis in reduced else n for axis, n in enumerate(shape))
+            self._set_grid(tuple(1 if axis in reduced else n for axis, n in enumerate(shape)))
             self.tiles = Tiles(1, d, max(1, TASK // max(d, 1)))
             # Each part has its own sums of the parameters' gradients, so that they need room.
             self.gradient_parts = (min(max(m // 16, min(m, 2), 1), TASKS), d)
@@ -147,16 +146,19 @@ class Plan:
         if start == end:  # nothing is inner: each element is a piece
             start = end = len(wide)
         outer, run, columns = wide[:start], wide[start:end], wide[end:]
-        self.grid = tuple(1 if axis in run else n for axis, n in enumerate(shape))
+        grid = tuple(1 if axis in run else n for axis, n in enumerate(shape))
         a, length, c = (math.prod(shape[axis] for axis in part) for part in (outer, run, columns))
         if not columns:
+            self._set_grid(grid)
             self.view = (a, length)
             n_parts = max(1, -(-length // ROW_PART))
             part = max(1, -(-length // n_parts))
-            self.tiles = Tiles(n_parts, part, max(1, TASK // part))
+            self.tiles = Tiles(n_parts, part, max(1, TASK // part) if n_parts == 1 else 1)
             return
-        # A row of three channels is too short for vector registers; several rows are one.
-        self.fold = max(k for k in range(1, max(1, 128 // max(c, 1)) + 1) if length % k == 0)
+        # Short rows, say of three channels, cost more to start than to run; several are one.
+        most = max(1, COLUMN_BLOCK // max(c, 1))
+        self.fold = max(k for k in range(1, most + 1) if length % k == 0)
+        self._set_grid(grid, run[0])
         length, c = length // self.fold, c * self.fold
         self.view = (a, length, c)
         block = min(max(c, 1), COLUMN_BLOCK)
@@ -167,18 +169,24 @@ class Plan:
         part = max(1, -(-length // n_parts))
         self.tiles = Tiles(max(1, -(-length // part)), part, block)
 
+    def _set_grid(self, grid: tuple[int, ...], folded_axis: int = 0) -> None:
+        self.grid = grid
+        in_memory = [(self.fold if axis == folded_axis else 1) * grid[axis] for axis in self.order]
+        # In memory, an axis of the folded rows comes in where the inner axes are.
+        self.folded_grid = tuple(in_memory)
+        self.grid_in_memory = tuple(grid[axis] for axis in self.order)
+
     @property
     def columns(self) -> bool:
         """Whether pieces are columns of the view."""
         return len(self.view) == 3
 
     @property
-    def parts(self) -> tuple[int, ...]:
-        """Shape of what a kernel returns for each part."""
-        n_parts = self.tiles.n_parts
+    def parts(self) -> tuple[int, int, int]:
+        """Shape (A, K, B) of what a kernel returns: K parts of each of A * B pieces."""
         if self.columns:
-            return self.view[0], n_parts, self.view[2]
-        return self.view[0], n_parts
+            return self.view[0], self.tiles.n_parts, self.view[2] // self.fold
+        return self.view[0], self.tiles.n_parts, 1
 
     def to_view(self, x: Array) -> Array:
         """Return x as the kernels see it: read-only, and copied only if its order differs."""
@@ -195,27 +203,15 @@ class Plan:
             return in_memory.reshape(self.view), None
         return np.empty(self.view, y.dtype), in_memory
 
-    def by_part(self, parts: Array) -> Array:
-        """Return the kernels' parts as (A, K, B), where K is the axis to merge."""
-        if self.columns:
-            a, n_parts, c = parts.shape
-            return parts.reshape(a, n_parts * self.fold, c // self.fold)
-        return parts.reshape(*parts.shape, 1)
-
     def to_grid(self, pieces: Array) -> Array:
         """Return a value for each piece, in memory order, with the axes of x (inner ones 1)."""
-        in_memory = pieces.reshape([self.grid[axis] for axis in self.order])
-        return in_memory.transpose(self.inverse_order)
+        return pieces.reshape(self.grid_in_memory).transpose(self.inverse_order)
 
     def from_grid(self, values: Array, dtype: Any = np.float64) -> Array:
         """Return values that broadcast to the grid as the kernels see them."""
-        pieces = np.broadcast_to(values, self.grid).transpose(self.order)
-        if not self.columns:
-            return np.ascontiguousarray(pieces, dtype).reshape(self.view[0])
-        a, _, c = self.view
-        folded = pieces.reshape(a, 1, c // self.fold)
-        folded = np.broadcast_to(folded, (a, self.fold, c // self.fold))
-        return np.ascontiguousarray(folded, dtype).reshape(a, c)
+        pieces = np.empty(self.folded_grid, dtype)
+        pieces.transpose(self.inverse_order)[...] = values
+        return pieces.reshape(self.view[:1] + self.view[2:] if self.columns else self.view[0])
 
 
 class Geometry:

@@ -10,6 +10,7 @@ their own, which do all of it while a row is in cache.
 Small arrays are *grids*: they have the axes of x, with size 1 where a piece is not divided.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -42,6 +43,9 @@ class Mixture(NamedTuple):
 class Saved:
     """What backward needs of one forward; opaque to users."""
 
+    # Adds an array up, in place, over processes that share the statistics.
+    share: Callable[[Float64], object] | None = None
+
     geometry: Geometry
     plan: Plan
     shape: tuple[int, ...]  # of x, before an axis was split into groups
@@ -61,6 +65,31 @@ class Saved:
     mixture: Mixture | None
     sample_variance: bool
     instances: Moments | None  # what sample variances were made of
+
+    def __init__(
+        self,
+        x: Array,
+        y: Array,
+        geometry: Geometry,
+        affine: tuple[bool, bool],
+        eps: float | None,
+        mixture: Mixture | None,
+        center: bool,
+        sample_variance: bool,
+        fused: bool = True,
+    ) -> None:
+        self.geometry, self.shape, self.center = geometry, x.shape, center
+        self.eps = float(np.finfo(x.dtype).eps) if eps is None else eps
+        self.x_is_lost = same_memory(x, y)
+        self.has_weight, self.has_bias = affine
+        self.mixture, self.sample_variance = mixture, sample_variance
+        # y gives the order in memory; x is copied if its own differs.
+        x_split = x.reshape(geometry.shape)
+        order = memory_order(y.reshape(geometry.shape)) or memory_order(x_split)
+        self.plan = geometry.plan(order or tuple(range(x_split.ndim)), any(affine), fused)
+        self.x = self.plan.to_view(x_split)
+        self.mask = None
+        self.instances = None
 
     @property
     def batch(self) -> Statistic:
@@ -109,20 +138,12 @@ def normalize(
     """
     counts = bool_mask(mask, x.shape)
     y = output_array(out, x, x)
-    saved = Saved()
-    saved.geometry, saved.shape, saved.center = geometry, x.shape, center
-    saved.eps = float(np.finfo(x.dtype).eps) if eps is None else eps
-    saved.x_is_lost = same_memory(x, y)
-    saved.has_weight, saved.has_bias = weight is not None, bias is not None
-    saved.mixture, saved.sample_variance = mixture, sample_variance
-    # y gives the order in memory; x is copied if its own differs.
-    y_split = y.reshape(geometry.shape)
-    x_split = x.reshape(geometry.shape)
-    order = memory_order(y_split) or memory_order(x_split) or tuple(range(x_split.ndim))
-    plan = saved.plan = geometry.plan(order, weight is not None or bias is not None)
-    saved.x = plan.to_view(x_split)
-    saved.mask = None if counts is None else plan.to_view(counts.reshape(geometry.shape))
-    target, unset = plan.to_target(y_split)
+    affine = weight is not None, bias is not None
+    saved = Saved(x, y, geometry, affine, eps, mixture, center, sample_variance)
+    plan = saved.plan
+    if counts is not None:
+        saved.mask = plan.to_view(counts.reshape(geometry.shape))
+    target, unset = plan.to_target(y.reshape(geometry.shape))
     known: Known = None
     if fixed is not None:
         # Copies: running statistics may move on before backward.
@@ -138,6 +159,41 @@ def normalize(
 
 
 Known = tuple[Float64, Float64] | None
+
+
+@np.errstate(all="ignore")
+def restore(
+    x: Array,
+    dx: Array,
+    geometry: Geometry,
+    weight: Array | None,
+    has_bias: bool,
+    eps: float | None,
+    statistics: list[Statistic],
+    *,
+    mixture: Mixture | None = None,
+    center: bool = True,
+    sample_variance: bool = False,
+    instances: Moments | None = None,
+    share: Callable[[Float64], object] | None = None,
+) -> Saved:
+    """Return what :func:`normalize` saved, from x and the statistics that it found.
+
+    ``dx`` is where backward is to write; ``instances`` goes with ``sample_variance``. With
+    ``share`` the statistics are those of several processes, and backward adds up over them.
+    """
+    affine = weight is not None, has_bias
+    fused = share is None
+    saved = Saved(x, dx, geometry, affine, eps, mixture, center, sample_variance, fused)
+    saved.statistics, saved.instances, saved.share = statistics, instances, share
+    if saved.plan.elements:
+        (_, n, mean, var) = statistics[0]
+        count = saved.plan.from_grid(np.ones_like(mean) if n is None else n, np.int64)
+        saved.rows = count, saved.plan.from_grid(mean), saved.plan.from_grid(var)
+        saved.weight = _element_parameter(saved, weight, 1.0, x.dtype)
+    else:
+        _settle(saved, weight)
+    return saved
 
 
 def _forward_elements(
@@ -177,7 +233,6 @@ def _forward_pieces(
     pieces: Grids | None = None
     if fixed is None or len(geometry.reductions) > 1:
         pieces = piece_moments(plan, saved.x, saved.mask)
-    saved.instances = None
     if saved.sample_variance and plan.instance_size > 1 and pieces is not None:
         count, mean, m2 = merge(pieces, plan.instance)
         saved.instances = Moments(count, mean, m2)
@@ -194,15 +249,20 @@ def _forward_pieces(
             var += mean * mean
             mean = np.zeros_like(mean)
         saved.statistics.append(Statistic(axes, count, mean, var))
-    saved.mean, saved.var = _mix(saved.statistics, saved.mixture)
-    saved.rstd = _rstd(saved)
-    saved.weight = None if weight is None else _grid(weight, geometry)
+    _settle(saved, weight)
     scale = saved.rstd if saved.weight is None else saved.rstd * saved.weight
     rounded = saved.mean.astype(y.dtype)
     shift = (rounded - saved.mean) * scale
     if bias is not None:
         shift = shift + _grid(bias, geometry)
     _apply(plan, saved.x, rounded, scale, shift, y)
+
+
+def _settle(saved: Saved, weight: Array | None) -> None:
+    """Mix the statistics to what normalises each piece."""
+    saved.mean, saved.var = _mix(saved.statistics, saved.mixture)
+    saved.rstd = _rstd(saved)
+    saved.weight = None if weight is None else _grid(weight, saved.geometry)
 
 
 def _ddof(saved: Saved) -> int:
@@ -310,7 +370,7 @@ def _gradient_sums(saved: Saved, dy: Array) -> tuple[Float64, Float64]:
     parts = np.empty(plan.parts), np.empty(plan.parts)
     mean = plan.from_grid(saved.mean)
     _threads.run(kernel, dy.size, dy, saved.x, saved.mask, part, block, mean, *parts)
-    s0, s1 = (plan.to_grid(plan.by_part(array).sum(1)) for array in parts)
+    s0, s1 = (plan.to_grid(array.sum(1)) for array in parts)
     return s0, s1
 
 
@@ -334,9 +394,13 @@ def _backward_pieces(saved: Saved, dy: Array, dx: Array) -> Parameters:
         dq[k] = q[k] * np.sum(dvar * (var - saved.var))
         if count is None:
             continue
+        weighted = p[k] * dmean, q[k] * dvar
+        sums = np.stack([values.sum(axes, keepdims=True) for values in weighted])
+        if saved.share is not None:
+            saved.share(sums)
         if saved.center:
-            offset = offset + (p[k] * dmean).sum(axes, keepdims=True) / np.maximum(count, 1)
-        dsquare = (q[k] * dvar).sum(axes, keepdims=True) * 2 / np.maximum(count - _ddof(saved), 1)
+            offset = offset + sums[0] / np.maximum(count, 1)
+        dsquare = sums[1] * 2 / np.maximum(count - _ddof(saved), 1)
         if saved.instances is None:
             slope = slope + dsquare
             offset = offset + dsquare * (rounded - mean)

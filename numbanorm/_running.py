@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from numbanorm._axes import Array
-from numbanorm._normalize import Float64, Saved
+from numbanorm._normalize import Float64, Saved, Statistic
 from numbanorm.moments import Moments
 
 
@@ -48,17 +48,21 @@ class Pool:
         self._mean = self._var = np.zeros(())
         self._ddof = 1
 
-    @np.errstate(all="ignore")
     def add(self, saved: Saved) -> None:
         """Add the tracked statistic of one forward."""
-        axes, n, mean, var = saved.batch
+        shape, ddof = saved.geometry.running_shape, 0 if saved.sample_variance else 1
+        self.add_statistic(saved.batch, shape, ddof)
+
+    @np.errstate(all="ignore")
+    def add_statistic(self, batch: Statistic, shape: tuple[int, ...], ddof: int = 1) -> None:
+        """Add a statistic of one forward, whose running one is of this shape."""
+        axes, n, mean, var = batch
         assert n is not None
-        shape = saved.geometry.running_shape
         self.n_forwards += 1
-        self._ddof = 0 if saved.sample_variance else 1
+        self._ddof = ddof
         if 0 in axes:
-            batch = Moments(n.reshape(shape), mean.reshape(shape), (var * n).reshape(shape))
-            self._moments = batch if self._moments is None else self._moments + batch
+            moments = Moments(n.reshape(shape), mean.reshape(shape), (var * n).reshape(shape))
+            self._moments = moments if self._moments is None else self._moments + moments
             return
         known = n > 0
         unbiased = var * (n / np.maximum(n - self._ddof, 1))

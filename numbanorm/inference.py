@@ -108,7 +108,9 @@ def _fold(
         raise TypeError(f"norm: a BatchNorm with running statistics is needed, got {norm!r}")
     channels = mean.size
     scale = np.ones(channels) if (w := _float64(norm, "weight")) is None else w
-    scale = scale / np.sqrt(var + norm.eps)
+    # As in the layer: where var + eps is 0, y is the bias.
+    std = np.sqrt(var + norm.eps)
+    scale = np.divide(scale, std, out=np.zeros(channels), where=std != 0)
     shift = np.zeros(channels) if (b := _float64(norm, "bias")) is None else b
     if transposed:
         # Input channels come first; each group of them makes its own output channels.

@@ -197,8 +197,7 @@ def piece_moments(plan: Plan, x: Array, mask: Array | None) -> Grids:
     _, part, block = plan.tiles
     parts = np.empty(plan.parts, np.int64), np.empty(plan.parts), np.empty(plan.parts)
     _threads.run(kernel, x.size, x, mask, part, block, *parts)
-    shaped = tuple(plan.by_part(array) for array in parts)
-    count, mean, m2 = merge((shaped[0], shaped[1], shaped[2]), (1,))
+    count, mean, m2 = merge(parts, (1,))
     return plan.to_grid(count), plan.to_grid(mean), plan.to_grid(m2)
 
 
