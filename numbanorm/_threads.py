@@ -1,8 +1,9 @@
 """Threads: loads the threading layer, counts threads, and picks the serial or the parallel twin.
 
-Numba's tbb layer alone is safe for several Python threads at once and in a forked child. Where it
-cannot be had, a lock keeps Python threads from entering a workqueue together, and a forked child
-of a process that ran another layer uses the serial kernels.
+Python threads take turns at the parallel kernels, each of which has use for all cores: Numba's
+workqueue aborts the process otherwise, and a fork has a moment in which no kernel runs and
+nothing is being compiled. A forked child where Numba's threads are not to be had uses the serial
+kernels.
 """
 
 import contextlib
@@ -16,13 +17,24 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numba
+from numba.core.compiler_lock import global_compiler_lock
 
 # Below this many elements a parallel launch (10 to 50 µs) costs more than it saves.
 PARALLEL_FROM = 1 << 16
 
-_num_threads: int | None = None
-_in_unsafe_child = False
+_num_threads: int | None = 1 if numba.config.NUMBA_NUM_THREADS == 1 else None
 _lock = threading.RLock()
+# The Python thread that started Numba's threads, as long as it alone has used them.
+_only_user: int | None = None
+_lost_threads = False
+
+
+class _PythonThread(threading.local):
+    # What thread_count() says in this Python thread.
+    num_threads: int | None = None
+
+
+_here = _PythonThread()
 
 
 class Twins(Protocol):
@@ -39,11 +51,38 @@ class Twins(Protocol):
 
 def run(kernel: Twins, size: int, *args: object) -> None:
     """Call the twin of ``kernel`` that suits ``size`` elements; both give the same bits."""
-    if size < PARALLEL_FROM or _in_unsafe_child:
+    global _only_user
+    n = _here.num_threads or _num_threads
+    if size < PARALLEL_FROM or n == 1 or _lost_threads:
         kernel.serial(*args)
         return
-    with _exclusive(), _thread_count():
-        kernel.parallel(*args)
+    with _lock:
+        this_thread = threading.get_ident()
+        if threading_layer() is None:
+            _only_user = this_thread
+        elif _only_user != this_thread:
+            _only_user = None
+        # Numba keeps one count per Python thread; the caller's is left as it was.
+        before = numba.get_num_threads()
+        if n in (None, before):
+            kernel.parallel(*args)
+            return
+        numba.set_num_threads(n)
+        try:
+            kernel.parallel(*args)
+        finally:
+            numba.set_num_threads(before)
+
+
+@contextlib.contextmanager
+def thread_count(n: int) -> Iterator[None]:
+    """Let this Python thread use ``n`` threads, or Numba's maximum, whatever is set for all."""
+    before = _here.num_threads
+    _here.num_threads = min(n, numba.config.NUMBA_NUM_THREADS)
+    try:
+        yield
+    finally:
+        _here.num_threads = before
 
 
 def set_num_threads(n: int) -> None:
@@ -64,9 +103,11 @@ def set_num_threads(n: int) -> None:
     Examples
     --------
     >>> import numbanorm
+    >>> before = numbanorm.get_num_threads()
     >>> numbanorm.set_num_threads(1)
     >>> numbanorm.get_num_threads()
     1
+    >>> numbanorm.set_num_threads(before)
     """
     global _num_threads
     most = numba.config.NUMBA_NUM_THREADS
@@ -84,13 +125,21 @@ def set_num_threads(n: int) -> None:
 def get_num_threads() -> int:
     """Return the number of threads that the kernels use.
 
+    It is 1 in a forked child where Numba's threads are not to be had.
+
     Examples
     --------
     >>> import numbanorm
     >>> numbanorm.get_num_threads() >= 1
     True
     """
-    return int(numba.get_num_threads()) if _num_threads is None else _num_threads
+    if _lost_threads:
+        return 1
+    if _num_threads is not None:
+        return _num_threads
+    # Numba starts its threads when it is asked.
+    started = threading_layer() is not None
+    return int(numba.get_num_threads() if started else numba.config.NUMBA_NUM_THREADS)
 
 
 def threading_layer() -> str | None:
@@ -101,30 +150,10 @@ def threading_layer() -> str | None:
         return None
 
 
-@contextlib.contextmanager
-def _thread_count() -> Iterator[None]:
-    # Numba keeps one count per Python thread; the caller's is left as it was.
-    before = numba.get_num_threads()
-    if _num_threads is None or _num_threads == before:
-        yield
-        return
-    numba.set_num_threads(_num_threads)
-    try:
-        yield
-    finally:
-        numba.set_num_threads(before)
-
-
-def _exclusive() -> contextlib.AbstractContextManager[Any]:
-    # Two Python threads in a workqueue at once abort the process ("Concurrent access has been
-    # detected"). Until the first launch it is not known which layer there will be.
-    return _lock if threading_layer() in (None, "workqueue") else contextlib.nullcontext()
-
-
 def _load_tbb() -> None:
     # pip puts the library into the environment's lib folder, which the loader does not search;
     # Numba would then fall back to another layer. Once loaded by its path, it is found by name.
-    if os.environ.get("NUMBA_THREADING_LAYER", "tbb") not in ("default", "safe", "tbb"):
+    if numba.config.THREADING_LAYER in ("omp", "workqueue"):
         return
     name = "tbb12.dll" if sys.platform == "win32" else "libtbb.so.12"
     candidates = [Path(sys.prefix, "lib", name), Path(sys.prefix, "Library", "bin", name)]
@@ -140,12 +169,34 @@ def _load_tbb() -> None:
             return
 
 
+# A thread that compiles or starts Numba's threads has locks that nobody would release in a child.
+_fork_locks = _lock, global_compiler_lock
+
+
+def _before_fork() -> None:
+    for lock in _fork_locks:
+        lock.acquire()
+
+
 def _after_fork() -> None:
-    global _lock, _in_unsafe_child
-    _lock = threading.RLock()  # the parent's may be held by a thread that does not exist here
-    _in_unsafe_child = _in_unsafe_child or threading_layer() not in (None, "tbb")
+    for lock in reversed(_fork_locks):
+        lock.release()
+
+
+def _after_fork_in_child() -> None:
+    global _lost_threads
+    _after_fork()
+    layer = threading_layer()
+    # Before a fork Numba ends tbb's threads and then starts them again, which only works in the
+    # thread that started them, and if no other has used them. GNU OpenMP kills the child.
+    restarted = layer == "tbb" and _only_user == threading.get_ident()
+    _lost_threads = _lost_threads or not (layer is None or restarted)
 
 
 _load_tbb()
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
+    os.register_at_fork(
+        before=_before_fork,
+        after_in_parent=_after_fork,
+        after_in_child=_after_fork_in_child,
+    )
