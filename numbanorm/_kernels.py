@@ -88,19 +88,29 @@ def _first(xs, counts):
 
 
 @njit(**LEAF)
+def _two_sum(a, b):
+    """Return a + b in float64, and what that rounds away (Knuth); 0 if it is not finite."""
+    s = a + b
+    t = s - a
+    rest = (a - (s - t)) + (b - t)
+    return s, rest if np.isfinite(s) else 0.0
+
+
+@njit(**LEAF)
 def _unshift(n, shift, s1, s2):
-    """Return mean and m2 from sums around shift (Chan, Golub, LeVeque 1983, eq. 1.7)."""
+    """Return mean, its rest and m2 from sums around shift (Chan et al. 1983, eq. 1.7)."""
     if n == 0:
-        return 0.0, 0.0
+        return 0.0, 0.0, 0.0
     r = s1 / n
     m2 = s2 - s1 * r
+    mean, rest = _two_sum(shift, r)
     # Not max(): a NaN must stay.
-    return shift + r, 0.0 if m2 < 0.0 else m2
+    return mean, rest, 0.0 if m2 < 0.0 else m2
 
 
 @njit(**LEAF)
 def _row_moments(xs, counts):
-    """Return count, mean and m2 of xs (n,), where counts (n,) is True unless it is None."""
+    """Return count, mean, its rest and m2 of xs (n,) where counts (n,) is True, or is None."""
     if counts is None:
         n = xs.shape[0]
         shift = np.float64(xs[0]) if n > 0 else 0.0
@@ -108,8 +118,8 @@ def _row_moments(xs, counts):
     else:
         shift = _first(xs, counts)
         n, s1, s2 = _masked_shifted_sums(xs, counts, shift)
-    mean, m2 = _unshift(n, shift, s1, s2)
-    return n, mean, m2
+    mean, rest, m2 = _unshift(n, shift, s1, s2)
+    return n, mean, rest, m2
 
 
 @njit(**LEAF)
@@ -126,8 +136,8 @@ def _tile(x, task, n_parts, part, block):
 
 
 @_twins
-def moments_rows(x, mask, part, block, count, mean, m2):
-    """Moments of each part: x, mask or None (P, L) -> count, mean, m2 (P, K, 1)."""
+def moments_rows(x, mask, part, block, count, mean, rest, m2):
+    """Moments of each part: x, mask or None (P, L) -> count, mean, rest, m2 (P, K, 1)."""
     n_parts = mean.shape[1]
     for task in prange((mean.shape[0] + block - 1) // block * n_parts):
         k = task % n_parts
@@ -137,11 +147,12 @@ def moments_rows(x, mask, part, block, count, mean, m2):
             counts = _tile(mask, task, n_parts, part, block)
         for i in range(xs.shape[0]):
             if mask is None:
-                n, mu, s = _row_moments(xs[i], None)
+                n, mu, e, s = _row_moments(xs[i], None)
             else:
-                n, mu, s = _row_moments(xs[i], counts[i])
+                n, mu, e, s = _row_moments(xs[i], counts[i])
             count[first + i, k, 0] = n
             mean[first + i, k, 0] = mu
+            rest[first + i, k, 0] = e
             m2[first + i, k, 0] = s
 
 
@@ -179,21 +190,26 @@ def _add_masked_row(xs, counts, shift, n, s1, s2):
 
 
 @njit(**LEAF)
-def _merge(n_a, mean_a, m2_a, n_b, mean_b, m2_b):
-    """Return count, mean and m2 of a and b together (Chan et al. 1983, eq. 2.1)."""
+def _merge(n_a, mean_a, rest_a, m2_a, n_b, mean_b, rest_b, m2_b):
+    """Return count, mean, its rest and m2 of a and b together (Chan et al. 1983, eq. 2.1).
+
+    A mean has two parts, as deviations may be as small as what its rounding takes away.
+    """
     if n_a == 0:
-        return n_b, mean_b, m2_b
+        return n_b, mean_b, rest_b, m2_b
     if n_b == 0:
-        return n_a, mean_a, m2_a
+        return n_a, mean_a, rest_a, m2_a
     n = n_a + n_b
     share = n_b / n
-    delta = mean_b - mean_a
-    return n, mean_a + delta * share, m2_a + m2_b + delta * delta * (n_a * share)
+    delta = (mean_b - mean_a) + (rest_b - rest_a)
+    mean, rest = _two_sum(mean_a, delta * share)
+    mean, rest = _two_sum(mean, rest + rest_a)
+    return n, mean, rest, m2_a + m2_b + delta * delta * (n_a * share)
 
 
 @_twins
-def moments_columns(x, mask, part, width, count, mean, m2):
-    """Moments of each part: x, mask or None (A, L, F * C) -> count, mean, m2 (A, K, C).
+def moments_columns(x, mask, part, width, count, mean, rest, m2):
+    """Moments of each part: x, mask or None (A, L, F * C) -> count, mean, rest, m2 (A, K, C).
 
     A row holds each column F times, once for each of the rows of x that are folded into it.
     """
@@ -228,24 +244,28 @@ def moments_columns(x, mask, part, width, count, mean, m2):
         # Folded rows are one block; what they have of the same column is merged here.
         for c in range(c0, min(c1, n_columns)):
             count[a, k, c] = n[c - c0]
-            mean[a, k, c], m2[a, k, c] = _unshift(n[c - c0], shifts[c - c0], s1[c - c0], s2[c - c0])
+            mean[a, k, c], rest[a, k, c], m2[a, k, c] = _unshift(
+                n[c - c0], shifts[c - c0], s1[c - c0], s2[c - c0]
+            )
         for f in range(n_columns, c1 - c0, n_columns):
             for c in range(n_columns):
-                mu, m = _unshift(n[f + c], shifts[f + c], s1[f + c], s2[f + c])
-                count[a, k, c], mean[a, k, c], m2[a, k, c] = _merge(
-                    count[a, k, c], mean[a, k, c], m2[a, k, c], n[f + c], mu, m
+                mu, e, m = _unshift(n[f + c], shifts[f + c], s1[f + c], s2[f + c])
+                count[a, k, c], mean[a, k, c], rest[a, k, c], m2[a, k, c] = _merge(
+                    count[a, k, c], mean[a, k, c], rest[a, k, c], m2[a, k, c], n[f + c], mu, e, m
                 )
 
 
 @cached_njit(**FLAGS)
-def merge(count, mean, m2, merged_count, merged_mean, merged_m2):
+def merge(count, mean, rest, m2, merged_count, merged_mean, merged_rest, merged_m2):
     """Merge the middle axis: (A, K, B) -> (A, B), which start at 0."""
     for a in range(count.shape[0]):
         for k in range(count.shape[1]):
             for b in range(count.shape[2]):
-                merged_count[a, b], merged_mean[a, b], merged_m2[a, b] = _merge(
-                    merged_count[a, b], merged_mean[a, b], merged_m2[a, b],
-                    count[a, k, b], mean[a, k, b], m2[a, k, b],
+                (
+                    merged_count[a, b], merged_mean[a, b], merged_rest[a, b], merged_m2[a, b]
+                ) = _merge(
+                    merged_count[a, b], merged_mean[a, b], merged_rest[a, b], merged_m2[a, b],
+                    count[a, k, b], mean[a, k, b], rest[a, k, b], m2[a, k, b],
                 )  # fmt: skip
 
 
@@ -577,9 +597,9 @@ def forward_elements(
             p = first + i
             if live:
                 if mask is None:
-                    n, mu, m2 = _row_moments(xs[i], None)
+                    n, mu, _, m2 = _row_moments(xs[i], None)
                 else:
-                    n, mu, m2 = _row_moments(xs[i], counts[i])
+                    n, mu, _, m2 = _row_moments(xs[i], counts[i])
                 v = m2 / max(n, 1)
                 count[p] = n
                 mean[p] = mu if center else 0.0

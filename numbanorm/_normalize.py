@@ -92,6 +92,11 @@ class Saved:
         self.instances = None
 
     @property
+    def ddof(self) -> int:
+        """1 where the groups themselves, not the instances, have sample variances."""
+        return int(self.sample_variance and self.plan.instance_size == 1)
+
+    @property
     def batch(self) -> Statistic:
         """The statistic that has running averages."""
         return self.statistics[self.geometry.tracked]
@@ -234,17 +239,17 @@ def _forward_pieces(
     if fixed is None or len(geometry.reductions) > 1:
         pieces = piece_moments(plan, saved.x, saved.mask)
     if saved.sample_variance and plan.instance_size > 1 and pieces is not None:
-        count, mean, m2 = merge(pieces, plan.instance)
+        count, mean, rest, m2 = merge(pieces, plan.instance)
         saved.instances = Moments(count, mean, m2)
-        pieces = count, mean, m2 * (count / np.maximum(count - 1, 1))
+        pieces = count, mean, rest, m2 * (count / np.maximum(count - 1, 1))
     saved.statistics = []
     for k, axes in enumerate(geometry.reductions):
         if fixed is not None and k == geometry.tracked:
             saved.statistics.append(Statistic(axes, None, *fixed))
             continue
         assert pieces is not None
-        count, mean, m2 = merge(pieces, axes)
-        var = m2 / np.maximum(count - _ddof(saved), 1)
+        count, mean, _, m2 = merge(pieces, axes)
+        var = m2 / np.maximum(count - saved.ddof, 1)
         if not saved.center:
             var += mean * mean
             mean = np.zeros_like(mean)
@@ -263,11 +268,6 @@ def _settle(saved: Saved, weight: Array | None) -> None:
     saved.mean, saved.var = _mix(saved.statistics, saved.mixture)
     saved.rstd = _rstd(saved)
     saved.weight = None if weight is None else _grid(weight, saved.geometry)
-
-
-def _ddof(saved: Saved) -> int:
-    """Return 1 where the groups themselves, not the instances, have sample variances."""
-    return int(saved.sample_variance and saved.plan.instance_size == 1)
 
 
 def _grid(parameter: Array, geometry: Geometry) -> Float64:
@@ -400,7 +400,7 @@ def _backward_pieces(saved: Saved, dy: Array, dx: Array) -> Parameters:
             saved.share(sums)
         if saved.center:
             offset = offset + sums[0] / np.maximum(count, 1)
-        dsquare = sums[1] * 2 / np.maximum(count - _ddof(saved), 1)
+        dsquare = sums[1] * 2 / np.maximum(count - saved.ddof, 1)
         if saved.instances is None:
             slope = slope + dsquare
             offset = offset + dsquare * (rounded - mean)

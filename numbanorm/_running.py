@@ -43,6 +43,7 @@ class Pool:
 
     def __init__(self) -> None:
         self.n_forwards = 0
+        self.n_skipped = 0
         self._moments: Moments | None = None
         self._samples: NDArray[np.int64] | None = None
         self._mean = self._var = np.zeros(())
@@ -50,22 +51,29 @@ class Pool:
 
     def add(self, saved: Saved) -> None:
         """Add the tracked statistic of one forward."""
-        shape, ddof = saved.geometry.running_shape, 0 if saved.sample_variance else 1
-        self.add_statistic(saved.batch, shape, ddof)
+        # The variance that sample variances of instances make is stored as it is.
+        ddof = 0 if saved.instances is not None else 1
+        self.add_statistic(saved.batch, saved.geometry.running_shape, ddof, saved.ddof)
 
     @np.errstate(all="ignore")
-    def add_statistic(self, batch: Statistic, shape: tuple[int, ...], ddof: int = 1) -> None:
-        """Add a statistic of one forward, whose running one is of this shape."""
+    def add_statistic(
+        self, batch: Statistic, shape: tuple[int, ...], ddof: int = 1, ddof_of_batch: int = 0
+    ) -> None:
+        """Add a statistic of one forward, whose running one is of this shape.
+
+        Its variance was divided by n - ``ddof_of_batch``, what is stored by n - ``ddof``.
+        """
         axes, n, mean, var = batch
         assert n is not None
         self.n_forwards += 1
         self._ddof = ddof
         if 0 in axes:
-            moments = Moments(n.reshape(shape), mean.reshape(shape), (var * n).reshape(shape))
+            m2 = var * np.maximum(n - ddof_of_batch, 1)
+            moments = Moments(n.reshape(shape), mean.reshape(shape), m2.reshape(shape))
             self._moments = moments if self._moments is None else self._moments + moments
             return
         known = n > 0
-        unbiased = var * (n / np.maximum(n - self._ddof, 1))
+        unbiased = var * (np.maximum(n - ddof_of_batch, 1) / np.maximum(n - ddof, 1))
         sums = (np.where(known, values, 0).sum(0).reshape(shape) for values in (mean, unbiased))
         mean_sum, var_sum = sums
         samples = known.sum(0).reshape(shape)

@@ -10,6 +10,8 @@ from numbanorm import _kernels, _threads
 from numbanorm._axes import Array, Axes, Plan, geometry, memory_order, normalize_axes
 from numbanorm._checks import bool_mask, float_array
 
+Float64 = NDArray[np.float64]
+
 
 class Moments:
     """Count, mean and second central moment of data, for one or for many groups.
@@ -39,12 +41,17 @@ class Moments:
     (5, 3.0, 2.5)
     """
 
-    __slots__ = ("count", "m2", "mean")
+    __slots__ = ("_rest", "count", "m2", "mean")
 
     def __init__(self, count: int | NDArray[np.int64], mean: ArrayLike, m2: ArrayLike) -> None:
         self.mean = np.asarray(mean, np.float64)
         self.m2 = np.asarray(m2, np.float64)
-        self.count = count if isinstance(count, np.ndarray) and count.ndim else int(count)
+        # What float64 has rounded away of the mean; merging needs it where deviations are small.
+        self._rest: NDArray[np.float64] = np.zeros(self.mean.shape)
+        counts = np.asarray(count)
+        if counts.dtype.kind not in "iu" or (counts < 0).any():
+            raise ValueError(f"count: integers of at least 0 are needed, got {count!r}")
+        self.count = counts if counts.ndim else int(counts)
         if self.m2.shape != self.mean.shape:
             raise ValueError(
                 f"m2: the shape of mean, {self.mean.shape}, is needed, got {self.m2.shape}"
@@ -144,18 +151,28 @@ class Moments:
                     f"moments: all of one shape are needed, got {shape} and {one.mean.shape}"
                 )
             count = np.broadcast_to(np.asarray(one.count, np.int64), shape)
-            _merge_into(merged, (count, one.mean, one.m2), (1, 1, one.mean.size))
+            parts = count, one.mean, one._rest, one.m2
+            _merge_into(merged, parts, (1, 1, one.mean.size))
             total = total + one.count
         if shape is None:
             raise ValueError("moments: at least one is needed, got none")
-        return cls(total, merged[1], merged[2])
+        return cls._of(total, *merged[1:])
+
+    @classmethod
+    def _of(
+        cls, count: int | NDArray[np.int64], mean: Float64, rest: Float64, m2: Float64
+    ) -> "Moments":
+        new = cls(count, mean, m2)
+        new._rest = rest
+        return new
 
 
-Grids = tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]
+# Count, mean, the mean's rest, m2.
+Grids = tuple[NDArray[np.int64], Float64, Float64, Float64]
 
 
 def _zeros(shape: tuple[int, ...]) -> Grids:
-    return np.zeros(shape, np.int64), np.zeros(shape), np.zeros(shape)
+    return np.zeros(shape, np.int64), np.zeros(shape), np.zeros(shape), np.zeros(shape)
 
 
 def _merge_into(merged: Grids, parts: Grids, shape: tuple[int, int, int]) -> None:
@@ -195,10 +212,11 @@ def piece_moments(plan: Plan, x: Array, mask: Array | None) -> Grids:
     """
     kernel = _kernels.moments_columns if plan.columns else _kernels.moments_rows
     _, part, block = plan.tiles
-    parts = np.empty(plan.parts, np.int64), np.empty(plan.parts), np.empty(plan.parts)
+    mean, rest, m2 = np.empty((3, *plan.parts))
+    parts = np.empty(plan.parts, np.int64), mean, rest, m2
     _threads.run(kernel, x.size, x, mask, part, block, *parts)
-    count, mean, m2 = merge(parts, (1,))
-    return plan.to_grid(count), plan.to_grid(mean), plan.to_grid(m2)
+    count, mean, rest, m2 = merge(parts, (1,))
+    return plan.to_grid(count), plan.to_grid(mean), plan.to_grid(rest), plan.to_grid(m2)
 
 
 def moments(
@@ -253,8 +271,11 @@ def moments(
     order = memory_order(array) or everything
     plan = geometry(array.shape, (reduced,), ()).plan(order, affine=False, fused=False)
     counts_view = None if counts is None else plan.to_view(counts)
-    count, mean, m2 = merge(piece_moments(plan, plan.to_view(array), counts_view), reduced)
+    count, mean, rest, m2 = merge(piece_moments(plan, plan.to_view(array), counts_view), reduced)
     if not keepdims:
-        count, mean, m2 = count.squeeze(reduced), mean.squeeze(reduced), m2.squeeze(reduced)
+        count, mean, rest, m2 = (
+            count.squeeze(reduced), mean.squeeze(reduced),
+            rest.squeeze(reduced), m2.squeeze(reduced),
+        )  # fmt: skip
     size = math.prod(array.shape[axis] for axis in reduced)
-    return Moments(size if counts is None else count, mean, m2)
+    return Moments._of(size if counts is None else count, mean, rest, m2)
