@@ -132,8 +132,10 @@ def train(norm, data, batch_size, epochs, seed, progress):
     rng = np.random.default_rng(seed)
     model, norms = network(norm, rng)
     batches = len(images) // batch_size
-    # Small batches need small steps: the rate is in proportion (Goyal et al., arXiv:1706.02677).
-    rates = np.linspace(0.1 * batch_size / 32, 0, epochs * batches, endpoint=False)
+    # The rate is in proportion to the batch, and rises first (Goyal et al., arXiv:1706.02677).
+    steps = epochs * batches
+    done = np.arange(1, steps + 1) / (steps + 1)
+    rates = 0.1 * batch_size / 32 * np.interp(done, [0, 0.2, 1], [0, 1, 0])
     optimiser = SGD(model, rates[0])
     losses, importance = [], []
 

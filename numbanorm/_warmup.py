@@ -15,25 +15,26 @@ from numbanorm.layers import BatchNorm, LayerNorm
 
 
 class Task(NamedTuple):
-    """A kernel and the types of its arguments."""
+    """A kernel and the types of its arguments, for one type of x."""
 
     kernel: str
-    twin: str
-    types: tuple[Any, ...]
+    signatures: list[tuple[Any, ...]]
 
     def compile(self) -> None:
-        """Compile the kernel, unless it is in the cache."""
-        getattr(getattr(_kernels, self.kernel), self.twin).compile(self.types)
+        """Compile both twins of the kernel, unless they are in the cache."""
+        for signature in self.signatures:
+            for twin in getattr(_kernels, self.kernel):
+                twin.compile(signature)
 
 
 def tasks() -> list[Task]:
     """Return all kernels with all types of arguments, as layers call them."""
     names = {id(kernel): name for name, kernel in vars(_kernels).items()}
-    found: dict[Task, None] = {}
+    found: dict[tuple[str, type], dict[tuple[Any, ...], None]] = {}
 
     def note(kernel: Any, size: int, *args: object) -> None:
-        types = tuple(map(numba.typeof, args))
-        found.update(dict.fromkeys(Task(names[id(kernel)], twin, types) for twin in kernel._fields))
+        signature = tuple(map(numba.typeof, args))
+        found.setdefault((names[id(kernel)], dtype), {})[signature] = None
 
     # Nothing is computed: what is taken for results is whatever stood in memory.
     with mock.patch.object(_threads, "run", note), np.errstate(all="ignore"):
@@ -47,8 +48,13 @@ def tasks() -> list[Task]:
             ):
                 layer.forward(x, mask=mask)
                 layer.backward(x)
-    # The parallel twins take longest.
-    return sorted(found, key=lambda task: task.twin)
+    todo = [Task(name, list(signatures)) for (name, _), signatures in found.items()]
+    # The longest first, so that all processes end at about the same time.
+    return sorted(todo, key=_length, reverse=True)
+
+
+def _length(task: Task) -> int:
+    return len(getattr(_kernels, task.kernel).serial.py_func.__code__.co_code)
 
 
 def warmup() -> int:

@@ -347,7 +347,10 @@ class Norm:
         finite = bool((np.isfinite(batch.mean) & np.isfinite(batch.var)).all())
         skipped = self.skip_nonfinite and not finite
         if self._pool is not None:
-            if not skipped:
+            if skipped:
+                self._pool.n_forwards += 1
+                self._pool.n_skipped += 1
+            else:
                 self._pool.add(saved)
             return
         mean, var = running
@@ -389,6 +392,7 @@ class Norm:
         self.reset_running_stats()
         update_running(mean, var, statistics, 1.0)
         self._buffers["num_batches_tracked"][...] = pool.n_forwards
+        self.num_batches_skipped = pool.n_skipped
 
     weight = live_array("_parameters", "weight", "Scale, or None.")
     bias = live_array("_parameters", "bias", "Shift, or None.")

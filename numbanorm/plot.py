@@ -37,6 +37,8 @@ def plot_importance(
     >>> layers = {"stem": numbanorm.SwitchableNorm2d(8), "head": numbanorm.SwitchableNorm1d(8)}
     >>> numbanorm.plot_importance(layers, "importance.png")  # doctest: +SKIP
     """
+    if not isinstance(layers, Iterable):
+        raise TypeError(f"layers: an iterable of SwitchableNorm is needed, got {layers!r}")
     named = dict(layers) if isinstance(layers, Mapping) else dict(enumerate(layers, 1))
     if not named:
         raise ValueError("layers: at least one SwitchableNorm is needed, got none")
@@ -56,8 +58,12 @@ def plot_importance(
     importances = [layer.importance() for layer in named.values()]
     names = [name for name in COLOURS if any(name in i["mean"] for i in importances)]
     labels = [str(name) for name in named]
-    long_names = any(len(label) > 3 for label in labels)
-    figure = Figure(figsize=(max(5.0, 1.6 + 0.45 * len(labels)), 5.2), layout="constrained")
+    width = max(5.0, 1.6 + 0.45 * len(labels))
+    longest = max(map(len, labels))
+    # Of a label, a letter is about 0.09 inches wide; a turned one needs that much height.
+    turned = longest * 0.09 > (width - 1.2) / len(labels)
+    height = 5.0 + (longest * 0.075 if turned else 0.0)
+    figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     rows = figure.subplots(2, 1, sharex=True)
     for axes, kind, title in zip(rows, ("mean", "var"), ("means", "variances"), strict=True):
@@ -69,11 +75,11 @@ def plot_importance(
                 color=COLOURS[name], label=name.upper(), edgecolor="white", linewidth=0.5,
             )  # fmt: skip
             bottom = [b + h for b, h in zip(bottom, heights, strict=True)]
-        axes.set(ylim=(0, 1), ylabel=f"share in {title}")
+        axes.set(xlim=(-0.6, len(labels) - 0.4), ylim=(0, 1), ylabel=f"share in {title}")
         axes.spines[["top", "right"]].set_visible(False)
     rows[1].set_xticks(
-        range(len(labels)), labels, rotation=60 if long_names else 0,
-        ha="right" if long_names else "center",
+        range(len(labels)), labels, rotation=60 if turned else 0,
+        ha="right" if turned else "center", rotation_mode="anchor" if turned else None,
     )  # fmt: skip
     rows[1].set_xlabel("SwitchableNorm layer")
     handles, texts = rows[0].get_legend_handles_labels()

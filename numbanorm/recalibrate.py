@@ -47,7 +47,10 @@ def recalibrate(
     >>> layer.running_mean, layer.running_var
     (array([3.], dtype=float32), array([2.5], dtype=float32))
     """
-    tracking = list(layers)
+    if not isinstance(layers, Iterable):
+        raise TypeError(f"layers: an iterable of layers is needed, got {layers!r}")
+    # A layer that the model uses twice is in the list twice, but has one pool.
+    tracking = list({id(layer): layer for layer in layers}.values())
     if not tracking:
         raise ValueError("layers: at least one layer with running statistics is needed, got none")
     for layer in tracking:
@@ -62,8 +65,12 @@ def recalibrate(
         for layer, state in zip(tracking, before, strict=True):
             layer.end_pooling(state)
     for layer, pool in zip(tracking, pools, strict=True):
-        if not pool.n_forwards:
-            raise ValueError(f"batches: forward has to call each layer, but did not call {layer!r}")
+        if pool.n_forwards == pool.n_skipped:
+            raise ValueError(
+                f"batches: forward has to call each layer in training mode, on a batch with finite "
+                f"statistics where it skips others; {pool.n_forwards} calls and {pool.n_skipped} "
+                f"skipped for {layer!r}"
+            )
     for layer, pool in zip(tracking, pools, strict=True):
         layer.adopt_pool(pool)
 

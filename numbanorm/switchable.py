@@ -1,6 +1,5 @@
 """SwitchableNorm: learns how much of which statistics to use."""
 
-import math
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Self
 
@@ -198,39 +197,39 @@ class SwitchableNorm(Norm):
         """
         if not isinstance(state_dict, Mapping):
             raise TypeError(f"state_dict: a mapping is needed, got {type(state_dict).__name__}")
-        shapes = {name: np.shape(value) for name, value in state_dict.items()}
-        n_logits = math.prod(shapes.get("mean_weight", (0,)))
-        over = cls._official_over.get(n_logits)
+        state = {
+            name: np.asarray(value.detach() if hasattr(value, "detach") else value)
+            for name, value in state_dict.items()
+        }
+        missing = [name for name in ("weight", "mean_weight", "var_weight") if name not in state]
+        if missing:
+            raise ValueError(f"state_dict: {missing} are needed, got {sorted(state)}")
+        over = cls._official_over.get(state["mean_weight"].size)
         if over is None:
             raise ValueError(
-                f"state_dict: 'mean_weight' with {sorted(cls._official_over)} logits is needed, "
-                f"got {shapes.get('mean_weight', 'none')}"
+                f"state_dict: {sorted(cls._official_over)} logits are needed in 'mean_weight', "
+                f"got {state['mean_weight'].size}"
             )
-        if "weight" not in shapes:
-            raise ValueError(f"state_dict: 'weight' is needed, got {sorted(shapes)}")
-        channels = math.prod(shapes["weight"])
+        channels = max(state["weight"].shape, default=0)
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            if name in state:
+                shape = state[name].shape
+                if shape[:2] != (1, channels) or state[name].size != channels:
+                    raise ValueError(
+                        f"state_dict: shape (1, C, 1, ...) with C of 'weight' is needed for "
+                        f"{name!r}, got {shape}"
+                    )
+                state[name] = state[name].reshape(channels)
         layer = cls(
             channels,
             eps,
             cls._official_momentum if momentum is None else momentum,
-            track_running_stats="running_mean" in shapes,
+            track_running_stats="running_mean" in state,
             over=over,
             sample_variance=True,
             dtype=dtype,
         )
-        own = {"weight", "bias", "running_mean", "running_var"}
-        for name in own & set(shapes):
-            if shapes[name][:2] != (1, channels) or math.prod(shapes[name]) != channels:
-                raise ValueError(
-                    f"state_dict: shape (1, {channels}, 1, ...) is needed for {name!r}, "
-                    f"got {shapes[name]}"
-                )
-        layer.load_state_dict(
-            {
-                name: value.reshape(channels) if name in own else value
-                for name, value in state_dict.items()
-            }
-        )
+        layer.load_state_dict(state)
         return layer
 
 

@@ -23,8 +23,8 @@ from torch.nn.modules.lazy import LazyModuleMixin
 
 import numbanorm
 from numbanorm import _checks, _threads, functional
-from numbanorm._axes import Array, Geometry
-from numbanorm._normalize import Statistic, backward, normalize, restore
+from numbanorm._axes import Array, Axes, Geometry
+from numbanorm._normalize import Mixture, Statistic, backward, normalize, restore
 from numbanorm._running import Pool
 from numbanorm.moments import Moments
 
@@ -65,18 +65,20 @@ def _optional(tensor: Tensor | None) -> Array | None:
     return None if tensor is None else _array(tensor)
 
 
+def _mixture(mean_weight: Tensor | None, var_weight: Tensor | None) -> Mixture | None:
+    if mean_weight is None or var_weight is None:
+        return None
+    return functional.mix(_array(mean_weight), _array(var_weight), mean_weight.numel())
+
+
 def _empty_like(x: Tensor, over: str) -> Tensor:
     # Rows are made contiguous, as PyTorch does; channels stay where they are in memory.
-    rows = over in ROWS
-    return torch.empty_like(
-        x, memory_format=torch.contiguous_format if rows else torch.preserve_format
-    )
+    form = torch.contiguous_format if over in ROWS else torch.preserve_format
+    return torch.empty_like(x, memory_format=form)
 
 
-def _geometry(x: Array, over: str, number: int, sample_variance: bool) -> Geometry:
-    if over in ROWS:
-        return functional.trailing_geometry(x, x.shape[x.ndim - number :])
-    return functional.channel_geometry(x, 1, tuple(over.split(",")), number, sample_variance)
+def _feature_shape(x: Tensor, over: str, number: int) -> torch.Size:
+    return x.shape[x.dim() - number :] if over in ROWS else x.shape[1:2]
 
 
 def _sizes(x: Tensor, over: str, number: int) -> list[int]:
@@ -88,8 +90,27 @@ def _sizes(x: Tensor, over: str, number: int) -> list[int]:
     return [sizes[name] for name in over.split(",")]
 
 
+def _tracked(over: str) -> int:
+    """Return which of the statistics has running averages."""
+    names = over.split(",")
+    return names.index("bn") if "bn" in names else 0
+
+
+def _batch(statistics: Tensor, x: Tensor, over: str, number: int) -> Tensor:
+    """Return the packed statistic that has running averages."""
+    sizes, k = _sizes(x, over, number), _tracked(over)
+    return statistics.narrow(1, sum(sizes[:k]), sizes[k])
+
+
 def _has_instances(x: Tensor, sample_variance: bool) -> bool:
+    """Tell whether the instances' own statistics are packed with the others."""
     return sample_variance and math.prod(x.shape[2:]) > 1
+
+
+def _geometry(x: Array, over: str, number: int, sample_variance: bool) -> Geometry:
+    if over in ROWS:
+        return functional.trailing_geometry(x, x.shape[x.ndim - number :])
+    return functional.channel_geometry(x, 1, tuple(over.split(",")), number, sample_variance)
 
 
 @np.errstate(all="ignore")
@@ -103,20 +124,15 @@ def _pack(statistics: Iterable[Statistic], ddof: int) -> Tensor:
     return torch.from_numpy(np.concatenate(packed, axis=1))
 
 
-def _unpack(statistics: Tensor, geometry: Geometry, live: bool) -> list[Statistic]:
-    """Return statistics as they were packed; the last one may be the instances'."""
+def _unpack(statistics: Tensor, geometry: Geometry, axes: Iterable[Axes]) -> list[Statistic]:
+    """Return the statistics over these axes again."""
     rows, first, unpacked = statistics.numpy(force=True), 0, []
-    for k, axes in enumerate((*geometry.reductions, geometry.inner(True))):
-        shape = [1 if axis in axes else n for axis, n in enumerate(geometry.shape)]
-        if not live and k == geometry.tracked and 0 not in axes:
-            shape[0] = 1
-        after = first + math.prod(shape)
-        mean, _, var, n = (row.reshape(shape) for row in rows[:, first:after])
-        count = n.astype(np.int64) if live or k != geometry.tracked else None
-        unpacked.append(Statistic(axes, count, mean, var))
-        first = after
-        if first == rows.shape[1]:
-            break
+    for reduced in axes:
+        shape = [1 if axis in reduced else n for axis, n in enumerate(geometry.shape)]
+        last = first + math.prod(shape)
+        mean, _, var, n = rows[:, first:last].reshape(4, *shape)
+        unpacked.append(Statistic(reduced, n.astype(np.int64), mean, var))
+        first = last
     return unpacked
 
 
@@ -135,20 +151,16 @@ def _normalize_op(
     sample_variance: bool,
     process_group: str,
 ) -> tuple[Tensor, Tensor]:
-    """Return y and the statistics; running ones, where given, take the place of the batch's."""
+    """Return y and the statistics; running ones, where given, take the place of "bn"."""
     y = _empty_like(x, over)
-    array, mixture = _array(x), None
-    if mean_weight is not None and var_weight is not None:
-        logits = _array(mean_weight), _array(var_weight)
-        mixture = functional.mix(*logits, mean_weight.numel())
-    fixed: tuple[Array, Array] | None = None
+    array = _array(x)
+    fixed, shared = None, None
     if running_mean is not None and running_var is not None:
         fixed = _array(running_mean), _array(running_var)
     with _threads.thread_count(torch.get_num_threads()):
-        shared = []
         if process_group:
-            shared = [_shared_statistic(array, process_group)]
-            fixed = shared[0].mean, shared[0].var
+            shared = _shared_statistic(array, process_group)
+            fixed = shared.mean, shared.var
         _, saved = normalize(
             array,
             _geometry(array, over, number, sample_variance),
@@ -156,15 +168,15 @@ def _normalize_op(
             _optional(bias),
             eps,
             fixed=fixed,
-            mixture=mixture,
+            mixture=_mixture(mean_weight, var_weight),
             center=over != "rms",
             sample_variance=sample_variance,
             out=y.numpy(),
         )
-    found = shared or saved.statistics
+    found = saved.statistics if shared is None else [shared]
     if _has_instances(x, sample_variance):
-        own = saved.instances or Moments.empty((*x.shape[:2], *[1] * (x.dim() - 2)))
-        count = np.broadcast_to(own.count, own.mean.shape)
+        own = saved.instances or Moments.empty((*x.shape[:2], 1))
+        count = np.full(own.mean.shape, own.count)
         found = [*found, Statistic((), count, own.mean, own.var())]
     return y, _pack(found, ddof=0 if sample_variance else 1)
 
@@ -174,10 +186,10 @@ def _(
     x: Tensor, weight: Any, bias: Any, mean_weight: Any, var_weight: Any, mean: Any, var: Any,
     over: str, number: int, eps: float, sample_variance: bool, process_group: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    n_groups = sum(_sizes(x, over, number))
+    groups = sum(_sizes(x, over, number))
     if _has_instances(x, sample_variance):
-        n_groups += x.shape[0] * x.shape[1]
-    return _empty_like(x, over), x.new_empty((4, n_groups), dtype=torch.float64)
+        groups += x.shape[0] * x.shape[1]
+    return _empty_like(x, over), x.new_empty((4, groups), dtype=torch.float64)
 
 
 @torch.library.custom_op("numbanorm::normalize_backward", mutates_args=(), device_types="cpu")
@@ -196,22 +208,22 @@ def _backward_op(
     sample_variance: bool,
     process_group: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of x, weight, bias and logits, empty where there are none.
+    """Return the gradients of x, weight, bias and logits; those that are not there are empty.
 
-    ``live`` says that no statistic was a running one.
+    ``live`` says that no running statistics were given.
     """
     dx = _empty_like(x, over)
     array = _array(x)
     geometry = _geometry(array, over, number, sample_variance)
-    unpacked = _unpack(statistics, geometry, live)
-    instances, mixture = None, None
+    axes, instances = geometry.reductions, None
     if _has_instances(x, sample_variance):
-        _, n, mean, var = unpacked.pop()
-        assert n is not None
-        instances = Moments(n, mean, var * n)
-    if mean_weight is not None and var_weight is not None:
-        logits = _array(mean_weight), _array(var_weight)
-        mixture = functional.mix(*logits, mean_weight.numel())
+        *unpacked, own = _unpack(statistics, geometry, (*axes, geometry.inner(True)))
+        assert own.n is not None
+        instances = Moments(own.n, own.mean, own.var * own.n)
+    else:
+        unpacked = _unpack(statistics, geometry, axes)
+    if not live:
+        unpacked[geometry.tracked] = unpacked[geometry.tracked]._replace(n=None)
     saved = restore(
         array,
         dx.numpy(),
@@ -220,7 +232,7 @@ def _backward_op(
         has_bias,
         eps,
         unpacked,
-        mixture=mixture,
+        mixture=_mixture(mean_weight, var_weight),
         center=over != "rms",
         sample_variance=sample_variance,
         instances=instances,
@@ -228,35 +240,31 @@ def _backward_op(
     )
     with _threads.thread_count(torch.get_num_threads()):
         _, *gradients = backward(_array(dy), saved, dx.numpy())
-    wanted = weight is not None, has_bias, mixture is not None, mixture is not None
+    there = weight is not None, has_bias, mean_weight is not None, var_weight is not None
     return dx, *(
-        torch.as_tensor(gradient, dtype=x.dtype) if wanted else x.new_empty(0)
-        for gradient, wanted in zip(gradients, wanted, strict=True)
+        torch.as_tensor(gradient, dtype=x.dtype) if is_there else x.new_empty(0)
+        for gradient, is_there in zip(gradients, there, strict=True)
     )
 
 
 @_backward_op.register_fake
 def _(
-    dy: Tensor, x: Tensor, weight: Tensor | None, mean_weight: Tensor | None, var_weight: Any,
+    dy: Tensor, x: Tensor, weight: Any, mean_weight: Tensor | None, var_weight: Any,
     statistics: Tensor, has_bias: bool, live: bool,
     over: str, number: int, eps: float, sample_variance: bool, process_group: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    shape = x.shape[x.dim() - number :] if over in ROWS else x.shape[1:2]
+    shape = _feature_shape(x, over, number)
     dweight = x.new_empty(0 if weight is None else shape)
     dbias = x.new_empty(shape if has_bias else 0)
-    n_logits = 0 if mean_weight is None else mean_weight.shape[0]
-    return _empty_like(x, over), dweight, dbias, x.new_empty(n_logits), x.new_empty(n_logits)
+    logits = 0 if mean_weight is None else mean_weight.shape[0]
+    return _empty_like(x, over), dweight, dbias, x.new_empty(logits), x.new_empty(logits)
 
 
 # -- Statistics of several processes -------------------------------------------------------------
 
 
-def _process_group(name: str) -> Any:
-    return dist.distributed_c10d._resolve_process_group(name)
-
-
 def _shared_statistic(x: Array, process_group: str) -> Statistic:
-    """Return BatchNorm's statistic of all processes' x; each may have another number of samples."""
+    """Return BatchNorm's statistic of all processes' x, which may differ in size."""
     axes = tuple(axis for axis in range(x.ndim) if axis != 1)
     own = numbanorm.moments(x, axes)
     group = _process_group(process_group)
@@ -267,8 +275,8 @@ def _shared_statistic(x: Array, process_group: str) -> Statistic:
     moments = Moments.merge(Moments(int(row[0]), *row[1:].reshape(2, -1)) for row in rows)
     if np.max(moments.count) < 2:
         raise ValueError(
-            f"x: more than one value per channel is needed in training, got shape {x.shape} and "
-            f"no more in any other process"
+            f"x: more than one value per channel is needed in training, got shape {x.shape}, "
+            "and no value in the other processes"
         )
     grid = [1, -1, *[1] * (x.ndim - 2)]
     mean, var = moments.mean.reshape(grid), moments.var().reshape(grid)
@@ -276,8 +284,13 @@ def _shared_statistic(x: Array, process_group: str) -> Statistic:
 
 
 def _sum_over(process_group: str) -> Callable[[Array], object]:
+    """Return a function that adds an array up over processes, in place."""
     group = _process_group(process_group)
     return lambda sums: dist.all_reduce(torch.from_numpy(sums), group=group)
+
+
+def _process_group(name: str) -> Any:
+    return dist.distributed_c10d._resolve_process_group(name)
 
 
 # -- Derivatives ---------------------------------------------------------------------------------
@@ -295,53 +308,59 @@ def _differentiate(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None,
     if dy is None:
         return (None,) * 12
     gradients = _normalize_backward(dy, *ctx.saved_tensors, *ctx.rest)
-    return *(g if g.numel() else None for g in gradients), *[None] * 7
+    return *_where(_there(ctx.saved_tensors, ctx.rest[0]), gradients), *[None] * 7
 
 
-def _save_for_second(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _save_again(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     dy, x, weight, mean_weight, var_weight, statistics, *rest = inputs
-    ctx.save_for_backward(dy, x, weight, mean_weight, var_weight, statistics)
+    ctx.save_for_backward(x, weight, mean_weight, var_weight, statistics, dy)
     ctx.rest = rest
 
 
 def _differentiate_again(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-    """Return the derivative of the definition's gradient, by PyTorch."""
-    dy, x, weight, mean_weight, var_weight, statistics = ctx.saved_tensors
+    """Differentiate the gradients of :func:`_definition`."""
+    x, weight, mean_weight, var_weight, statistics, dy = ctx.saved_tensors
     has_bias, live, over, number, *method, process_group = ctx.rest
     if process_group:
-        raise NotImplementedError("SyncBatchNorm has no second derivative")
-    shape = x.shape[x.dim() - number :] if over in ROWS else x.shape[1:2]
-    bias = x.new_zeros(shape) if has_bias else None
-    fixed = None, None
+        raise NotImplementedError("SyncBatchNorm over several processes has no second derivative")
+    running: tuple[Any, ...] = None, None
     if not live:
-        sizes, names = _sizes(x, over, number), over.split(",")
-        first = sum(sizes[: names.index("bn")]) if "bn" in names else 0
-        fixed = statistics[[0, 2], first : first + x.shape[1]].to(x.dtype)
-    given = x, weight, bias, mean_weight, var_weight
-    present = [k for k, tensor in enumerate(given) if tensor is not None]
+        mean, _, var, _ = _batch(statistics, x, over, number).to(x.dtype)
+        running = mean, var
+    there = _there(ctx.saved_tensors, has_bias)
+    given = _fill(x, weight, None, mean_weight, var_weight, over, number)
 
-    def y(*tensors: Tensor) -> Tensor:
-        arguments: list[Any] = [None] * 5
-        for k, tensor in zip(present, tensors, strict=True):
-            arguments[k] = tensor
-        return _definition(*arguments, *fixed, over, number, *method)[0]
+    rest: tuple[Any, ...] = *running, over, number, *method
 
-    def gradient(dy: Tensor, *tensors: Tensor) -> Any:
-        return torch.func.vjp(y, *tensors)[1](dy)
+    def y(*given: Tensor) -> Tensor:
+        return _definition(*given, *rest)[0]
 
-    _, pull = torch.func.vjp(gradient, dy, *(given[k] for k in present))
-    d_dy, *derivatives = pull(tuple(gradients[k] for k in present))
-    found: list[Tensor | None] = [None] * 5
-    for k, derivative in zip(present, derivatives, strict=True):
-        found[k] = derivative
-    del found[2]  # nothing depends on the bias
-    return d_dy, *found, *[None] * 8
+    def gradient(dy: Tensor, *given: Tensor) -> Any:
+        return torch.func.vjp(y, *given)[1](dy)
+
+    cotangents = (
+        g if is_there else torch.zeros_like(t)
+        for is_there, g, t in zip(there, gradients, given, strict=True)
+    )
+    d_dy, *derivatives = torch.func.vjp(gradient, dy, *given)[1](tuple(cotangents))
+    d_x, d_weight, _, *d_logits = _where(there, derivatives)
+    return d_dy, d_x, d_weight, *d_logits, *[None] * 8
+
+
+def _there(saved: tuple[Tensor | None, ...], has_bias: bool) -> list[bool]:
+    """Tell which of x, weight, bias, mean_weight and var_weight there are."""
+    x, weight, *logits = (tensor is not None for tensor in saved[:4])
+    return [x, weight, has_bias, *logits]
+
+
+def _where(there: Iterable[bool], tensors: Iterable[Tensor]) -> Iterable[Any]:
+    return (tensor if known else None for known, tensor in zip(there, tensors, strict=True))
 
 
 def _differentiable(
     op: Any, save: Callable[..., None], differentiate: Callable[..., tuple[Tensor | None, ...]]
 ) -> Callable[..., Any]:
-    """Register the derivative of an operator; return what calls it."""
+    """Register how to differentiate an operator and how to map it; return what calls it."""
     op.register_autograd(differentiate, setup_context=save)
 
     def one_by_one(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
@@ -354,8 +373,8 @@ def _differentiable(
 
     torch.library.register_vmap(op, one_by_one)
 
-    # torch.func cannot differentiate operators, only such functions, and they are faster. What
-    # is compiled or exported keeps the operator, which knows its derivative.
+    # torch.func differentiates such functions but no operators, and in eager mode they are
+    # faster. What is compiled or exported keeps the operator, which knows its derivative.
     class Function(torch.autograd.Function):
         generate_vmap_rule = True
         forward = staticmethod(lambda *args: op(*args))
@@ -363,21 +382,45 @@ def _differentiable(
         backward = staticmethod(differentiate)
 
     def call(*args: Any) -> Any:
-        return op(*args) if torch.compiler.is_compiling() else Function.apply(*args)
+        plain = torch.compiler.is_compiling() or not torch.is_grad_enabled()
+        return op(*args) if plain else Function.apply(*args)
 
     return call
 
 
-_normalize_backward = _differentiable(_backward_op, _save_for_second, _differentiate_again)
+_normalize_backward = _differentiable(_backward_op, _save_again, _differentiate_again)
 _normalize = _differentiable(_normalize_op, _save, _differentiate)
 
 
-def _definition(
+# -- The definition ------------------------------------------------------------------------------
+
+
+def _fill(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
     mean_weight: Tensor | None,
     var_weight: Tensor | None,
+    over: str,
+    number: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return x and all parameters, with those that say nothing for None."""
+    shape = _feature_shape(x, over, number)
+    return (
+        x,
+        x.new_ones(shape) if weight is None else weight,
+        x.new_zeros(shape) if bias is None else bias,
+        x.new_zeros(1) if mean_weight is None else mean_weight,
+        x.new_zeros(1) if var_weight is None else var_weight,
+    )
+
+
+def _definition(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    mean_weight: Tensor,
+    var_weight: Tensor,
     running_mean: Tensor | None,
     running_var: Tensor | None,
     over: str,
@@ -385,49 +428,42 @@ def _definition(
     eps: float,
     sample_variance: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Return what the operator does, in PyTorch, for any device and type."""
+    """Do what the operator does, in PyTorch, for any device and type."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     if over in ROWS:
-        length = math.prod(x.shape[x.dim() - number :])
+        length = math.prod(_feature_shape(x, over, number))
         split, feature_grid = wide.reshape(-1, 1, 1, length), [1, 1, 1, -1]
     else:
         length = math.prod(x.shape[2:])
         split = wide.reshape(x.shape[0], number, x.shape[1] // number, length)
-        feature_grid = [1, number, -1, 1]
+        feature_grid = [1, *split.shape[1:3], 1]
     own_mean = split.mean(-1, keepdim=True)
     own_var = split.var(-1, correction=0, keepdim=True)
-    ddof = int(sample_variance)
-    if sample_variance and length > 1:
-        own_var, ddof = own_var * (length / (length - 1)), 0
+    of_instances = sample_variance and length > 1
+    if of_instances:
+        own_var = own_var * (length / (length - 1))
     if over == "rms":
         own_mean, own_var = torch.zeros_like(own_mean), own_var + own_mean**2
-    names, axes = over.split(","), {"ln": (1, 2), "bn": (0,), "gn": (2,)}
-    p, q = (
-        [1.0] if logits is None else torch.softmax(logits.to(wide.dtype), 0)
-        for logits in (mean_weight, var_weight)
-    )
-    mean, var, packed = torch.zeros(()).to(wide), torch.zeros(()).to(wide), []
-    for k, name in enumerate(names):
-        mean_k, var_k = own_mean, own_var
-        live = running_mean is None or name in ("in", "ln", "gn")[: 3 * (len(names) > 1)]
-        if not live:
-            mean_k, var_k = (r.reshape(feature_grid) for r in (running_mean, running_var))
-        elif name in axes:
+    p, q = mean_weight.to(wide.dtype).softmax(0), var_weight.to(wide.dtype).softmax(0)
+    mean, var, packed = wide.new_zeros(()), wide.new_zeros(()), []
+    for k, name in enumerate(over.split(",")):
+        mean_k, var_k, n = own_mean, own_var, length
+        axes = {"ln": (1, 2), "bn": (0,), "gn": (2,)}.get(name)
+        if running_mean is not None and running_var is not None and k == _tracked(over):
+            mean_k, var_k = running_mean.reshape(feature_grid), running_var.reshape(feature_grid)
+        elif axes is not None:
             # The mean of the instances' variances, and the variance of their means.
-            mean_k = own_mean.mean(axes[name], keepdim=True)
-            var_k = (own_var + (own_mean - mean_k) ** 2).mean(axes[name], keepdim=True)
-        n = split.numel() // max(mean_k.numel(), 1)
-        if live and ddof:
-            var_k = var_k * (n / max(n - ddof, 1))
+            mean_k = own_mean.mean(axes, keepdim=True)
+            var_k = (own_var + (own_mean - mean_k) ** 2).mean(axes, keepdim=True)
+            n = split.numel() // max(mean_k.numel(), 1)
+            if sample_variance and not of_instances:
+                var_k = var_k * (n / max(n - 1, 1))
         mean, var = mean + p[k] * mean_k, var + q[k] * var_k
-        unbiased = var_k if sample_variance else var_k * (n / max(n - 1, 1))
-        count = torch.full_like(mean_k, n)
-        packed.append(torch.stack([mean_k, unbiased, var_k, count]).reshape(4, -1))
+        unbiased = var_k * (1 if sample_variance else n / max(n - 1, 1))
+        rows = mean_k, unbiased, var_k, torch.full_like(mean_k, n)
+        packed.append(torch.stack(rows).reshape(4, -1))
     y = (split - mean) * torch.rsqrt(var + eps)
-    if weight is not None:
-        y = y * weight.reshape(feature_grid)
-    if bias is not None:
-        y = y + bias.reshape(feature_grid)
+    y = y * weight.reshape(feature_grid) + bias.reshape(feature_grid)
     return y.reshape(x.shape).to(x.dtype), torch.cat(packed, 1)
 
 
@@ -436,16 +472,16 @@ def _definition(
 # ---------------------------------------------------------------------------------------------
 
 
-def _takes(*tensors: Tensor | None) -> bool:
+def _takes(x: Tensor, *others: Tensor | None) -> bool:
     """Tell whether numbanorm can do it: float32 or float64 on the CPU, one type for all."""
-    given = [tensor for tensor in tensors if tensor is not None]
     return (
-        given[0].dtype in (torch.float32, torch.float64)
+        x.dtype in (torch.float32, torch.float64)
         and all(
-            t.device.type == "cpu" and t.dtype == given[0].dtype and t.layout == torch.strided
-            for t in given
+            t is None
+            or (t.device.type == "cpu" and t.dtype == x.dtype and t.layout == torch.strided)
+            for t in (x, *others)
         )
-        # Forward-mode derivatives are on.
+        # PyTorch is not in a forward-mode derivative.
         and forward_ad._current_level < 0
     )
 
@@ -453,6 +489,13 @@ def _takes(*tensors: Tensor | None) -> bool:
 class _Tracking(nn.Module):
     """Running statistics, and what :func:`numbanorm.recalibrate` asks of a layer."""
 
+    training: bool
+    num_features: int
+    momentum: float | None
+    running_mean: Any
+    running_var: Any
+    num_batches_tracked: Any
+    sample_variance = False
     _pool: Pool | None = None
 
     @property
@@ -462,7 +505,7 @@ class _Tracking(nn.Module):
 
     def begin_pooling(self, pool: Pool) -> bool:
         """Go to training mode and collect statistics; return the mode of before."""
-        before: bool = self.training
+        before = self.training
         self._pool, self.training = pool, True
         return before
 
@@ -471,17 +514,485 @@ class _Tracking(nn.Module):
         del self._pool
         self.training = state
 
+    @torch.no_grad()
     def adopt_pool(self, pool: Pool) -> None:
         """Take the pooled statistics as running statistics."""
         mean, var, known = pool.statistics()
-        for running, values, empty in (self.running_mean, mean, 0), (self.running_var, var, 1):
-            running.copy_(torch.from_numpy(np.where(known, values, empty)))
+        self.running_mean.copy_(torch.from_numpy(np.where(known, mean, 0)))
+        self.running_var.copy_(torch.from_numpy(np.where(known, var, 1)))
         self.num_batches_tracked.fill_(pool.n_forwards)
 
+    def _momentum(self) -> Any:
+        """Return the weight of the new value, as a tensor where it depends on earlier ones."""
+        self.num_batches_tracked.add_(1)
+        if self.momentum is None:
+            return (1 / self.num_batches_tracked).to(self.running_mean.dtype)
+        return self.momentum
+
     @torch.no_grad()
-    def _track(self, statistics: Tensor, samples: int = 1) -> None:
-        """Move running statistics towards a batch's, or towards the average of its samples'."""
+    def _track(self, statistics: Tensor, axes: tuple[int, ...] = (0,)) -> None:
+        """Move the running statistics towards a batch's, (4, C), or the mean of its samples'."""
+        shape = (4, -1, self.num_features)
         if self._pool is not None:
-            rows = statistics.numpy(force=True).reshape(4, -1, self.num_features)
-            mean, _, var, n = rows if samples > 1 else rows[:, 0]
-    """placeholder"""
+            mean, _, var, n = statistics.numpy(force=True).reshape(shape)
+            ddof = 0 if self.sample_variance else 1
+            batch = Statistic(axes, n.astype(np.int64), mean, var)
+            self._pool.add_statistic(batch, (self.num_features,), ddof)
+            return
+        momentum = self._momentum()
+        mean, var = statistics.reshape(shape)[:2].mean(1).to(self.running_mean.dtype)
+        self.running_mean.lerp_(mean, momentum)
+        self.running_var.lerp_(var, momentum)
+
+    def _not_pooling(self) -> None:
+        if self._pool is not None:
+            raise TypeError(
+                "recalibrate: x and the layer need to be float32 or float64 on the CPU, "
+                f"and x of a shape that {self} trains with"
+            )
+
+
+class _BatchNorm(_Tracking, _TorchBatchNorm):
+    def forward(self, input: Tensor) -> Tensor:
+        self._check_input_dim(input)
+        live = self.training or self.running_mean is None
+        group = self._group_name() if self.training else ""
+        running = (None, None) if live else (self.running_mean, self.running_var)
+        values = input.numel() // max(self.num_features, 1)
+        # What is wrong here PyTorch says in its own words.
+        if (
+            not _takes(input, self.weight, self.bias, *running)
+            or input.shape[1] != self.num_features
+            or (values < (2 if live else 1) and not group)
+        ):
+            self._not_pooling()
+            return super().forward(input)
+        y, statistics = _normalize(
+            input, self.weight, self.bias, None, None, *running, "bn", 1, self.eps, False, group
+        )
+        if self.training and self.track_running_stats and self.tracks:
+            self._track(statistics)
+        return y
+
+    def _group_name(self) -> str:
+        """Return the name of the process group that shares the statistics, or ""."""
+        return ""
+
+
+class BatchNorm1d(_BatchNorm, nn.BatchNorm1d):
+    """:class:`torch.nn.BatchNorm1d`, computed by numbanorm.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import numbanorm.torch
+    >>> numbanorm.torch.BatchNorm1d(2, affine=False)(torch.tensor([[1.0, 5.0], [3.0, 5.0]]))
+    tensor([[-1.,  0.],
+            [ 1.,  0.]])
+    """
+
+
+class BatchNorm2d(_BatchNorm, nn.BatchNorm2d):
+    """:class:`torch.nn.BatchNorm2d`, computed by numbanorm."""
+
+
+class BatchNorm3d(_BatchNorm, nn.BatchNorm3d):
+    """:class:`torch.nn.BatchNorm3d`, computed by numbanorm."""
+
+
+class SyncBatchNorm(_BatchNorm, nn.SyncBatchNorm):
+    """:class:`torch.nn.SyncBatchNorm` on CPUs, over ``torch.distributed`` with gloo.
+
+    Statistics and gradients are those of the whole batch, also where processes have different
+    numbers of samples. As in PyTorch, the gradients of weight and bias are those of a process's
+    own samples. In evaluation, and in a single process, it is a BatchNorm.
+    :meth:`torch.nn.SyncBatchNorm.convert_sync_batchnorm` followed by :func:`convert` puts it
+    into a model.
+    """
+
+    def _group_name(self) -> str:
+        if not (dist.is_available() and dist.is_initialized()):
+            return ""
+        group = self.process_group or dist.group.WORLD
+        return str(group.group_name) if dist.get_world_size(group) > 1 else ""
+
+
+class _InstanceNorm(_Tracking, _TorchInstanceNorm):
+    def forward(self, input: Tensor) -> Tensor:
+        self._check_input_dim(input)
+        x = input.unsqueeze(0) if input.dim() == self._get_no_batch_dim() else input
+        live = self.training or not self.track_running_stats
+        running = (None, None) if live else (self.running_mean, self.running_var)
+        if (
+            not _takes(x, self.weight, self.bias, *running)
+            or x.shape[1] != self.num_features
+            or x.numel() < (2 if live else 1) * x.shape[0] * x.shape[1]
+            or x.numel() == 0
+        ):
+            self._not_pooling()
+            return super().forward(input)
+        # With running statistics a sample has no part in it: that is BatchNorm.
+        over = "in" if live else "bn"
+        y, statistics = _normalize(
+            x, self.weight, self.bias, None, None, *running, over, 1, self.eps, False, ""
+        )
+        if live and self.tracks:
+            self._track(statistics, ())
+        return y if x is input else y.squeeze(0)
+
+    def _momentum(self) -> Any:
+        # PyTorch has a counter here and leaves it at 0, and None moves nothing.
+        return self.momentum or 0.0
+
+
+class InstanceNorm1d(_InstanceNorm, nn.InstanceNorm1d):
+    """:class:`torch.nn.InstanceNorm1d`, computed by numbanorm."""
+
+
+class InstanceNorm2d(_InstanceNorm, nn.InstanceNorm2d):
+    """:class:`torch.nn.InstanceNorm2d`, computed by numbanorm."""
+
+
+class InstanceNorm3d(_InstanceNorm, nn.InstanceNorm3d):
+    """:class:`torch.nn.InstanceNorm3d`, computed by numbanorm."""
+
+
+class GroupNorm(nn.GroupNorm):
+    """:class:`torch.nn.GroupNorm`, computed by numbanorm."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalise each sample over groups of channels."""
+        if (
+            not _takes(input, self.weight, self.bias)
+            or input.dim() < 2
+            or input.shape[1] != self.num_channels
+            or input.numel() <= self.num_groups
+        ):
+            return super().forward(input)
+        method = "gn", self.num_groups, self.eps, False, ""
+        y, _ = _normalize(input, self.weight, self.bias, None, None, None, None, *method)
+        return y
+
+
+class LayerNorm(nn.LayerNorm):
+    """:class:`torch.nn.LayerNorm`, computed by numbanorm."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalise over the trailing axes."""
+        number = len(self.normalized_shape)
+        if (
+            not _takes(input, self.weight, self.bias)
+            or input.shape[input.dim() - number :] != self.normalized_shape
+            or input.numel() == 0
+        ):
+            return super().forward(input)
+        method = "rows", number, self.eps, False, ""
+        y, _ = _normalize(input, self.weight, self.bias, None, None, None, None, *method)
+        return y
+
+
+class RMSNorm(nn.RMSNorm):
+    """:class:`torch.nn.RMSNorm`, computed by numbanorm."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Divide by the root mean square over the trailing axes."""
+        number = len(self.normalized_shape)
+        if (
+            not _takes(input, self.weight)
+            or input.shape[input.dim() - number :] != self.normalized_shape
+            or input.numel() == 0
+        ):
+            return super().forward(input)
+        eps = torch.finfo(input.dtype).eps if self.eps is None else self.eps
+        method = "rms", number, eps, False, ""
+        y, _ = _normalize(input, self.weight, None, None, None, None, None, *method)
+        return y
+
+
+def _parameter(value: Tensor, wanted: bool = True) -> nn.Parameter | None:
+    return nn.Parameter(value) if wanted else None
+
+
+class _SwitchableNorm(_Tracking):
+    _ranks: ClassVar[tuple[int, ...]]
+    _over: ClassVar[tuple[str, ...]] = ("in", "ln", "bn")
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        *,
+        over: Iterable[str] | None = None,
+        num_groups: int | None = None,
+        zero_init: bool = False,
+        bias: bool = True,
+        axis: int = 1,
+        sample_variance: bool = False,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        self.num_features = size = _checks.check_count(num_features, "num_features")
+        self.eps = _checks.check_eps(eps)
+        self.momentum = _checks.check_momentum(momentum)
+        self.affine, self.track_running_stats = affine, track_running_stats
+        like = {"device": device, "dtype": dtype}
+        self.register_parameter("weight", _parameter(torch.ones(size, **like), affine))
+        self.register_parameter("bias", _parameter(torch.zeros(size, **like), affine and bias))
+        self.register_buffer("running_mean", torch.zeros(size, **like))
+        self.register_buffer("running_var", torch.ones(size, **like))
+        self.register_buffer("num_batches_tracked", torch.tensor(0, device=device))
+        self._switch(over, num_groups, zero_init, axis, sample_variance)
+        self.reset_parameters()
+
+    def _switch(
+        self,
+        over: Iterable[str] | None,
+        num_groups: int | None,
+        zero_init: bool = False,
+        axis: int = 1,
+        sample_variance: bool = False,
+    ) -> None:
+        """Give what is its own to a layer that has what BatchNorm has."""
+        self.over = _checks.check_over(self._over if over is None else over, num_groups)
+        self.num_groups, self.zero_init = num_groups, zero_init
+        self.axis = _checks.check_channel_axis(axis)
+        self.sample_variance = sample_variance
+        if num_groups is not None and self.num_features % num_groups:
+            raise ValueError(
+                f"num_groups: a divisor of num_features={self.num_features} is needed, "
+                f"got {num_groups}"
+            )
+        if "bn" not in self.over or not self.track_running_stats:
+            self.running_mean = self.running_var = self.num_batches_tracked = None
+        like = next((t for t in (self.weight, self.running_mean) if t is not None), torch.ones(()))
+        for name in ("mean_weight", "var_weight"):
+            self.register_parameter(name, _parameter(like.new_ones(len(self.over))))
+
+    def reset_running_stats(self) -> None:
+        """Start the running statistics again: mean 0, variance 1."""
+        if self.tracks:
+            self.running_mean.zero_()
+            self.running_var.fill_(1)
+            self.num_batches_tracked.zero_()
+
+    def reset_parameters(self) -> None:
+        """Start again: weight 1 (0 with ``zero_init``), bias 0, all logits 1."""
+        self.reset_running_stats()
+        nn.init.ones_(self.mean_weight)
+        nn.init.ones_(self.var_weight)
+        if self.weight is not None:
+            nn.init.constant_(self.weight, 0.0 if self.zero_init else 1.0)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalise with the learned mixture of statistics."""
+        if input.dim() not in self._ranks:
+            ranks = " or ".join(map(str, self._ranks))
+            raise ValueError(f"expected {ranks} axes, got shape {tuple(input.shape)}")
+        x = input.movedim(self.axis, 1)
+        if x.shape[1] != self.num_features:
+            raise ValueError(
+                f"expected {self.num_features} channels on axis {self.axis}, "
+                f"got shape {tuple(input.shape)}"
+            )
+        live = self.training or not self.tracks
+        running = (None, None) if live else (self.running_mean, self.running_var)
+        tensors = x, self.weight, self.bias, self.mean_weight, self.var_weight
+        over, number = ",".join(self.over), self.num_groups or 1
+        method: tuple[Any, ...] = over, number, self.eps, self.sample_variance
+        if _takes(*tensors, *running):
+            y, statistics = _normalize(*tensors, *running, *method, "")
+        else:
+            y, statistics = _definition(*_fill(*tensors, over, number), *running, *method)
+        if self.training and self.tracks and x.numel():
+            self._track(_batch(statistics, x, over, number))
+        return y.movedim(1, self.axis)
+
+    def importance(self) -> dict[str, dict[str, float]]:
+        """Return the softmax weights of means and variances by the statistic's name.
+
+        Examples
+        --------
+        >>> import numbanorm.torch
+        >>> numbanorm.torch.SwitchableNorm1d(4).importance()
+        {'mean': {'ln': 0.5, 'bn': 0.5}, 'var': {'ln': 0.5, 'bn': 0.5}}
+        """
+        logits = {"mean": self.mean_weight, "var": self.var_weight}
+        return {
+            kind: dict(zip(self.over, values.double().softmax(0).tolist(), strict=True))
+            for kind, values in logits.items()
+        }
+
+    @classmethod
+    def from_official(cls, state_dict: Mapping[str, Any], **options: Any) -> Self:
+        """Load a checkpoint of the authors' own code, and reproduce that code's outputs.
+
+        As :meth:`numbanorm.SwitchableNorm.from_official`, whose arguments it takes.
+        """
+        layer = getattr(numbanorm, cls.__name__).from_official(state_dict, **options)
+        state = {name: torch.from_numpy(np.array(a)) for name, a in layer.state_dict().items()}
+        loaded = cls(
+            layer.num_features, layer.eps, layer.momentum,
+            track_running_stats=layer.track_running_stats, bias="bias" in state, over=layer.over,
+            sample_variance=layer.sample_variance, dtype=state["mean_weight"].dtype,
+        )  # fmt: skip
+        loaded.load_state_dict(state)
+        return loaded
+
+    def extra_repr(self) -> str:
+        """Return what is shown between the parentheses."""
+        shown = (
+            f"{self.num_features}, eps={self.eps}, momentum={self.momentum}, "
+            f"affine={self.affine}, track_running_stats={self.track_running_stats}, "
+            f"over={self.over}"
+        )
+        return shown + (f", num_groups={self.num_groups}" if self.num_groups else "")
+
+
+class SwitchableNorm1d(_SwitchableNorm):
+    """:class:`numbanorm.SwitchableNorm1d` as a Module, by default over LN and BN.
+
+    It differs from it in having PyTorch's ``device`` and ``dtype``, and no ``skip_nonfinite``.
+    """
+
+    _ranks = (2, 3)
+    _over = ("ln", "bn")
+
+
+class SwitchableNorm2d(_SwitchableNorm):
+    """:class:`numbanorm.SwitchableNorm2d` as a Module.
+
+    It differs from it in having PyTorch's ``device`` and ``dtype``, and no ``skip_nonfinite``.
+
+    References
+    ----------
+    Luo, Ren, Peng, Zhang, Li, "Differentiable Learning-to-Normalize via Switchable
+    Normalization", arXiv:1806.10779.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import numbanorm.torch
+    >>> layer = numbanorm.torch.SwitchableNorm2d(4)
+    >>> layer(torch.rand(2, 4, 3, 3)).shape
+    torch.Size([2, 4, 3, 3])
+    >>> sorted(name for name, _ in layer.named_parameters())
+    ['bias', 'mean_weight', 'var_weight', 'weight']
+    """
+
+    _ranks = (4,)
+
+
+class SwitchableNorm3d(_SwitchableNorm):
+    """:class:`numbanorm.SwitchableNorm3d` as a Module.
+
+    It differs from it in having PyTorch's ``device`` and ``dtype``, and no ``skip_nonfinite``.
+    """
+
+    _ranks = (5,)
+
+
+# ---------------------------------------------------------------------------------------------
+# Whole models
+# ---------------------------------------------------------------------------------------------
+
+_OURS: dict[type, type] = {
+    getattr(nn, ours.__name__): ours
+    for ours in (
+        BatchNorm1d, BatchNorm2d, BatchNorm3d, SyncBatchNorm,
+        InstanceNorm1d, InstanceNorm2d, InstanceNorm3d, GroupNorm, LayerNorm, RMSNorm,
+    )
+}  # fmt: skip
+_SWITCHABLE: dict[type, type] = {
+    batch: switchable
+    for theirs, ours, switchable in (
+        (nn.BatchNorm1d, BatchNorm1d, SwitchableNorm1d),
+        (nn.BatchNorm2d, BatchNorm2d, SwitchableNorm2d),
+        (nn.BatchNorm3d, BatchNorm3d, SwitchableNorm3d),
+    )
+    for batch in (theirs, ours)
+}
+
+
+def convert(module: nn.Module) -> nn.Module:
+    """Let numbanorm do the normalising of a model, in place.
+
+    Layers become those of this module and stay the same objects: parameters, buffers, hooks and
+    mode are untouched, and so is an optimiser. Layers of exactly PyTorch's classes are meant; a
+    subclass, which may have a forward of its own, is left alone. Lazy ones follow once they know
+    their size.
+
+    Parameters
+    ----------
+    module : torch.nn.Module
+        A model, or a single layer.
+
+    Returns
+    -------
+    torch.nn.Module
+        The same object.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import numbanorm.torch
+    >>> numbanorm.torch.convert(torch.nn.Sequential(torch.nn.LayerNorm(4)))[0]
+    LayerNorm((4,), eps=1e-05, elementwise_affine=True, bias=True)
+    """
+    for layer in module.modules():
+        if type(layer) in _OURS:
+            layer.__class__ = _OURS[type(layer)]
+        elif isinstance(layer, LazyModuleMixin) and layer.cls_to_become in _OURS:
+            layer.cls_to_become = _OURS[layer.cls_to_become]
+    return module
+
+
+def convert_switchable(
+    module: nn.Module, *, over: Iterable[str] | None = None, num_groups: int | None = None
+) -> nn.Module:
+    """Turn BatchNorm layers into SwitchableNorm, in place.
+
+    Weight, bias, running statistics, hooks and mode are kept. The logits are new parameters, 1
+    each, so that an optimiser has to be made afterwards.
+
+    Parameters
+    ----------
+    module : torch.nn.Module
+        A model, or a single layer.
+    over : sequence of str, optional
+        Any choice of "in", "ln", "bn" and "gn"; by default IN, LN and BN, and LN and BN in 1d.
+    num_groups : int, optional
+        The number of groups for "gn".
+
+    Returns
+    -------
+    torch.nn.Module
+        The same object.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If ``over`` and ``num_groups`` do not fit, or if a lazy BatchNorm has no size yet.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import numbanorm.torch
+    >>> numbanorm.torch.convert_switchable(torch.nn.BatchNorm2d(8), over=("ln", "bn")).importance()
+    {'mean': {'ln': 0.5, 'bn': 0.5}, 'var': {'ln': 0.5, 'bn': 0.5}}
+    """
+    names = None if over is None else _checks.check_over(over, num_groups)
+    layers = list(module.modules())
+    for layer in layers:
+        if getattr(layer, "cls_to_become", None) in _SWITCHABLE:
+            raise ValueError(f"module: {layer} has no size yet; run the model once before")
+    for layer in layers:
+        if type(layer) in _SWITCHABLE:
+            layer.__class__ = _SWITCHABLE[type(layer)]
+            layer._switch(names, num_groups)
+    return module
