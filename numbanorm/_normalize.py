@@ -370,7 +370,11 @@ def _gradient_sums(saved: Saved, dy: Array) -> tuple[Float64, Float64]:
     parts = np.empty(plan.parts), np.empty(plan.parts)
     mean = plan.from_grid(saved.mean)
     _threads.run(kernel, dy.size, dy, saved.x, saved.mask, part, block, mean, *parts)
-    s0, s1 = (plan.to_grid(array.sum(1)) for array in parts)
+    # Where neither statistics nor weight differ between pieces, their sums are all that counts.
+    varies = np.broadcast_shapes(saved.mean.shape, saved.geometry.param_grid)
+    common = tuple(axis for axis, n in enumerate(varies) if n == 1)
+    grids = (plan.to_grid(array.sum(1)) for array in parts)
+    s0, s1 = (np.sum(grid, common, keepdims=True) for grid in grids)
     return s0, s1
 
 
@@ -388,16 +392,17 @@ def _backward_pieces(saved: Saved, dy: Array, dx: Array) -> Parameters:
     p, q = (np.ones(1), np.ones(1)) if saved.mixture is None else saved.mixture
     dp, dq = np.zeros(n_statistics), np.zeros(n_statistics)
     rounded = saved.mean.astype(dx.dtype)
-    slope, offset = np.zeros_like(rstd), np.zeros_like(rstd)
+    slope, offset = np.zeros(1), np.zeros(1)
     for k, (axes, count, mean, var) in enumerate(saved.statistics):
-        dp[k] = p[k] * np.sum(dmean * (mean - saved.mean))
-        dq[k] = q[k] * np.sum(dvar * (var - saved.var))
+        if saved.mixture is not None:
+            dp[k] = p[k] * np.sum(dmean * (mean - saved.mean))
+            dq[k] = q[k] * np.sum(dvar * (var - saved.var))
         if count is None:
             continue
-        weighted = p[k] * dmean, q[k] * dvar
-        sums = np.stack([values.sum(axes, keepdims=True) for values in weighted])
+        sums = p[k] * dmean.sum(axes, keepdims=True), q[k] * dvar.sum(axes, keepdims=True)
         if saved.share is not None:
-            saved.share(sums)
+            for values in sums:
+                saved.share(values)
         if saved.center:
             offset = offset + sums[0] / np.maximum(count, 1)
         dsquare = sums[1] * 2 / np.maximum(count - saved.ddof, 1)
@@ -422,9 +427,9 @@ def _apply_gradient(saved: Saved, dy: Array, coefficients: Any, dx: Array) -> No
     """Write dx = a * dy + r * ((x - m) * b + c), b and c being slope and offset over r."""
     plan = saved.plan
     a, r, m, slope, offset = coefficients
-    known = r != 0
-    zeros = np.zeros(plan.grid)
-    b, c = (np.divide(v, r, out=zeros.copy(), where=known) for v in (slope, offset))
+    # r only keeps b and c in range: any number does where rstd is 0.
+    r = np.where(r == 0, 1, r)
+    b, c = slope / r, offset / r
     kernel = _kernels.backward_columns if plan.columns else _kernels.backward_rows
     _, part, block = plan.tiles
     arrays = (plan.from_grid(values, dx.dtype) for values in (a, r, m, b, c))

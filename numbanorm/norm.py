@@ -141,6 +141,7 @@ class Norm:
         self._parameters: dict[str, Array] = {}
         self._gradients: dict[str, Array] = {}
         self._buffers: dict[str, Array] = {}
+        self._geometries: dict[tuple[int, ...], Geometry] = {}
         self._saved: Saved | None = None
         self._pool: Pool | None = None
         self._has_bias = bool(bias)
@@ -253,7 +254,7 @@ class Norm:
         array([[-1.,  1.]])
         """
         array = float_array(x, "x")
-        shape = self._geometry(array)
+        shape = self._geometries.get(array.shape) or self._geometry(array)
         self._check_running(array, shape)
         from_batch = self.training or not self.track_stats
         if self.training and self.several_values:
@@ -276,6 +277,8 @@ class Norm:
         )
         # An error above has left the layer as it was; from here on nothing can fail.
         self._adopt(new)
+        if len(self._geometries) < 64:
+            self._geometries[array.shape] = shape
         if self.training and self.track_stats:
             self._track(running, saved)
         self._saved = saved
@@ -537,7 +540,7 @@ class Norm:
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what is pickled and copied: all but what the last forward kept."""
-        return {**self.__dict__, "_saved": None, "_pool": None}
+        return {**self.__dict__, "_saved": None, "_pool": None, "_geometries": {}}
 
     def __repr__(self) -> str:
         """Return the call that makes the layer; bias and keyword-only arguments if unusual."""
