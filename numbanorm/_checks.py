@@ -167,7 +167,5 @@ def check_over(over: Iterable[str], num_groups: int | None) -> tuple[str, ...]:
     if "gn" in names and num_groups is None:
         raise ValueError("num_groups: the number of groups is needed for 'gn', got None")
     if num_groups is not None:
-        if "gn" not in names:
-            raise ValueError(f"num_groups: it goes with 'gn' in over, got over={names!r}")
         check_count(num_groups, "num_groups")
     return names

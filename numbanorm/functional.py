@@ -106,7 +106,7 @@ def channel_geometry(
         x.shape,
         tuple(reductions[name] for name in over),
         (channel,),
-        groups=num_groups or 1,
+        groups=num_groups or 1 if "gn" in over else 1,
         group_axis=channel,
         grouped=tuple(name == "gn" for name in over),
         tracked=over.index("bn") if "bn" in over else 0,
@@ -633,7 +633,7 @@ def switchable_norm(
     over : sequence of str
         Any choice of "in", "ln", "bn" and "gn", in any order.
     num_groups : int, optional
-        The number of groups for "gn".
+        The number of groups for "gn", a divisor of C; needed only there.
 
     Raises
     ------

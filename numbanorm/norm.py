@@ -86,6 +86,16 @@ class Norm:
     TypeError, ValueError
         If an argument does not fit; the message says what would do.
 
+    Notes
+    -----
+    Any order of the axes in memory is handled as it is, where ``out`` has the same; without
+    ``out``, y is C-contiguous, and an x of another order is copied once. So is an x with gaps in
+    memory, and one that has a parameter for each element of reduced axes that are not the last.
+
+    A NaN or Inf in x makes its own group of statistics NaN, in y and in dx, and no other. In
+    evaluation with running statistics it stays the only one. Running statistics that take it in
+    stay NaN, unless ``skip_nonfinite``.
+
     Examples
     --------
     >>> import numpy as np

@@ -36,7 +36,7 @@ class SwitchableNorm(Norm):
     over : sequence of str
         Any choice of "in", "ln", "bn" and "gn", in any order, without repetition.
     num_groups : int, optional
-        The number of groups for "gn", a divisor of C.
+        The number of groups for "gn", a divisor of C; needed only there.
     zero_init : bool
         Whether the weight starts at 0 instead of 1.
     sample_variance : bool
@@ -86,7 +86,7 @@ class SwitchableNorm(Norm):
     ) -> None:
         self.num_features = _checks.check_count(num_features, "num_features")
         self.over = _checks.check_over(over, num_groups)
-        if num_groups is not None and self.num_features % num_groups:
+        if "gn" in self.over and self.num_features % (num_groups or 1):
             raise ValueError(
                 f"num_groups: a divisor of num_features={num_features} is needed, got {num_groups}"
             )

@@ -20,11 +20,12 @@ from torch.autograd import forward_ad
 from torch.nn.modules.batchnorm import _BatchNorm as _TorchBatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm as _TorchInstanceNorm
 from torch.nn.modules.lazy import LazyModuleMixin
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 import numbanorm
 from numbanorm import _checks, _threads, functional
 from numbanorm._axes import Array, Axes, Geometry
-from numbanorm._normalize import Mixture, Statistic, backward, normalize, restore
+from numbanorm._normalize import Mixture, Saved, Statistic, backward, normalize, restore
 from numbanorm._running import Pool
 from numbanorm.moments import Moments
 
@@ -114,14 +115,17 @@ def _geometry(x: Array, over: str, number: int, sample_variance: bool) -> Geomet
 
 
 @np.errstate(all="ignore")
-def _pack(statistics: Iterable[Statistic], ddof: int) -> Tensor:
+def _pack(statistics: list[Statistic], ddof: int) -> Tensor:
     """Return mean, variance for running statistics, variance and count of all groups, (4, S)."""
-    packed = []
+    first, packed = 0, np.empty((4, sum(statistic.mean.size for statistic in statistics)))
     for _, n, mean, var in statistics:
-        count = np.zeros(mean.shape) if n is None else n
+        count = np.zeros(1) if n is None else n
         unbiased = var * (count / np.maximum(count - ddof, 1))
-        packed.append(np.stack([mean, unbiased, var, count]).reshape(4, -1))
-    return torch.from_numpy(np.concatenate(packed, axis=1))
+        last = first + mean.size
+        for row, values in zip(packed, (mean, unbiased, var, count), strict=True):
+            row[first:last] = values.ravel()
+        first = last
+    return torch.from_numpy(packed)
 
 
 def _unpack(statistics: Tensor, geometry: Geometry, axes: Iterable[Axes]) -> list[Statistic]:
@@ -136,8 +140,7 @@ def _unpack(statistics: Tensor, geometry: Geometry, axes: Iterable[Axes]) -> lis
     return unpacked
 
 
-@torch.library.custom_op("numbanorm::normalize", mutates_args=(), device_types="cpu")
-def _normalize_op(
+def _forward(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -150,8 +153,8 @@ def _normalize_op(
     eps: float,
     sample_variance: bool,
     process_group: str,
-) -> tuple[Tensor, Tensor]:
-    """Return y and the statistics; running ones, where given, take the place of "bn"."""
+) -> tuple[Tensor, Tensor, Saved | None]:
+    """Return y, the statistics, and what backward needs beside x, if they are x's own."""
     y = _empty_like(x, over)
     array = _array(x)
     fixed, shared = None, None
@@ -178,7 +181,78 @@ def _normalize_op(
         own = saved.instances or Moments.empty((*x.shape[:2], 1))
         count = np.full(own.mean.shape, own.count)
         found = [*found, Statistic((), count, own.mean, own.var())]
-    return y, _pack(found, ddof=0 if sample_variance else 1)
+    del saved.x  # autograd keeps it, and knows when not to
+    return y, _pack(found, 0 if sample_variance else 1), saved if shared is None else None
+
+
+def _backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    mean_weight: Tensor | None,
+    var_weight: Tensor | None,
+    statistics: Tensor,
+    has_bias: bool,
+    live: bool,
+    over: str,
+    number: int,
+    eps: float,
+    sample_variance: bool,
+    process_group: str,
+    saved: Saved | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Return the gradients of x, weight, bias and logits."""
+    dx, array = _empty_like(x, over), _array(x)
+    if saved is not None:
+        saved.x = saved.plan.to_view(array.reshape(saved.geometry.shape))
+    else:
+        geometry = _geometry(array, over, number, sample_variance)
+        axes, instances = geometry.reductions, None
+        if _has_instances(x, sample_variance):
+            *unpacked, own = _unpack(statistics, geometry, (*axes, geometry.inner(True)))
+            assert own.n is not None
+            instances = Moments(own.n, own.mean, own.var * own.n)
+        else:
+            unpacked = _unpack(statistics, geometry, axes)
+        if not live:
+            unpacked[geometry.tracked] = unpacked[geometry.tracked]._replace(n=None)
+        saved = restore(
+            array,
+            dx.numpy(),
+            geometry,
+            _optional(weight),
+            has_bias,
+            eps,
+            unpacked,
+            mixture=_mixture(mean_weight, var_weight),
+            center=over != "rms",
+            sample_variance=sample_variance,
+            instances=instances,
+            share=_sum_over(process_group) if process_group else None,
+        )
+    with _threads.thread_count(torch.get_num_threads()):
+        _, *gradients = backward(_array(dy), saved, dx.numpy())
+    del saved.x
+    there = weight is not None, has_bias, mean_weight is not None, var_weight is not None
+    dweight, dbias, dmean_weight, dvar_weight = (
+        torch.as_tensor(gradient, dtype=x.dtype) if is_there else None
+        for gradient, is_there in zip(gradients, there, strict=True)
+    )
+    return dx, dweight, dbias, dmean_weight, dvar_weight
+
+
+@torch.library.custom_op("numbanorm::normalize", mutates_args=(), device_types="cpu")
+def _normalize_op(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None,
+    mean_weight: Tensor | None, var_weight: Tensor | None,
+    running_mean: Tensor | None, running_var: Tensor | None,
+    over: str, number: int, eps: float, sample_variance: bool, process_group: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Return y and the statistics; running ones, where given, take the place of "bn"."""
+    return _forward(
+        x, weight, bias, mean_weight, var_weight, running_mean, running_var,
+        over, number, eps, sample_variance, process_group,
+    )[:2]  # fmt: skip
 
 
 @_normalize_op.register_fake
@@ -194,57 +268,19 @@ def _(
 
 @torch.library.custom_op("numbanorm::normalize_backward", mutates_args=(), device_types="cpu")
 def _backward_op(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    mean_weight: Tensor | None,
-    var_weight: Tensor | None,
-    statistics: Tensor,
-    has_bias: bool,
-    live: bool,
-    over: str,
-    number: int,
-    eps: float,
-    sample_variance: bool,
-    process_group: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dy: Tensor, x: Tensor, weight: Tensor | None, mean_weight: Tensor | None,
+    var_weight: Tensor | None, statistics: Tensor, has_bias: bool, live: bool,
+    over: str, number: int, eps: float, sample_variance: bool, process_group: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Return the gradients of x, weight, bias and logits; those that are not there are empty.
 
     ``live`` says that no running statistics were given.
     """
-    dx = _empty_like(x, over)
-    array = _array(x)
-    geometry = _geometry(array, over, number, sample_variance)
-    axes, instances = geometry.reductions, None
-    if _has_instances(x, sample_variance):
-        *unpacked, own = _unpack(statistics, geometry, (*axes, geometry.inner(True)))
-        assert own.n is not None
-        instances = Moments(own.n, own.mean, own.var * own.n)
-    else:
-        unpacked = _unpack(statistics, geometry, axes)
-    if not live:
-        unpacked[geometry.tracked] = unpacked[geometry.tracked]._replace(n=None)
-    saved = restore(
-        array,
-        dx.numpy(),
-        geometry,
-        _optional(weight),
-        has_bias,
-        eps,
-        unpacked,
-        mixture=_mixture(mean_weight, var_weight),
-        center=over != "rms",
-        sample_variance=sample_variance,
-        instances=instances,
-        share=_sum_over(process_group) if process_group else None,
-    )
-    with _threads.thread_count(torch.get_num_threads()):
-        _, *gradients = backward(_array(dy), saved, dx.numpy())
-    there = weight is not None, has_bias, mean_weight is not None, var_weight is not None
-    return dx, *(
-        torch.as_tensor(gradient, dtype=x.dtype) if is_there else x.new_empty(0)
-        for gradient, is_there in zip(gradients, there, strict=True)
-    )
+    dx, *others = _backward(
+        dy, x, weight, mean_weight, var_weight, statistics, has_bias, live,
+        over, number, eps, sample_variance, process_group,
+    )  # fmt: skip
+    return dx, *(x.new_empty(0) if gradient is None else gradient for gradient in others)
 
 
 @_backward_op.register_fake
@@ -373,8 +409,7 @@ def _differentiable(
 
     torch.library.register_vmap(op, one_by_one)
 
-    # torch.func differentiates such functions but no operators, and in eager mode they are
-    # faster. What is compiled or exported keeps the operator, which knows its derivative.
+    # torch.func differentiates such functions, but not operators.
     class Function(torch.autograd.Function):
         generate_vmap_rule = True
         forward = staticmethod(lambda *args: op(*args))
@@ -382,14 +417,52 @@ def _differentiable(
         backward = staticmethod(differentiate)
 
     def call(*args: Any) -> Any:
-        plain = torch.compiler.is_compiling() or not torch.is_grad_enabled()
-        return op(*args) if plain else Function.apply(*args)
+        in_transform = (not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active() and torch.is_grad_enabled())
+        return Function.apply(*args) if in_transform else op(*args)
 
     return call
 
 
 _normalize_backward = _differentiable(_backward_op, _save_again, _differentiate_again)
-_normalize = _differentiable(_normalize_op, _save, _differentiate)
+_normalize_anyhow = _differentiable(_normalize_op, _save, _differentiate)
+
+
+class _Normalize(torch.autograd.Function):
+    """The operator without PyTorch's dispatcher, which takes as long as a small layer."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+        y, statistics, ctx.saved = _forward(*inputs)
+        _save(ctx, inputs, (y, statistics))
+        return y, statistics
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        if dy is None or torch.is_grad_enabled() or not _is_eager(dy):
+            return _differentiate(ctx, dy, None)
+        kept: tuple[Any, ...] = *ctx.saved_tensors, *ctx.rest, ctx.saved
+        return *_backward(dy, *kept), *[None] * 7
+
+
+def _is_eager(x: Tensor) -> bool:
+    """Tell whether x has data, and nothing but autograd watches what is done with it."""
+    return type(x) in (Tensor, nn.Parameter) and not (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch._C._are_functorch_transforms_active()
+        or is_in_torch_dispatch_mode()
+    )
+
+
+def _normalize(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    """Return y and the statistics."""
+    if not _is_eager(x):
+        y, statistics = _normalize_anyhow(x, *rest)
+    elif torch.is_grad_enabled():
+        y, statistics = _Normalize.apply(x, *rest)
+    else:
+        y, statistics, _ = _forward(x, *rest)
+    return y, statistics
 
 
 # -- The definition ------------------------------------------------------------------------------
@@ -529,18 +602,23 @@ class _Tracking(nn.Module):
             return (1 / self.num_batches_tracked).to(self.running_mean.dtype)
         return self.momentum
 
-    @torch.no_grad()
-    def _track(self, statistics: Tensor, axes: tuple[int, ...] = (0,)) -> None:
-        """Move the running statistics towards a batch's, (4, C), or the mean of its samples'."""
-        shape = (4, -1, self.num_features)
+    def _track(self, statistics: Tensor, samples: int | None = None) -> None:
+        """Move the running statistics towards those of a batch, or the mean of its samples'.
+
+        ``statistics`` are (4, C), or (4, samples * C).
+        """
         if self._pool is not None:
+            shape = (4, *([] if samples is None else [samples]), self.num_features)
             mean, _, var, n = statistics.numpy(force=True).reshape(shape)
+            batch = Statistic((0,) if samples is None else (), n.astype(np.int64), mean, var)
             ddof = 0 if self.sample_variance else 1
-            batch = Statistic(axes, n.astype(np.int64), mean, var)
             self._pool.add_statistic(batch, (self.num_features,), ddof)
             return
         momentum = self._momentum()
-        mean, var = statistics.reshape(shape)[:2].mean(1).to(self.running_mean.dtype)
+        moved = statistics[:2].detach()
+        if samples is not None:
+            moved = moved.reshape(2, samples, -1).mean(1)
+        mean, var = moved.to(self.running_mean.dtype)
         self.running_mean.lerp_(mean, momentum)
         self.running_var.lerp_(var, momentum)
 
@@ -637,7 +715,7 @@ class _InstanceNorm(_Tracking, _TorchInstanceNorm):
             x, self.weight, self.bias, None, None, *running, over, 1, self.eps, False, ""
         )
         if live and self.tracks:
-            self._track(statistics, ())
+            self._track(statistics, x.shape[0])
         return y if x is input else y.squeeze(0)
 
     def _momentum(self) -> Any:
