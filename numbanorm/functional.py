@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.special import softmax
 
 from numbanorm._axes import Array, Geometry, geometry, normalize_axes
 from numbanorm._checks import (
@@ -555,6 +554,9 @@ def rms_norm(
 
 def mix(mean_weight: ArrayLike, var_weight: ArrayLike, n: int) -> Mixture:
     """Return the softmax weights of ``n`` statistics from their logits."""
+    # Imported here, since it takes four times as long as all the rest of the library.
+    from scipy.special import softmax
+
     logits = [
         parameter(value, name, (n,))
         for value, name in ((mean_weight, "mean_weight"), (var_weight, "var_weight"))

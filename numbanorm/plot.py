@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
-COLOURS = {"in": "#56B4E9", "ln": "#E69F00", "bn": "#009E73", "gn": "#CC79A7"}
+COLOURS = {"in": "#009E73", "ln": "#E69F00", "bn": "#0072B2", "gn": "#CC79A7"}
 
 
 def plot_importance(

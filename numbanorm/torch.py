@@ -417,7 +417,7 @@ def _differentiable(
         backward = staticmethod(differentiate)
 
     def call(*args: Any) -> Any:
-        in_transform = (not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active() and torch.is_grad_enabled())
+        in_transform = torch._C._are_functorch_transforms_active() and torch.is_grad_enabled()
         return Function.apply(*args) if in_transform else op(*args)
 
     return call
