@@ -353,7 +353,8 @@ def _enters(dy, x, counts):
     A masked-out element is normalised too, so that its dy counts, unless dy is 0 or there is
     nothing finite to normalise: what stands there then must not turn the sums into NaN.
     """
-    return counts or (dy != 0 and np.isfinite(x))
+    # No "and", no "or": their branches would keep the loops scalar.
+    return counts | ((dy != 0) & (abs(x) < np.inf))
 
 
 @njit(**REORDER)
@@ -412,11 +413,12 @@ def _add_gradient_row(dys, xs, mean, s0, s1):
 @njit(**CONTRACT)
 def _add_masked_gradient_row(dys, xs, counts, mean, s0, s1):
     """Add the elements of a row (n,) that enter to s0 and s1 (n,)."""
+    # Two loops: see _add_two_rows about overlap checks.
     for c in range(s0.shape[0]):
-        enters = _enters(dys[c], xs[c], counts[c])
-        d = np.float64(dys[c]) if enters else 0.0
-        s0[c] += d
-        s1[c] += d * (np.float64(xs[c]) - mean[c]) if enters else 0.0
+        s0[c] += np.float64(dys[c]) if _enters(dys[c], xs[c], counts[c]) else 0.0
+    for c in range(s1.shape[0]):
+        product = np.float64(dys[c]) * (np.float64(xs[c]) - mean[c])
+        s1[c] += product if _enters(dys[c], xs[c], counts[c]) else 0.0
 
 
 @_twins
@@ -670,9 +672,10 @@ def _add_parameter_gradients(dys, xs, m, rstd, t, dweight, dbias):
 def _add_masked_parameter_gradients(dys, xs, counts, m, rstd, t, dweight, dbias):
     """Add dy * x_hat and dy of one row (n,) to dweight and dbias (n,) where they enter."""
     for i in range(xs.shape[0]):
-        enters = _enters(dys[i], xs[i], counts[i])
-        dweight[i] += dys[i] * _scale_shift(xs[i], m, rstd, t) if enters else 0.0
-        dbias[i] += dys[i] if enters else 0.0
+        product = dys[i] * _scale_shift(xs[i], m, rstd, t)
+        dweight[i] += product if _enters(dys[i], xs[i], counts[i]) else 0.0
+    for i in range(xs.shape[0]):
+        dbias[i] += dys[i] if _enters(dys[i], xs[i], counts[i]) else 0.0
 
 
 @njit(**CONTRACT)
