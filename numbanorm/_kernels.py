@@ -71,7 +71,9 @@ def _masked_shifted_sums(xs, counts, shift):
     """Sum 1, x - shift and its square over xs (n,) where counts (n,) is True."""
     n, s1, s2 = 0, 0.0, 0.0
     for i in range(xs.shape[0]):
-        d = np.float64(xs[i]) - shift if counts[i] else 0.0
+        # x is read in any case: a load that depends on the mask is not prefetched.
+        d = np.float64(xs[i]) - shift
+        d = d if counts[i] else 0.0
         n += counts[i]
         s1 += d
         s2 += d * d
@@ -184,7 +186,8 @@ def _add_masked_row(xs, counts, shift, n, s1, s2):
     for c in range(s1.shape[0]):
         n[c] += counts[c]
     for c in range(s1.shape[0]):
-        d = np.float64(xs[c]) - shift[c] if counts[c] else 0.0
+        d = np.float64(xs[c]) - shift[c]
+        d = d if counts[c] else 0.0
         s1[c] += d
         s2[c] += d * d
 
@@ -374,9 +377,11 @@ def _masked_gradient_sums(dys, xs, counts, mean):
     s0, s1 = 0.0, 0.0
     for i in range(xs.shape[0]):
         enters = _enters(dys[i], xs[i], counts[i])
-        d = np.float64(dys[i]) if enters else 0.0
+        d = np.float64(dys[i])
+        x_c = np.float64(xs[i]) - mean
+        d = d if enters else 0.0
         s0 += d
-        s1 += d * (np.float64(xs[i]) - mean) if enters else 0.0
+        s1 += d * (x_c if enters else 0.0)
     return s0, s1
 
 
@@ -457,7 +462,9 @@ def gradient_sums_columns(dy, x, mask, part, width, mean, s0, s1):
 def _input_gradient(dy, x, counts, a, r, m, b, c):
     """Return dx; only what counted in the statistics has a share in their gradient."""
     # r stays apart from b and c: at |x| = 1e30 their products would underflow in float32.
-    return a * dy + r * ((x - m) * b + c) if counts else a * dy
+    direct = a * dy
+    whole = direct + r * ((x - m) * b + c)
+    return whole if counts else direct
 
 
 @njit(**CONTRACT)
@@ -630,14 +637,14 @@ def _masked_element_sums(dys, xs, counts, weight, mean):
     s0, s1 = 0.0, 0.0
     for i in range(xs.shape[0]):
         enters = _enters(dys[i], xs[i], counts[i])
-        g = np.float64(dys[i]) * np.float64(weight[i]) if enters else 0.0
+        d = np.float64(dys[i])
+        x_c = np.float64(xs[i]) - mean
+        g = (d if enters else 0.0) * np.float64(weight[i])
         s0 += g
-        s1 += g * (np.float64(xs[i]) - mean) if enters else 0.0
+        s1 += g * (x_c if enters else 0.0)
     return s0, s1
 
 
-# Four rows a call quarter the traffic of the float64 sums. In loops of their own, weight and bias
-# stay within the eight overlap checks that LLVM is ready to make.
 @njit(**CONTRACT)
 def _add_four_to_dweight(dy_a, dy_b, dy_c, dy_d, x_a, x_b, x_c, x_d, rows, dweight):
     """Add dy * x_hat of four rows (n,), with mean, rstd, offset in rows (4, 3), to dweight."""
@@ -682,7 +689,8 @@ def _add_masked_parameter_gradients(dys, xs, counts, m, rstd, t, dweight, dbias)
 def _element_gradient(dy, x, counts, weight, m, rstd, t, c0, c1):
     """Return dx = rstd * (dy * weight - c0 - x_hat * c1)."""
     g = dy * weight
-    return rstd * (g - c0 - _scale_shift(x, m, rstd, t) * c1) if counts else rstd * g
+    whole = rstd * (g - c0 - _scale_shift(x, m, rstd, t) * c1)
+    return whole if counts else rstd * g
 
 
 @njit(**CONTRACT)
