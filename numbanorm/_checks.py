@@ -69,7 +69,8 @@ def output_array(out: Array | None, like: Array, *inputs: Array) -> Array:
         raise ValueError(f"out: shape {like.shape} is needed, got {out.shape}")
     if not out.flags.writeable:
         raise ValueError("out: an array that may be written to is needed, got a read-only one")
-    if any(stride == 0 and n > 1 for stride, n in zip(out.strides, out.shape, strict=True)):
+    lengths = zip(out.strides, out.shape, strict=True)
+    if out.size and any(stride == 0 and n > 1 for stride, n in lengths):
         raise ValueError(
             "out: an array with memory for each element is needed, got a broadcast one"
         )

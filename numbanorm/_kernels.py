@@ -379,9 +379,9 @@ def _masked_gradient_sums(dys, xs, counts, mean):
         enters = _enters(dys[i], xs[i], counts[i])
         d = np.float64(dys[i])
         x_c = np.float64(xs[i]) - mean
-        d = d if enters else 0.0
-        s0 += d
-        s1 += d * (x_c if enters else 0.0)
+        g = d if enters else 0.0
+        s0 += g
+        s1 += g * (x_c if enters else 0.0)
     return s0, s1
 
 

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 import numba
 from numba.core.compiler_lock import global_compiler_lock
+from numba.np.ufunc import parallel as numba_threads
 
 # Below this many elements a parallel launch (10 to 50 µs) costs more than it saves.
 PARALLEL_FROM = 1 << 16
@@ -60,18 +61,20 @@ def run(kernel: Twins, size: int, *args: object) -> None:
         this_thread = threading.get_ident()
         if threading_layer() is None:
             _only_user = this_thread
+            numba.get_num_threads()  # starts them
         elif _only_user != this_thread:
             _only_user = None
-        # Numba keeps one count per Python thread; the caller's is left as it was.
-        before = numba.get_num_threads()
-        if n in (None, before):
+        if n is None:
             kernel.parallel(*args)
             return
-        numba.set_num_threads(n)
+        # Numba keeps one count per Python thread; the caller's is left as it was. A Ctrl-C in
+        # numba.get_num_threads() would leave a lock behind that all other threads wait for.
+        before = numba_threads._get_num_threads()
+        numba_threads._set_num_threads(n)
         try:
             kernel.parallel(*args)
         finally:
-            numba.set_num_threads(before)
+            numba_threads._set_num_threads(before)
 
 
 @contextlib.contextmanager
@@ -137,9 +140,9 @@ def get_num_threads() -> int:
         return 1
     if _num_threads is not None:
         return _num_threads
-    # Numba starts its threads when it is asked.
-    started = threading_layer() is not None
-    return int(numba.get_num_threads() if started else numba.config.NUMBA_NUM_THREADS)
+    if threading_layer() is None:
+        return int(numba.config.NUMBA_NUM_THREADS)
+    return int(numba_threads._get_num_threads())
 
 
 def threading_layer() -> str | None:

@@ -35,9 +35,12 @@ def tasks() -> list[Task]:
     def note(kernel: Any, size: int, *args: object) -> None:
         signature = tuple(map(numba.typeof, args))
         found.setdefault((names[id(kernel)], dtype), {})[signature] = None
+        for array in args:
+            # Nothing is computed, but a layer goes on with the results.
+            if isinstance(array, np.ndarray) and array.flags.writeable:
+                array.fill(1)
 
-    # Nothing is computed: what is taken for results is whatever stood in memory.
-    with mock.patch.object(_threads, "run", note), np.errstate(all="ignore"):
+    with mock.patch.object(_threads, "run", note):
         for dtype, masked in itertools.product((np.float32, np.float64), (False, True)):
             x = np.ones((2, 2, 2), dtype)
             mask = x > 0 if masked else None

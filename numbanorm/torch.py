@@ -8,6 +8,7 @@ are seen as arrays, without a copy and in their own order in memory (``channels_
 Other devices and types, forward-mode and second derivatives are left to PyTorch's own code.
 """
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, Self
@@ -59,7 +60,8 @@ ROWS = ("rows", "rms")
 
 def _array(tensor: Tensor) -> Array:
     """Return a tensor's memory as an array."""
-    return _checks.float_array(tensor.numpy(force=True), "x")
+    array: Array = tensor.numpy(force=True)
+    return array
 
 
 def _optional(tensor: Tensor | None) -> Array | None:
@@ -108,9 +110,11 @@ def _has_instances(x: Tensor, sample_variance: bool) -> bool:
     return sample_variance and math.prod(x.shape[2:]) > 1
 
 
-def _geometry(x: Array, over: str, number: int, sample_variance: bool) -> Geometry:
+@functools.lru_cache(maxsize=4096)
+def _geometry(shape: Axes, over: str, number: int, sample_variance: bool) -> Geometry:
+    x = np.broadcast_to(0.0, shape)
     if over in ROWS:
-        return functional.trailing_geometry(x, x.shape[x.ndim - number :])
+        return functional.trailing_geometry(x, shape[len(shape) - number :])
     return functional.channel_geometry(x, 1, tuple(over.split(",")), number, sample_variance)
 
 
@@ -166,7 +170,7 @@ def _forward(
             fixed = shared.mean, shared.var
         _, saved = normalize(
             array,
-            _geometry(array, over, number, sample_variance),
+            _geometry(array.shape, over, number, sample_variance),
             _optional(weight),
             _optional(bias),
             eps,
@@ -206,7 +210,7 @@ def _backward(
     if saved is not None:
         saved.x = saved.plan.to_view(array.reshape(saved.geometry.shape))
     else:
-        geometry = _geometry(array, over, number, sample_variance)
+        geometry = _geometry(array.shape, over, number, sample_variance)
         axes, instances = geometry.reductions, None
         if _has_instances(x, sample_variance):
             *unpacked, own = _unpack(statistics, geometry, (*axes, geometry.inner(True)))
@@ -303,20 +307,22 @@ def _shared_statistic(x: Array, process_group: str) -> Statistic:
     """Return BatchNorm's statistic of all processes' x, which may differ in size."""
     axes = tuple(axis for axis in range(x.ndim) if axis != 1)
     own = numbanorm.moments(x, axes)
+    count = np.full(own.mean.shape, own.count)
+    packed = torch.from_numpy(np.stack([count, own.mean, own._rest, own.m2]))
     group = _process_group(process_group)
-    packed = torch.from_numpy(np.concatenate([[own.count], own.mean, own.m2]))
     gathered = [torch.empty_like(packed) for _ in range(dist.get_world_size(group))]
     dist.all_gather(gathered, packed, group=group)
-    rows = (tensor.numpy() for tensor in gathered)
-    moments = Moments.merge(Moments(int(row[0]), *row[1:].reshape(2, -1)) for row in rows)
-    if np.max(moments.count) < 2:
+    arrays = (tensor.numpy() for tensor in gathered)
+    moments = Moments.merge(Moments._of(n.astype(np.int64), *rest) for n, *rest in arrays)
+    n = np.asarray(moments.count)
+    if n.max() < 2:
         raise ValueError(
             f"x: more than one value per channel is needed in training, got shape {x.shape}, "
             "and no value in the other processes"
         )
     grid = [1, -1, *[1] * (x.ndim - 2)]
     mean, var = moments.mean.reshape(grid), moments.var().reshape(grid)
-    return Statistic(axes, np.full(mean.shape, moments.count), mean, var)
+    return Statistic(axes, n.reshape(grid), mean, var)
 
 
 def _sum_over(process_group: str) -> Callable[[Array], object]:
@@ -336,6 +342,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
     x, weight, bias, mean_weight, var_weight, running_mean, _, *method = inputs
     ctx.save_for_backward(x, weight, mean_weight, var_weight, output[1])
     ctx.rest = bias is not None, running_mean is None, *method
+    ctx.there = [tensor is not None for tensor in inputs[:5]]
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
 
@@ -344,28 +351,28 @@ def _differentiate(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None,
     if dy is None:
         return (None,) * 12
     gradients = _normalize_backward(dy, *ctx.saved_tensors, *ctx.rest)
-    return *_where(_there(ctx.saved_tensors, ctx.rest[0]), gradients), *[None] * 7
+    return *_where(ctx.there, gradients), *[None] * 7
 
 
 def _save_again(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     dy, x, weight, mean_weight, var_weight, statistics, *rest = inputs
-    ctx.save_for_backward(x, weight, mean_weight, var_weight, statistics, dy)
+    ctx.save_for_backward(dy, x, weight, mean_weight, var_weight, statistics)
     ctx.rest = rest
+    logits = mean_weight is not None, var_weight is not None
+    ctx.there = [True, weight is not None, rest[0], *logits]
 
 
 def _differentiate_again(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
     """Differentiate the gradients of :func:`_definition`."""
-    x, weight, mean_weight, var_weight, statistics, dy = ctx.saved_tensors
-    has_bias, live, over, number, *method, process_group = ctx.rest
+    dy, x, weight, mean_weight, var_weight, statistics = ctx.saved_tensors
+    _, live, over, number, *method, process_group = ctx.rest
     if process_group:
         raise NotImplementedError("SyncBatchNorm over several processes has no second derivative")
     running: tuple[Any, ...] = None, None
     if not live:
         mean, _, var, _ = _batch(statistics, x, over, number).to(x.dtype)
         running = mean, var
-    there = _there(ctx.saved_tensors, has_bias)
     given = _fill(x, weight, None, mean_weight, var_weight, over, number)
-
     rest: tuple[Any, ...] = *running, over, number, *method
 
     def y(*given: Tensor) -> Tensor:
@@ -376,21 +383,16 @@ def _differentiate_again(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, .
 
     cotangents = (
         g if is_there else torch.zeros_like(t)
-        for is_there, g, t in zip(there, gradients, given, strict=True)
+        for is_there, g, t in zip(ctx.there, gradients, given, strict=True)
     )
     d_dy, *derivatives = torch.func.vjp(gradient, dy, *given)[1](tuple(cotangents))
-    d_x, d_weight, _, *d_logits = _where(there, derivatives)
+    d_x, d_weight, _, *d_logits = _where(ctx.there, derivatives)
     return d_dy, d_x, d_weight, *d_logits, *[None] * 8
 
 
-def _there(saved: tuple[Tensor | None, ...], has_bias: bool) -> list[bool]:
-    """Tell which of x, weight, bias, mean_weight and var_weight there are."""
-    x, weight, *logits = (tensor is not None for tensor in saved[:4])
-    return [x, weight, has_bias, *logits]
-
-
-def _where(there: Iterable[bool], tensors: Iterable[Tensor]) -> Iterable[Any]:
-    return (tensor if known else None for known, tensor in zip(there, tensors, strict=True))
+def _where(there: list[bool], gradients: Iterable[Tensor]) -> Iterable[Any]:
+    """Return the gradients of x, weight, bias and logits, None for those that are not there."""
+    return (g if is_there else None for is_there, g in zip(there, gradients, strict=True))
 
 
 def _differentiable(
@@ -450,6 +452,7 @@ def _is_eager(x: Tensor) -> bool:
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()
         or torch._C._are_functorch_transforms_active()
+        or torch._C._functorch.is_legacy_batchedtensor(x)
         or is_in_torch_dispatch_mode()
     )
 
@@ -599,7 +602,7 @@ class _Tracking(nn.Module):
         """Return the weight of the new value, as a tensor where it depends on earlier ones."""
         self.num_batches_tracked.add_(1)
         if self.momentum is None:
-            return (1 / self.num_batches_tracked).to(self.running_mean.dtype)
+            return 1 / self.num_batches_tracked.to(self.running_mean.dtype)
         return self.momentum
 
     def _track(self, statistics: Tensor, samples: int | None = None) -> None:
@@ -664,9 +667,9 @@ class BatchNorm1d(_BatchNorm, nn.BatchNorm1d):
     --------
     >>> import torch
     >>> import numbanorm.torch
-    >>> numbanorm.torch.BatchNorm1d(2, affine=False)(torch.tensor([[1.0, 5.0], [3.0, 5.0]]))
-    tensor([[-1.,  0.],
-            [ 1.,  0.]])
+    >>> numbanorm.torch.BatchNorm1d(1, eps=0.0, affine=False)(torch.tensor([[1.0], [3.0]]))
+    tensor([[-1.],
+            [ 1.]])
     """
 
 
@@ -791,6 +794,13 @@ def _parameter(value: Tensor, wanted: bool = True) -> nn.Parameter | None:
     return nn.Parameter(value) if wanted else None
 
 
+def _check_groups(num_features: int, num_groups: int | None) -> None:
+    if num_groups is not None and num_features % num_groups:
+        raise ValueError(
+            f"num_groups: a divisor of num_features={num_features} is needed, got {num_groups}"
+        )
+
+
 class _SwitchableNorm(_Tracking):
     _ranks: ClassVar[tuple[int, ...]]
     _over: ClassVar[tuple[str, ...]] = ("in", "ln", "bn")
@@ -839,11 +849,7 @@ class _SwitchableNorm(_Tracking):
         self.num_groups, self.zero_init = num_groups, zero_init
         self.axis = _checks.check_channel_axis(axis)
         self.sample_variance = sample_variance
-        if num_groups is not None and self.num_features % num_groups:
-            raise ValueError(
-                f"num_groups: a divisor of num_features={self.num_features} is needed, "
-                f"got {num_groups}"
-            )
+        _check_groups(self.num_features, num_groups)
         if "bn" not in self.over or not self.track_running_stats:
             self.running_mean = self.running_var = self.num_batches_tracked = None
         like = next((t for t in (self.weight, self.running_mean) if t is not None), torch.ones(()))
@@ -1019,8 +1025,8 @@ def convert(module: nn.Module) -> nn.Module:
     --------
     >>> import torch
     >>> import numbanorm.torch
-    >>> numbanorm.torch.convert(torch.nn.Sequential(torch.nn.LayerNorm(4)))[0]
-    LayerNorm((4,), eps=1e-05, elementwise_affine=True, bias=True)
+    >>> type(numbanorm.torch.convert(torch.nn.Sequential(torch.nn.LayerNorm(4)))[0])
+    <class 'numbanorm.torch.LayerNorm'>
     """
     for layer in module.modules():
         if type(layer) in _OURS:
@@ -1069,6 +1075,8 @@ def convert_switchable(
     for layer in layers:
         if getattr(layer, "cls_to_become", None) in _SWITCHABLE:
             raise ValueError(f"module: {layer} has no size yet; run the model once before")
+        if type(layer) in _SWITCHABLE:
+            _check_groups(layer.num_features, num_groups)
     for layer in layers:
         if type(layer) in _SWITCHABLE:
             layer.__class__ = _SWITCHABLE[type(layer)]

@@ -264,6 +264,19 @@ def test_backward_goes_with_the_mode_of_its_forward():
     np.testing.assert_array_equal(layers[1].eval().backward(dy), dx)
 
 
+@cases(*FEW)
+def test_backward_goes_with_the_parameters_of_its_forward(case):
+    dy = normal(*case.shape, seed=1)
+    layers = [case.layer() for _ in range(2)]
+    for layer in layers:
+        layer(case.input())
+    for p in layers[1].parameters().values():
+        p += 1
+    np.testing.assert_array_equal(layers[1].backward(dy), layers[0].backward(dy))
+    for name, gradient in layers[0].gradients().items():
+        np.testing.assert_array_equal(layers[1].gradients()[name], gradient, err_msg=name)
+
+
 def test_backward_goes_with_the_statistics_of_its_forward():
     x, dy = normal(4, 3, 5), normal(4, 3, 5, seed=1)
     layers = [fill(nn.BatchNorm1d(3, dtype=np.float64)).eval() for _ in range(2)]
