@@ -1,0 +1,346 @@
+"""The operator under PyTorch: gradcheck, torch.compile, torch.export, torch.func, threads."""
+
+import copy
+import threading
+from types import SimpleNamespace
+
+import numba
+import pytest
+from cases import assert_close, normal
+
+import numbanorm
+from numbanorm import _threads
+
+torch = pytest.importorskip("torch", reason="PyTorch is not installed: pip install torch")
+ours = pytest.importorskip("numbanorm.torch")
+from_func = torch.func
+
+# PyTorch's own: forward-mode derivatives and torch.compile still load parts of it.
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
+
+
+def tensor(*shape, seed=0, dtype=torch.float64):
+    return torch.tensor(normal(*shape, seed=seed)).to(dtype)
+
+
+def filled(layer):
+    """Fill a layer with random numbers, in float64."""
+    layer, generator = layer.double(), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in layer.parameters():
+            p.normal_(generator=generator)
+        for buffer in layer.buffers():
+            if buffer.is_floating_point():
+                buffer.uniform_(0.5, 2, generator=generator)
+    return layer
+
+
+LAYERS = {
+    "BatchNorm1d": (lambda: ours.BatchNorm1d(3), (4, 3)),
+    "BatchNorm2d": (lambda: ours.BatchNorm2d(3), (2, 3, 2, 2)),
+    "BatchNorm2d-evaluation": (lambda: ours.BatchNorm2d(3).eval(), (2, 3, 2, 2)),
+    "BatchNorm2d-plain": (lambda: ours.BatchNorm2d(3, affine=False), (2, 3, 2, 2)),
+    "SyncBatchNorm": (lambda: ours.SyncBatchNorm(3), (2, 3, 4)),
+    "InstanceNorm1d": (lambda: ours.InstanceNorm1d(2, affine=True), (2, 2, 3)),
+    "InstanceNorm1d-sample": (lambda: ours.InstanceNorm1d(2), (2, 4)),
+    "InstanceNorm1d-evaluation": (
+        lambda: ours.InstanceNorm1d(2, affine=True, track_running_stats=True).eval(), (2, 2, 3),
+    ),
+    "LayerNorm": (lambda: ours.LayerNorm(4), (3, 4)),
+    "LayerNorm-axes": (lambda: ours.LayerNorm((2, 3)), (2, 2, 3)),
+    "LayerNorm-plain": (lambda: ours.LayerNorm(4, elementwise_affine=False), (3, 4)),
+    "LayerNorm-scale": (lambda: ours.LayerNorm(4, bias=False), (3, 4)),
+    "GroupNorm": (lambda: ours.GroupNorm(2, 4), (2, 4, 3)),
+    "RMSNorm": (lambda: ours.RMSNorm(4), (3, 4)),
+    "SwitchableNorm1d": (lambda: ours.SwitchableNorm1d(3), (4, 3)),
+    "SwitchableNorm2d": (lambda: ours.SwitchableNorm2d(3), (2, 3, 2, 2)),
+    "SwitchableNorm2d-evaluation": (lambda: ours.SwitchableNorm2d(3).eval(), (2, 3, 2, 2)),
+    "SwitchableNorm2d-groups": (
+        lambda: ours.SwitchableNorm2d(4, over=("gn", "in", "bn"), num_groups=2), (2, 4, 2, 2),
+    ),
+    "SwitchableNorm2d-sample": (
+        lambda: ours.SwitchableNorm2d(3, over=("bn", "ln"), sample_variance=True), (2, 3, 2, 2),
+    ),
+    "SwitchableNorm1d-sample": (
+        lambda: ours.SwitchableNorm1d(3, sample_variance=True), (4, 3),
+    ),
+}  # fmt: skip
+layers = pytest.mark.parametrize(("make", "shape"), LAYERS.values(), ids=LAYERS)
+
+
+def as_function(layer):
+    """Return a function of x and the parameters, and the parameters."""
+    names = [name for name, _ in layer.named_parameters()]
+
+    def call(x, *parameters):
+        return from_func.functional_call(layer, dict(zip(names, parameters, strict=True)), x)
+
+    return call, tuple(layer.parameters())
+
+
+@layers
+def test_gradients(make, shape):
+    call, parameters = as_function(filled(make()))
+    x = tensor(*shape).requires_grad_()
+    assert torch.autograd.gradcheck(call, (x, *parameters), check_batched_grad=True)
+    assert torch.autograd.gradgradcheck(call, (x, *parameters))
+
+
+@layers
+def test_the_operator_is_sound(make, shape, monkeypatch):
+    # Schema, fake implementation, autograd registration and functionalisation of both operators.
+    inputs = []
+
+    def watch(op, *args):
+        inputs.append((op, tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in args)))
+        return op(*args)
+
+    monkeypatch.setattr(ours, "_normalize", lambda *args: watch(ours._normalize_op, *args))
+    monkeypatch.setattr(ours, "_normalize_backward", lambda *args: watch(ours._backward_op, *args))
+    x = tensor(*shape).requires_grad_()
+    filled(make())(x).backward(tensor(*shape, seed=1))
+    assert len(inputs) == 2
+    for op, args in inputs:
+        tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+        torch.library.opcheck(op, args, test_utils=tests)
+
+
+def test_channels_last_and_strides_of_the_fake():
+    x = tensor(2, 4, 5, 6).contiguous(memory_format=torch.channels_last)
+    for layout in (x, x[:, :, ::2], x.transpose(2, 3), x[:1].expand(3, 4, 5, 6)):
+        args = (layout, None, None, None, None, None, None, "gn", 2, 1e-5, False, "")
+        torch.library.opcheck(ours._normalize_op, args, test_utils=("test_faketensor",))
+
+
+# -- torch.compile and torch.export --------------------------------------------------------------
+
+
+def network():
+    nn = torch.nn
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.GroupNorm(2, 8),
+        nn.InstanceNorm2d(8, affine=True, track_running_stats=True), nn.LayerNorm(6),
+        nn.RMSNorm(6), nn.BatchNorm2d(8, momentum=None, affine=False),
+    )  # fmt: skip
+    return ours.convert(model).append(ours.SwitchableNorm2d(8))
+
+
+def same_step(model, run, x, training):
+    reference = copy.deepcopy(model).train(training)
+    model.train(training).zero_grad()
+    y, expected = run(x), reference(x)
+    assert_close(y.detach(), expected.detach(), scale=10)
+    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(0))
+    y.backward(dy)
+    reference.zero_grad()
+    expected.backward(dy)
+    for p, q in zip(model.parameters(), reference.parameters(), strict=True):
+        assert_close(p.grad, q.grad, scale=100)
+    for p, q in zip(model.buffers(), reference.buffers(), strict=True):
+        assert_close(p.double(), q.double(), scale=10, dtype="float32")
+
+
+def test_compile_without_a_graph_break():
+    torch._dynamo.reset()
+    model = network()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for training in (True, True, False):
+        same_step(model, compiled, torch.rand(4, 3, 8, 8), training)
+
+
+def test_compile_with_dynamic_sizes():
+    torch._dynamo.reset()
+    model = network()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=True)
+    for n in (2, 3, 5):
+        same_step(model, compiled, torch.rand(n, 3, 8, 8), True)
+
+
+def test_compile_with_inductor():
+    torch._dynamo.reset()
+    model = ours.BatchNorm2d(4)
+    compiled = torch.compile(model, fullgraph=True)
+    x = torch.rand(2, 4, 5, 6).contiguous(memory_format=torch.channels_last)
+    try:
+        compiled(x)
+    except torch._dynamo.exc.BackendCompilerFailed as error:
+        pytest.skip(f"inductor does not work here: {error}")
+    same_step(model, compiled, x, True)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+def test_export(training):
+    model = network().train(training)
+    reference, x = copy.deepcopy(model), torch.rand(4, 3, 8, 8)
+    program = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("n")},))
+    targets = [str(node.target) for node in program.graph.nodes]
+    assert targets.count("numbanorm.normalize.default") == 7
+    x = torch.rand(3, 3, 8, 8)
+    exported = program.module()
+    y = exported(x)
+    assert_close(y.detach(), reference(x).detach(), scale=10)
+    y.sum().backward()
+    assert all(p.grad is not None for p in exported.parameters())
+    for name, buffer in exported.named_buffers():
+        expected = reference.get_buffer(name)
+        assert_close(buffer.double(), expected.double(), scale=1, dtype="float32", what=name)
+
+
+def test_jit_trace():
+    layer, x = ours.LayerNorm(4).eval(), torch.rand(3, 4)
+    with pytest.warns(), torch.no_grad():
+        traced = torch.jit.trace(layer, (x,))
+    assert "numbanorm::normalize" in str(traced.graph)
+    assert torch.equal(traced(2 * x), layer(2 * x))
+
+
+# -- torch.func ----------------------------------------------------------------------------------
+
+PAIRS = {
+    "LayerNorm": lambda m: m.LayerNorm(5),
+    "GroupNorm": lambda m: m.GroupNorm(2, 6),
+    "RMSNorm": lambda m: m.RMSNorm((5, 5)),
+    "InstanceNorm2d": lambda m: m.InstanceNorm2d(6, affine=True),
+    "BatchNorm2d-live": lambda m: m.BatchNorm2d(6, track_running_stats=False),
+    "BatchNorm2d-evaluation": lambda m: m.BatchNorm2d(6).eval(),
+}
+
+
+def transforms(layer):
+    """Yield what torch.func makes of a layer; both libraries have to make the same of it."""
+    call, parameters = as_function(layer)
+    x = tensor(4, 6, 5, 5)
+    stack = torch.stack([x, 2 * x + 1])
+
+    def loss(x, *parameters):
+        return (call(x, *parameters) ** 3).sum()
+
+    def curve(t):
+        return (layer(x * t[0] + x**2 * t[1]) ** 3 * x).sum()
+
+    t = torch.tensor([2.0, 1.0]).double()
+    everything = tuple(range(1 + len(parameters)))
+    yield from_func.grad(loss, everything)(x, *parameters)
+    yield from_func.vmap(layer)(stack)
+    yield from_func.vmap(layer, in_dims=1, out_dims=1)(stack.transpose(0, 1))
+    in_dims = (0, *[None] * len(parameters))
+    yield from_func.vmap(from_func.grad(loss, everything), in_dims)(stack, *parameters)
+    yield from_func.jvp(layer, (x,), (x**2,))
+    yield from_func.jacrev(curve)(t)
+    yield from_func.jacfwd(curve)(t)
+    yield from_func.hessian(curve)(t)
+    yield from_func.grad(lambda t: (from_func.grad(curve)(t) ** 2).sum())(t)
+
+
+@pytest.mark.parametrize("make", PAIRS.values(), ids=PAIRS)
+def test_transforms(make):
+    layer, reference = filled(make(ours)), filled(make(torch.nn))
+    for found, expected in zip(transforms(layer), transforms(reference), strict=True):
+        leaves = (torch.utils._pytree.tree_leaves(tree) for tree in (found, expected))
+        for a, b in zip(*leaves, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8)
+
+
+def test_forward_mode_goes_to_pytorch():
+    layer, reference = filled(ours.BatchNorm2d(3)), filled(torch.nn.BatchNorm2d(3))
+    x = tensor(2, 3, 4, 4)
+    forward_ad = torch.autograd.forward_ad
+    tangents = []
+    for each in (layer, reference):
+        with forward_ad.dual_level(), torch.no_grad():
+            y = each(forward_ad.make_dual(x, x**2))
+            tangents.append(forward_ad.unpack_dual(y).tangent.clone())
+    assert torch.equal(*tangents)
+    # SwitchableNorm has no other; its definition does it.
+    with forward_ad.dual_level(), torch.no_grad():
+        y = filled(ours.SwitchableNorm2d(3))(forward_ad.make_dual(x, x**2))
+        assert forward_ad.unpack_dual(y).tangent.abs().sum() > 0
+
+
+def test_gradient_penalty():
+    # As of WGAN-GP: the norm of a gradient, differentiated again.
+    results = []
+    for make in (ours.InstanceNorm2d, torch.nn.InstanceNorm2d):
+        layer = filled(make(3, affine=True))
+        x = tensor(2, 3, 4, 4).requires_grad_()
+        (dx,) = torch.autograd.grad((layer(x) ** 3).sum(), x, create_graph=True)
+        dx.norm().backward()
+        results.append([x.grad, layer.weight.grad, layer.bias.grad])
+    for found, expected in zip(*results, strict=True):
+        assert_close(found, expected, scale=100)
+
+
+# -- Threads -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def torch_threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_threads_are_those_of_pytorch(n, torch_threads, monkeypatch):
+    seen = []
+
+    def watch(kernel, *args):
+        def parallel(*args):
+            seen.append(numba.get_num_threads())
+            kernel.parallel(*args)
+
+        run(SimpleNamespace(serial=kernel.serial, parallel=parallel), *args)
+
+    run = _threads.run
+    monkeypatch.setattr(_threads, "run", watch)
+    before = numba.get_num_threads(), numbanorm.get_num_threads(), torch.get_num_interop_threads()
+    torch.set_num_threads(n)
+    x = torch.rand(8, 4, 64, 64, requires_grad=True)
+    ours.BatchNorm2d(4)(x).sum().backward()
+    after = numba.get_num_threads(), numbanorm.get_num_threads(), torch.get_num_interop_threads()
+    assert before == after
+    assert torch.get_num_threads() == n
+    assert set(seen) == (set() if n == 1 else {n})  # one thread needs no parallel kernel
+
+
+def test_bits_do_not_depend_on_threads(torch_threads):
+    x, dy = torch.rand(8, 16, 48, 48), torch.rand(8, 16, 48, 48)
+    results = []
+    for n in (1, 2):
+        torch.set_num_threads(n)
+        layer, found = ours.SwitchableNorm2d(16), x.clone().requires_grad_()
+        y = layer(found)
+        y.backward(dy)
+        results.append([y, found.grad, layer.mean_weight.grad, layer.running_var])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_more_threads_than_numba_has(torch_threads):
+    torch.set_num_threads(numba.config.NUMBA_NUM_THREADS + 3)
+    x = torch.rand(8, 4, 64, 64)
+    assert ours.BatchNorm2d(4)(x).shape == x.shape
+
+
+def test_python_threads(restore_threads):
+    numbanorm.set_num_threads(1)
+    layer, x = ours.LayerNorm(64), torch.rand(4096, 64)
+    expected, found = layer(x), []
+
+    def work():
+        found.extend(torch.equal(layer(x), expected) for _ in range(5))
+
+    workers = [threading.Thread(target=work) for _ in range(3)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert found == [True] * 15
+    assert numbanorm.get_num_threads() == 1
+
+
+def test_thread_count_nests():
+    with _threads.thread_count(3):
+        with pytest.raises(KeyError), _threads.thread_count(1):
+            raise KeyError
+        assert _threads._here.num_threads == 3
+    assert _threads._here.num_threads is None
