@@ -112,9 +112,7 @@ class Case:
         gradients = layer.gradients()
         assert set(gradients) == set(expected) == set(layer.parameters())
         for name, value in expected.items():
-            assert_close(
-                gradients[name], value, scale=naive.scale[name], dtype=x.dtype, what=name
-            )
+            assert_close(gradients[name], value, scale=naive.scale[name], dtype=x.dtype, what=name)
         if tracking:
             for name, value in zip(("running_mean", "running_var"), running, strict=True):
                 assert_close(getattr(layer, name), value, scale=1, dtype=x.dtype, what=name)
@@ -512,9 +510,9 @@ MASKS = {
     "without the batch axis": lambda s: _random_mask(s[1:], 2),
     "by inner index": lambda s: _random_mask(s[-1:], 3),
     "outer and inner": lambda s: _random_mask(_thin(s, lambda a: a in (0, len(s) - 1)), 1),
-    "padded lengths": lambda s: np.arange(s[-1]) < 1 + np.arange(s[0]).reshape(
-        -1, *[1] * (len(s) - 1)
-    ) % s[-1],
+    "padded lengths": lambda s: (
+        np.arange(s[-1]) < 1 + np.arange(s[0]).reshape(-1, *[1] * (len(s) - 1)) % s[-1]
+    ),
     "Fortran": lambda s: np.asfortranarray(_random_mask(s, 4)),
     "all True": lambda s: np.ones(s, dtype=bool),
     "all False": lambda s: np.zeros(s, dtype=bool),

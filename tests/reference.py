@@ -94,9 +94,7 @@ class Naive:
             a for a in range(x.ndim) if a not in {f % x.ndim for f in feature_axes}
         )
         features = tuple(1 if a in self.over_features else s for a, s in enumerate(x.shape))
-        self.feature_shape = tuple(
-            s for a, s in enumerate(x.shape) if a not in self.over_features
-        )
+        self.feature_shape = tuple(s for a, s in enumerate(x.shape) if a not in self.over_features)
         self.has_weight, self.has_bias = weight is not None, bias is not None
         self.weight = (
             np.asarray(weight, dtype=np.float64).reshape(features) if self.has_weight else 1.0

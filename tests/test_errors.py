@@ -27,9 +27,7 @@ def refused(call, *words):
 
 
 def table(rows):
-    return pytest.mark.parametrize(
-        ("call", "words"), [pytest.param(*r[1:], id=r[0]) for r in rows]
-    )
+    return pytest.mark.parametrize(("call", "words"), [pytest.param(*r[1:], id=r[0]) for r in rows])
 
 
 # -- making a layer ------------------------------------------------------------------------------

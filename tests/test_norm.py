@@ -455,9 +455,9 @@ def test_without_bias_there_is_weight_only():
     layer = nn.Norm(-1, bias=False)
     layer(normal(2, 3, dtype=np.float32))
     assert layer.bias is None
-    assert set(layer.parameters()) == set(layer.gradients()) == set(layer.state_dict()) == {
-        "weight"
-    }
+    assert (
+        set(layer.parameters()) == set(layer.gradients()) == set(layer.state_dict()) == {"weight"}
+    )
 
 
 def test_the_layers_are_norms():
