@@ -19,8 +19,9 @@ import numpy as np
 from figures import COLOURS, grid
 from learning_rate import network
 from nn import SGD, ReLU, cross_entropy
+from threadpoolctl import threadpool_limits
 from tqdm import tqdm
-from train_digits import digits
+from train_digits import digits, positive
 
 import numbanorm
 
@@ -40,6 +41,8 @@ def input_of_last_activation(model, images):
     return numbanorm.moments(x, axes=0)
 
 
+# Matrices this small are done sooner than threads are woken.
+@threadpool_limits.wrap(limits=1)
 def train(norm, data, rate, epochs, progress):
     """Return mean and spread as (steps, units), and the test accuracy after each epoch."""
     images, test_images, labels, test_labels = data
@@ -118,7 +121,7 @@ def plot(runs, path):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--epochs", type=int, default=10, help="default: 10")
+    parser.add_argument("--epochs", type=positive, default=10, help="default: 10")
     parser.add_argument("--rate", type=float, default=0.1, help="learning rate, default: 0.1")
     parser.add_argument(
         "--output",

@@ -13,9 +13,11 @@ from pathlib import Path
 
 import numpy as np
 from figures import COLOURS, grid
+from matplotlib.ticker import MaxNLocator
 from nn import Linear
 from sklearn.datasets import load_sample_image
 from sklearn.feature_extraction.image import extract_patches_2d
+from train_digits import positive
 
 import numbanorm
 
@@ -64,6 +66,7 @@ def plot(before, after, path):
         row[0].set_ylabel(f"{name}\n\ncount")
         row[1].set_ylabel("variance")
         row[2].set_ylabel("count")
+        row[2].yaxis.set_major_locator(MaxNLocator(5, integer=True))
     titles = "All values", "Variance of each feature over the samples", "One sample's 50 values"
     for column, title, label in zip(axes.T, titles, ("value", "feature", "value"), strict=True):
         column[0].set_title(title)
@@ -73,7 +76,7 @@ def plot(before, after, path):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--samples", type=int, default=100, help="default: 100")
+    parser.add_argument("--samples", type=positive, default=100, help="default: 100")
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
     parser.add_argument(
         "--output",

@@ -10,7 +10,7 @@ the time of normalisation.
 
 With --benchmark, the network is four blocks of Conv3x3, norm and ReLU, 32 to 128 channels, on
 random images of 32x3x32x32: BatchNorm of PyTorch and of numbanorm, and SwitchableNorm written
-plainly in PyTorch and of numbanorm.
+plainly in PyTorch, as its authors write it, and of numbanorm.
 """
 
 import argparse
@@ -80,26 +80,39 @@ def plain_network(channels=(32, 64, 96, 128)):
 
 
 class PlainSwitchableNorm2d(nn.Module):
-    """SwitchableNorm as its authors write it in PyTorch, without running statistics."""
+    """SwitchableNorm as its definition reads, without running statistics."""
 
     def __init__(self, channels):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(channels, 1, 1))
         self.bias = nn.Parameter(torch.zeros(channels, 1, 1))
-        self.mean_weight = nn.Parameter(torch.ones(3, 1, 1, 1, 1))
-        self.var_weight = nn.Parameter(torch.ones(3, 1, 1, 1, 1))
+        self.mean_weight = nn.Parameter(torch.ones(3))
+        self.var_weight = nn.Parameter(torch.ones(3))
+
+    def statistics(self, x):
+        """Return the means and variances of instances, layers and the batch."""
+        axes = (2, 3), (1, 2, 3), (0, 2, 3)
+        means = [x.mean(a, keepdim=True) for a in axes]
+        return means, [x.var(a, correction=0, keepdim=True) for a in axes]
 
     def forward(self, x):
-        """Return x normalised with a mixture of instance, layer and batch statistics."""
-        mean_in, var_in = x.mean((2, 3), keepdim=True), x.var((2, 3), correction=0, keepdim=True)
-        square = var_in + mean_in**2
-        mean_ln, mean_bn = mean_in.mean(1, keepdim=True), mean_in.mean(0, keepdim=True)
-        var_ln = square.mean(1, keepdim=True) - mean_ln**2
-        var_bn = square.mean(0, keepdim=True) - mean_bn**2
-        p, q = self.mean_weight.softmax(0), self.var_weight.softmax(0)
-        mean = p[0] * mean_in + p[1] * mean_ln + p[2] * mean_bn
-        var = q[0] * var_in + q[1] * var_ln + q[2] * var_bn
+        """Return x normalised with the mixture of the statistics."""
+        means, variances = self.statistics(x)
+        mean = sum(p * m for p, m in zip(self.mean_weight.softmax(0), means, strict=True))
+        var = sum(p * v for p, v in zip(self.var_weight.softmax(0), variances, strict=True))
         return (x - mean) / (var + 1e-5).sqrt() * self.weight + self.bias
+
+
+class AuthorsSwitchableNorm2d(PlainSwitchableNorm2d):
+    """The same as its authors write it: layers and the batch from the instances' statistics."""
+
+    def statistics(self, x):
+        """Return the means and variances of instances, layers and the batch."""
+        mean, var = x.mean((2, 3), keepdim=True), x.var((2, 3), correction=0, keepdim=True)
+        square = var + mean**2
+        means = [mean, mean.mean(1, keepdim=True), mean.mean(0, keepdim=True)]
+        squares = [square, square.mean(1, keepdim=True), square.mean(0, keepdim=True)]
+        return means, [s - m**2 for s, m in zip(squares, means, strict=True)]
 
 
 def replace_norms(module, make):
@@ -260,6 +273,7 @@ def benchmark(args):
         "BatchNorm, PyTorch": model,
         "BatchNorm, numbanorm": ours.convert(copy.deepcopy(model)),
         "SwitchableNorm, plain PyTorch": network(PlainSwitchableNorm2d),
+        "SwitchableNorm, as its authors": network(AuthorsSwitchableNorm2d),
         "SwitchableNorm, numbanorm": network(ours.SwitchableNorm2d),
     }
     for one in models.values():
@@ -268,29 +282,28 @@ def benchmark(args):
     for _ in tqdm(range(args.steps), unit="round"):
         take_turns(trainers, images, labels)
 
+    def step(name):
+        return median(trainers, name)
+
+    def extra(name):
+        return added(trainers, name, "no norm")
+
     print(f"{torch.get_num_threads()} threads, {args.steps} rounds, medians")
     print(f"{'':<32}{'a step, ms':>12}{'added, ms':>12}")
     for name in trainers:
-        extra = added(trainers, name, "no norm")
-        print(f"{name:<32}{1e3 * median(trainers, name):>12.1f}{1e3 * extra:>12.1f}")
+        print(f"{name:<32}{1e3 * step(name):>12.1f}{1e3 * extra(name):>12.1f}")
+    plain, mine = "SwitchableNorm, plain PyTorch", "SwitchableNorm, numbanorm"
+    theirs, fast = "BatchNorm, PyTorch", "BatchNorm, numbanorm"
     results = {
-        "what BatchNorm adds, numbanorm / PyTorch": added(
-            trainers, "BatchNorm, numbanorm", "no norm"
-        )
-        / added(trainers, "BatchNorm, PyTorch", "no norm"),
-        "a step with BatchNorm, numbanorm / PyTorch": median(trainers, "BatchNorm, numbanorm")
-        / median(trainers, "BatchNorm, PyTorch"),
-        "a step with SwitchableNorm, numbanorm / plain": median(
-            trainers, "SwitchableNorm, numbanorm"
-        )
-        / median(trainers, "SwitchableNorm, plain PyTorch"),
+        "what BatchNorm adds, numbanorm / PyTorch": extra(fast) / extra(theirs),
+        "a step with BatchNorm, numbanorm / PyTorch": step(fast) / step(theirs),
+        "a step with SwitchableNorm, numbanorm / plain": step(mine) / step(plain),
     }
     for what, ratio in results.items():
         print(f"{what}: {ratio:.3f}")
-    for norm, plain in ("BatchNorm", "PyTorch"), ("SwitchableNorm", "plain PyTorch"):
-        losses = np.array([trainers[f"{norm}, {who}"].losses for who in (plain, "numbanorm")])
-        difference = (np.abs(losses[0] - losses[1]) / losses[0]).max()
-        results[f"losses, {norm}"] = difference
+    for norm, pair in ("BatchNorm", (theirs, fast)), ("SwitchableNorm", (plain, mine)):
+        expected, found = (np.array(trainers[name].losses) for name in pair)
+        difference = results[f"losses, {norm}"] = (np.abs(found - expected) / expected).max()
         print(f"{norm}, largest relative difference of the losses: {difference:.1e}")
     return results
 
