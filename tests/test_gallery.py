@@ -1,0 +1,245 @@
+"""The gallery: each script at a small size, its numbers and its figure."""
+
+import importlib
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import numbanorm
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+@pytest.fixture(scope="module")
+def example():
+    """Import an example as it imports its neighbours: by its name, from its folder."""
+    for needed in "matplotlib", "sklearn", "tqdm":
+        pytest.importorskip(needed)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(EXAMPLES)
+        yield importlib.import_module
+
+
+@pytest.fixture
+def run(example, tmp_path, capsys):
+    """Run a script; return its module, what its main returns, and the lines of its table."""
+
+    def run(name, arguments=""):
+        script, figure = example(name), tmp_path / "figure.png"
+        result = script.main([*arguments.split(), "--output", str(figure)])
+        check_figure(figure)
+        printed = capsys.readouterr().out
+        assert str(figure) in printed
+        return script, result, printed
+
+    return run
+
+
+def check_figure(path):
+    from PIL import Image
+
+    with Image.open(path) as image:
+        assert image.format == "PNG"
+        pixels = np.asarray(image.convert("RGB"), np.float64)
+    assert pixels.shape[0] > 200
+    assert pixels.shape[1] > 400
+    # Drawn on: neither blank nor a mere frame.
+    assert (pixels.min(axis=2) < 250).mean() > 0.02
+
+
+def row(printed, name):
+    """Return the numbers of the line that starts with a name."""
+    (line,) = (line for line in printed.splitlines() if line.startswith(name))
+    return [float(number) for number in re.findall(r"-?\d+\.\d+(?:e-\d+)?", line[len(name) :])]
+
+
+def test_layernorm_distributions(run):
+    _, (before, after), printed = run("layernorm_distributions")
+    assert before.shape == after.shape == (100, 50)
+    np.testing.assert_allclose(after.mean(axis=1), 0, atol=1e-6)
+    np.testing.assert_allclose(after.var(axis=1), 1, atol=1e-3)
+    assert before.var(axis=1).max() > 10 * before.var(axis=1).min()
+    # LayerNorm does not normalise a feature over the samples.
+    assert np.ptp(after.var(axis=0)) > 1
+    assert row(printed, "variance of a sample") == pytest.approx(
+        [before.var(axis=1).min(), before.var(axis=1).max(), 1, 1], abs=0.006
+    )
+
+
+def test_learning_rate(run):
+    arguments = "--rates 0.1 3 --scales 0.1 1 --epochs 2 --seeds 1"
+    script, (over_rates, over_scales), printed = run("learning_rate", arguments)
+    assert list(script.NETWORKS) == ["sigmoid", "sigmoid, BatchNorm", "ReLU", "ReLU, BatchNorm"]
+    assert over_rates.shape == over_scales.shape == (4, 2, 2)
+    sigmoid, sigmoid_norm, relu, relu_norm = 100 * over_rates[:, 1]
+    assert sigmoid.max() < 30 < 80 < sigmoid_norm.min()
+    assert relu[0] > 70  # a small learning rate suits both
+    assert relu[1] < 30 < 80 < relu_norm.min()
+    # Initial weights of a tenth.
+    assert over_scales[2, 1, 0] < 0.3 < 0.8 < over_scales[3, 1, 0]
+    # The second setting of the second panel is the first of the first.
+    np.testing.assert_array_equal(over_rates[:, :, 0], over_scales[:, :, 1])
+    *test, best, training = row(printed.partition("initial")[0], "ReLU, BatchNorm")
+    np.testing.assert_allclose(test, relu_norm, atol=0.051)
+    assert best == max(test)
+    assert training == pytest.approx(100 * over_rates[3, 0, test.index(best)], abs=0.051)
+
+
+def test_batch_size(run):
+    arguments = "--sizes 64 4 --epochs 1 --seeds 1 --rate 0.3 --processes 1"
+    script, (accuracies, weights), printed = run("batch_size", arguments)
+    norms = list(script.NORMS)
+    assert accuracies.shape == (len(norms), 2, 1)
+    assert weights.shape == (2, 1, 2, 3)  # sizes, seeds, mean and variance, statistics
+    np.testing.assert_allclose(weights.sum(axis=-1), 1, rtol=1e-6)
+    small, large = weights.mean(axis=(1, 2))[:, script.OVER.index("bn")]
+    assert large > small + 0.02
+    batch = accuracies[norms.index("batch")]
+    assert batch.min() > 0.75
+    assert (accuracies[:, 0] > 0.6).all()
+    found = row(printed, "batch  ")
+    expected = [[100 * a.mean(), 100 * script.error(a)] for a in batch]
+    np.testing.assert_allclose(found, np.ravel(expected), atol=0.051)
+    np.testing.assert_allclose(row(printed, "bn in mean"), weights[:, :, 0, 2].mean(1), atol=0.0051)
+
+
+def test_batch_size_is_the_same_in_processes(example):
+    script = example("batch_size")
+    settings = [("batch", 128, 0), ("switchable", 128, 1)]
+    alone, together = (script.train_all(settings, n, epochs=1, rate=0.1) for n in (1, 2))
+    for one, other in zip(alone, together, strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert np.isnan(alone[1][0]).all()
+
+
+def test_standard_error(example):
+    error = example("batch_size").error
+    np.testing.assert_allclose(error(np.array([[1.0, 2.0, 3.0], [4.0, 4.0, 4.0]])), [3**-0.5, 0])
+    assert error(np.array([5.0])) == 0
+
+
+def test_covariate_shift(run):
+    script, runs, printed = run("covariate_shift", "--epochs 3")
+    assert list(runs) == ["none", "batch", "layer"]
+    for norm, found in runs.items():
+        assert found.mean.shape == found.std.shape == (63, 100)
+        shift, growth = np.median(script.shift(found)), np.median(script.growth(found))
+        numbers = [shift, growth, 100 * found.accuracies[0], 100 * found.accuracies[-1]]
+        np.testing.assert_allclose(row(printed, norm), numbers, atol=0.051)
+    shifts = {norm: np.median(script.shift(found)) for norm, found in runs.items()}
+    assert shifts["batch"] < 0.1 < 1 < shifts["layer"] < shifts["none"]
+    assert np.median(script.growth(runs["batch"])) < 1.1
+    assert runs["batch"].accuracies[0] > runs["none"].accuracies[0] + 0.1
+
+
+def test_watching_does_not_change_the_network(example):
+    script = example("covariate_shift")
+    images = script.digits(0)[0].reshape(-1, 64)[:50]
+    rng = np.random.default_rng(0)
+    model = script.network(script.ReLU, 1, numbanorm.BatchNorm1d, rng=rng, hidden=(8, 8))
+    before = model.layers[1].state_dict()
+    moments = script.input_of_last_activation(model, images)
+    assert moments.mean.shape == (8,)
+    np.testing.assert_allclose(moments.mean, 0, atol=1e-6)
+    after = model.layers[1].state_dict()
+    assert not before["running_mean"].any()
+    for name, array in before.items():
+        np.testing.assert_array_equal(array, after[name])
+
+
+def test_custom_axes(run):
+    script, (differences, outputs), printed = run("custom_axes", "--height 20")
+    kinds = [name.partition("(")[0] for name in differences]
+    assert set(kinds) == {"BatchNorm2d", "InstanceNorm2d", "GroupNorm", "LayerNorm", "RMSNorm"}
+    assert set(differences.values()) == {0.0}
+    assert printed.count("largest difference 0\n") == len(differences)
+    x = script.photographs(20).astype(np.float64)
+    assert x.min() >= 0
+    assert x.max() <= 1
+    for title, norm in script.unnamed().items():
+        mean, var = x.mean(norm.axes, keepdims=True), x.var(norm.axes, keepdims=True)
+        expected = (x - mean) / np.sqrt(var + 1e-5)
+        np.testing.assert_allclose(outputs[title], expected, atol=2e-4)
+
+
+def test_photographs_are_means_of_blocks(example):
+    from sklearn.datasets import load_sample_image
+
+    x = example("custom_axes").photographs(100)
+    assert x.shape == (2, 3, 106, 160)
+    block = load_sample_image("china.jpg")[4:8, 8:12].mean(axis=(0, 1)) / 255
+    np.testing.assert_allclose(x[0, :, 1, 2], block, rtol=1e-6)
+
+
+def test_dataset_statistics_in_pieces(run, monkeypatch):
+    script = importlib.import_module("dataset_statistics")
+    monkeypatch.setattr(script, "has_dask", lambda: False)
+    # A last piece that is smaller than the others.
+    _, (rows, exact), printed = run("dataset_statistics", "--images 70 --piece 16")
+    np.testing.assert_allclose(rows["Moments.merge"], exact, rtol=1e-14)
+    assert np.abs(rows["average of deviations"] - exact).max() > 0.01
+    np.testing.assert_allclose(row(printed, "exact"), exact, atol=1e-6)
+    assert "pip install" in printed
+    assert "at most 2 MB" in printed  # 16 * 3 * 96 * 96 floats
+
+
+def test_dataset_statistics_with_dask(run):
+    pytest.importorskip("dask.array")
+    _, (rows, exact), _ = run("dataset_statistics", "--images 64 --piece 6")
+    for scheduler in "threads", "processes":
+        np.testing.assert_allclose(rows[f"Dask, {scheduler}"], exact, rtol=1e-14)
+
+
+def test_exact_statistics_are_those_of_numpy(example, tmp_path):
+    script = example("dataset_statistics")
+    path = tmp_path / "images.npy"
+    script.write(path, 10, seed=1)
+    data = np.load(path, mmap_mode="r")
+    assert data.shape == (10, 3, 96, 96)
+    counts = script.histograms(script.OnDisk(path), 4)
+    assert counts.sum() == data.size
+    exact = [script.exact_std(channel) for channel in counts]
+    np.testing.assert_allclose(exact, (data / 255).std(axis=(0, 2, 3)), rtol=1e-12)
+    total = numbanorm.Moments.merge(script.in_pieces(data, 3))
+    np.testing.assert_allclose(script.std(total), exact, rtol=1e-14)
+
+
+def test_make_gallery(example, tmp_path, capfd):
+    script = example("make_gallery")
+    script.main(["layernorm_distributions", "--output", str(tmp_path)])
+    (figure,) = tmp_path.iterdir()
+    assert figure.name == "layernorm_distributions.png"
+    check_figure(figure)
+    assert figure.stat().st_size < 60_000
+    # What the example prints is seen, too.
+    assert "variance of a sample" in capfd.readouterr().out
+
+
+def test_make_gallery_refuses_what_is_no_example(example, capsys):
+    with pytest.raises(SystemExit):
+        example("make_gallery").main(["nonsense"])
+    assert "no such example: nonsense" in capsys.readouterr().err
+
+
+def test_the_gallery_is_there_and_small(example):
+    script = example("make_gallery")
+    for name in script.EXAMPLES:
+        assert (EXAMPLES / f"{name}.py").is_file()
+        figure = EXAMPLES / "gallery" / f"{name}.png"
+        check_figure(figure)
+        assert figure.stat().st_size < 60_000
+
+
+def test_a_method_has_the_colour_of_its_statistics(example):
+    figures = example("figures")
+    statistics = {"batch": "bn", "layer": "ln", "instance": "in", "group": "gn"}
+    for norm, statistic in statistics.items():
+        assert figures.COLOURS[norm] == numbanorm.plot.COLOURS[statistic]
+    assert len(set(figures.COLOURS.values())) == len(figures.COLOURS)
+    # The example with a palette of its own has the same.
+    theirs = example("train_digits").COLOURS
+    assert {n: c.lower() for n, c in theirs.items()} == {
+        n: c.lower() for n, c in figures.COLOURS.items()
+    }
