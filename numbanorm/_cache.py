@@ -1,4 +1,4 @@
-"""Compiled kernels on disk: one file for each kernel and each choice of argument types.
+"""Compiling: kernels are kept on disk, a file for each kernel and each choice of argument types.
 
 Numba's own cache keeps an index for each function. Two processes that fill one at once can mix up
 its entries; a damaged file, a full disk or a folder that cannot be written to raises. Here the
@@ -7,16 +7,19 @@ cannot be read is compiled; what cannot be written is compiled again by the next
 """
 
 import contextlib
+import functools
 import hashlib
 import os
 import pickle
 import pkgutil
+import signal
 import sys
 import tempfile
+import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numba
 from numba.core.compiler import CompileResult
@@ -36,17 +39,46 @@ except OSError:
 
 _has_warned = False
 
+T = TypeVar("T")
+
 
 def cached_njit(**flags: Any) -> Callable[[Callable[..., Any]], Any]:
     """Return ``numba.njit(**flags)``, whose kernels are kept on disk."""
 
     def compiled(function: Callable[..., Any]) -> Any:
         kernel = numba.njit(**flags)(function)
+        if kernel is function:  # NUMBA_DISABLE_JIT is set
+            return kernel
         # As numba.njit(cache=True) does, with a cache of its own.
         kernel._cache = KernelCache(function.__qualname__)
+        kernel.compile = uninterrupted(kernel.compile)
         return kernel
 
     return compiled
+
+
+def uninterrupted(function: Callable[..., T]) -> Callable[..., T]:
+    """Return a function that Ctrl-C interrupts at its end only.
+
+    Numba cannot compile again after a KeyboardInterrupt in the middle, and locks may stay behind.
+    """
+
+    @functools.wraps(function)
+    def call(*args: Any) -> T:
+        handler = signal.getsignal(signal.SIGINT)
+        # None is a handler that is not Python's.
+        if handler is None or threading.current_thread() is not threading.main_thread():
+            return function(*args)
+        pressed = threading.Event()
+        signal.signal(signal.SIGINT, lambda *_: pressed.set())
+        try:
+            return function(*args)
+        finally:
+            signal.signal(signal.SIGINT, handler)
+            if pressed.is_set():
+                signal.raise_signal(signal.SIGINT)
+
+    return call
 
 
 def folders() -> list[Path]:

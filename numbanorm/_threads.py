@@ -20,6 +20,8 @@ import numba
 from numba.core.compiler_lock import global_compiler_lock
 from numba.np.ufunc import parallel as numba_threads
 
+from numbanorm._cache import uninterrupted
+
 # Below this many elements a parallel launch (10 to 50 µs) costs more than it saves.
 PARALLEL_FROM = 1 << 16
 
@@ -61,7 +63,7 @@ def run(kernel: Twins, size: int, *args: object) -> None:
         this_thread = threading.get_ident()
         if threading_layer() is None:
             _only_user = this_thread
-            numba.get_num_threads()  # starts them
+            uninterrupted(numba.get_num_threads)()  # starts them
         elif _only_user != this_thread:
             _only_user = None
         if n is None:

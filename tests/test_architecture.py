@@ -17,7 +17,7 @@ PACKAGE = Path(__file__).parents[1] / "numbanorm"
 LEVEL = {
     "_axes": 0,
     "_cache": 0,
-    "_threads": 0,
+    "_threads": 1,
     "_kernels": 1,
     "_checks": 1,
     "moments": 2,

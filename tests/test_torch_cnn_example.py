@@ -54,11 +54,12 @@ def test_benchmark(example, capsys, monkeypatch, one_thread):
     assert results["losses, BatchNorm"] < 1e-4
     assert results["losses, SwitchableNorm"] < 1e-4
     assert sum(line.startswith(("BatchNorm,", "SwitchableNorm,"))
-               for line in capsys.readouterr().out.splitlines()) == 6  # fmt: skip
+               for line in capsys.readouterr().out.splitlines()) == 7  # fmt: skip
 
 
-def test_plain_switchable_norm(example):
-    plain, module = example.PlainSwitchableNorm2d(4).double(), ours.SwitchableNorm2d(4).double()
+@pytest.mark.parametrize("name", ["PlainSwitchableNorm2d", "AuthorsSwitchableNorm2d"])
+def test_plain_switchable_norm(example, name):
+    plain, module = getattr(example, name)(4).double(), ours.SwitchableNorm2d(4).double()
     x = torch.rand(3, 4, 5, 6).double()
     assert_close(plain(x).detach(), module(x).detach(), scale=10)
 
