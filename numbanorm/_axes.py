@@ -88,6 +88,58 @@ class Tiles(NamedTuple):
     block: int
 
 
+class Groups(NamedTuple):
+    """Which group of each statistic a piece is in, as a table.
+
+    The groups are numbered through all statistics; those of one statistic are in the C order of
+    its kept axes.
+
+    Attributes
+    ----------
+    of_piece : (S, P) array of int32
+        The group of each of P pieces in each of S statistics.
+    members, starts : (S * P,) array of int32, (G + 1,) array of int64
+        The pieces of group g are ``members[starts[g]:starts[g + 1]]``.
+    shapes, slices : tuple
+        For each statistic, the shape of its groups as it broadcasts to x, and where they stand.
+    """
+
+    of_piece: NDArray[np.int32]
+    members: NDArray[np.int32]
+    starts: NDArray[np.int64]
+    shapes: tuple[Axes, ...]
+    slices: tuple[slice, ...]
+
+    @property
+    def total(self) -> int:
+        """G, the number of groups of all statistics."""
+        return len(self.starts) - 1
+
+
+def groups(grid: Axes, order: Axes, kept_sizes: Iterable[Axes]) -> Groups:
+    """Return the groups of the pieces of a grid, which are numbered in this order of its axes.
+
+    ``kept_sizes`` has the sizes of the kept axes of each statistic, and 1 for the reduced ones.
+    """
+    first, of_piece, shapes, slices = 0, [], tuple(kept_sizes), []
+    for shape in shapes:
+        n = math.prod(shape)
+        numbers = np.arange(first, first + n, dtype=np.int32).reshape(shape)
+        of_piece.append(np.broadcast_to(numbers, grid).transpose(order).ravel())
+        slices.append(slice(first, first + n))
+        first += n
+    table = np.stack(of_piece)
+    by_group = np.argsort(table, axis=None, kind="stable")
+    n_members = np.bincount(table.ravel(), minlength=first)
+    return Groups(
+        table,
+        (by_group % max(table.shape[1], 1)).astype(np.int32),
+        np.concatenate([[0], np.cumsum(n_members)]),
+        shapes,
+        tuple(slices),
+    )
+
+
 class Plan:
     """A geometry for one order of the axes in memory.
 
@@ -108,6 +160,7 @@ class Plan:
     """
 
     def __init__(self, geometry: "Geometry", order: Axes, affine: bool, fused: bool) -> None:
+        self.geometry, self.affine = geometry, affine
         shape, reduced = geometry.shape, geometry.reductions[0]
         wide = [axis for axis in order if shape[axis] != 1]
         kept = [axis for axis in wide if axis not in reduced]
@@ -156,9 +209,9 @@ class Plan:
             self.tiles = Tiles(n_parts, part, max(1, TASK // part) if n_parts == 1 else 1)
             return
         # Short rows, say of three channels, cost more to start than to run; several are one.
-        most = max(1, COLUMN_BLOCK // max(c, 1))
+        most = max(1, min(COLUMN_BLOCK // max(c, 1), length // 16))
         self.fold = max(k for k in range(1, most + 1) if length % k == 0)
-        self._set_grid(grid, run[0])
+        self._set_grid(grid)
         length, c = length // self.fold, c * self.fold
         self.view = (a, length, c)
         block = min(max(c, 1), COLUMN_BLOCK)
@@ -169,11 +222,8 @@ class Plan:
         part = max(1, -(-length // n_parts))
         self.tiles = Tiles(max(1, -(-length // part)), part, block)
 
-    def _set_grid(self, grid: tuple[int, ...], folded_axis: int = 0) -> None:
+    def _set_grid(self, grid: tuple[int, ...]) -> None:
         self.grid = grid
-        in_memory = [(self.fold if axis == folded_axis else 1) * grid[axis] for axis in self.order]
-        # In memory, an axis of the folded rows comes in where the inner axes are.
-        self.folded_grid = tuple(in_memory)
         self.grid_in_memory = tuple(grid[axis] for axis in self.order)
 
     @property
@@ -181,12 +231,43 @@ class Plan:
         """Whether pieces are columns of the view."""
         return len(self.view) == 3
 
-    @property
+    @functools.cached_property
     def parts(self) -> tuple[int, int, int]:
         """Shape (A, K, B) of what a kernel returns: K parts of each of A * B pieces."""
-        if self.columns:
-            return self.view[0], self.tiles.n_parts, self.view[2] // self.fold
-        return self.view[0], self.tiles.n_parts, 1
+        columns = self.view[2] // self.fold if self.columns else 1
+        return self.view[0], self.tiles.n_parts, columns
+
+    @functools.cached_property
+    def coefficient_shape(self) -> tuple[int, int]:
+        """Shape (A, F * B) of the pieces' coefficients, once for each of F folded rows."""
+        return self.view[0], self.view[2] if self.columns else 1
+
+    @functools.cached_property
+    def groups(self) -> Groups:
+        """The groups of each statistic."""
+        return self._groups(self.geometry.reductions)
+
+    @functools.cached_property
+    def instances(self) -> Groups:
+        """The instances, which pieces may divide."""
+        return self._groups((self.instance,))
+
+    @functools.cached_property
+    def groups_of_instances(self) -> Groups:
+        """The groups of each statistic, with instances for pieces."""
+        (grid,) = self.instances.shapes
+        sizes = map(self.geometry.kept_sizes, self.geometry.reductions)
+        return groups(grid, tuple(range(len(grid))), sizes)
+
+    def _groups(self, reductions: Iterable[Axes]) -> Groups:
+        return groups(self.grid, self.order, map(self.geometry.kept_sizes, reductions))
+
+    @functools.cached_property
+    def features(self) -> NDArray[np.int32]:
+        """The number of the weight of each piece, (P,)."""
+        shape = self.geometry.param_grid if self.affine else (1,) * len(self.grid)
+        numbers: NDArray[np.int32] = groups(self.grid, self.order, (shape,)).of_piece[0]
+        return numbers
 
     def to_view(self, x: Array) -> Array:
         """Return x as the kernels see it: read-only, and copied only if its order differs."""
@@ -208,10 +289,10 @@ class Plan:
         return pieces.reshape(self.grid_in_memory).transpose(self.inverse_order)
 
     def from_grid(self, values: Array, dtype: Any = np.float64) -> Array:
-        """Return values that broadcast to the grid as the kernels see them."""
-        pieces = np.empty(self.folded_grid, dtype)
+        """Return values that broadcast to the grid, one for each piece, in memory order."""
+        pieces = np.empty(self.grid_in_memory, dtype)
         pieces.transpose(self.inverse_order)[...] = values
-        return pieces.reshape(self.view[:1] + self.view[2:] if self.columns else self.view[0])
+        return pieces.reshape(-1)
 
 
 class Geometry:
@@ -263,6 +344,10 @@ class Geometry:
         for reduced in self.reductions:
             outside |= set(range(len(self.shape))) - set(reduced)
         return tuple(axis for axis in range(len(self.shape)) if axis not in outside)
+
+    def kept_sizes(self, reduced: Axes) -> Axes:
+        """Return the shape of x with size 1 where an axis is reduced."""
+        return tuple(1 if axis in reduced else n for axis, n in enumerate(self.shape))
 
     def plan(self, order: Axes, affine: bool, fused: bool = True) -> Plan:
         """Return the plan for axes of this order in memory, with or without parameters.

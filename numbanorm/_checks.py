@@ -54,7 +54,12 @@ def bool_mask(mask: ArrayLike | None, shape: tuple[int, ...]) -> Array | None:
 
 
 def same_memory(x: Array, y: Array) -> bool:
-    return x.__array_interface__["data"] == y.__array_interface__["data"] and x.strides == y.strides
+    # The first test is there for its speed.
+    return (
+        np.may_share_memory(x, y)
+        and x.__array_interface__["data"] == y.__array_interface__["data"]
+        and x.strides == y.strides
+    )
 
 
 def output_array(out: Array | None, like: Array, *inputs: Array) -> Array:
@@ -70,12 +75,12 @@ def output_array(out: Array | None, like: Array, *inputs: Array) -> Array:
     if not out.flags.writeable:
         raise ValueError("out: an array that may be written to is needed, got a read-only one")
     lengths = zip(out.strides, out.shape, strict=True)
-    if out.size and any(stride == 0 and n > 1 for stride, n in lengths):
+    if 0 in out.strides and out.size and any(stride == 0 and n > 1 for stride, n in lengths):
         raise ValueError(
             "out: an array with memory for each element is needed, got a broadcast one"
         )
     for x in inputs:
-        if same_memory(x, out) or not np.may_share_memory(x, out):
+        if not np.may_share_memory(x, out) or same_memory(x, out):
             continue
         try:
             overlap = np.shares_memory(x, out, max_work=10_000)  # type: ignore[arg-type] # stub: -1, 0

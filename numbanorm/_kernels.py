@@ -273,6 +273,189 @@ def merge(count, mean, rest, m2, merged_count, merged_mean, merged_rest, merged_
 
 
 # ---------------------------------------------------------------------------------------------
+# Algebra: pieces merge into the groups of all statistics, which make the pieces' coefficients.
+# There are few pieces, or they are small: one thread does it. ``group`` (S, P), ``members`` and
+# ``starts`` (G + 1,) are those of _axes.Groups; ``feature`` (P,) is the number of a piece's weight.
+# ---------------------------------------------------------------------------------------------
+
+
+@cached_njit(**FLAGS)
+def merge_pieces(
+    count, mean, rest, m2, members, starts, center, ddof, n, group_mean, group_rest, group_m2, var
+):
+    """Merge pieces of K parts (A, K, B) into groups (G,), as Chan et al. 1983, eq. 2.1, for many.
+
+    The means are taken around the first one; as in a piece, the shift bounds the cancellation.
+    If not ``center``, var is the mean square, and the mean is 0.
+    """
+    n_parts, n_inner = mean.shape[1], mean.shape[2]
+    for g in range(len(n)):
+        n_g, s1, s2, ref = 0, 0.0, 0.0, 0.0
+        for i in range(starts[g], starts[g + 1]):
+            a = members[i] // n_inner
+            b = members[i] - a * n_inner
+            for k in range(n_parts):
+                if count[a, k, b] > 0:
+                    if n_g == 0:
+                        ref = mean[a, k, b]
+                    n_g += count[a, k, b]
+                    s1 += count[a, k, b] * ((mean[a, k, b] - ref) + rest[a, k, b])
+        r = s1 / max(n_g, 1)
+        for i in range(starts[g], starts[g + 1]):
+            a = members[i] // n_inner
+            b = members[i] - a * n_inner
+            for k in range(n_parts):
+                if count[a, k, b] > 0:
+                    d = ((mean[a, k, b] - ref) + rest[a, k, b]) - r
+                    s2 += m2[a, k, b] + count[a, k, b] * d * d
+        n[g] = n_g
+        group_mean[g], group_rest[g] = _two_sum(ref, r)
+        group_m2[g] = s2
+        var[g] = s2 / max(n_g - ddof, 1)
+        if not center:
+            var[g] += group_mean[g] * group_mean[g]
+            group_mean[g] = 0.0
+
+
+@njit(**LEAF)
+def rstd_of(count, var, eps):
+    """Return 1 / sqrt(var + eps), and 0 for an empty group or where var + eps is 0."""
+    v = var + eps
+    return 0.0 if count == 0 or v == 0.0 else 1.0 / np.sqrt(v)
+
+
+@cached_njit(**FLAGS)
+def coefficients(
+    group, feature, n, mean, var, p, q, eps, weight, bias, n_inner,
+    piece_mean, piece_var, rstd, m, s, t,
+):  # fmt: skip
+    """Mix statistics (G,) with weights p, q (S,); write mean, var, rstd (P,), m, s, t (A, F * B).
+
+    ``weight``, ``bias`` have one value for each feature. See _scale_shift about m, s and t;
+    a piece has them F times.
+    """
+    for piece in range(group.shape[1]):
+        a = piece // n_inner
+        first = group[0, piece]
+        n_elements, mu, v = n[first], mean[first], var[first]
+        # Softmax weights need not sum to 1 in floating point: mix the differences.
+        for k in range(1, group.shape[0]):
+            g = group[k, piece]
+            n_elements += n[g]
+            mu += p[k] * (mean[g] - mean[first])
+            v += q[k] * (var[g] - var[first])
+        piece_mean[piece] = mu
+        piece_var[piece] = v
+        rstd[piece] = rstd_of(n_elements, v, eps)
+        scale = rstd[piece] * weight[feature[piece]]
+        for i in range(piece - a * n_inner, m.shape[1], n_inner):
+            m[a, i] = mu
+            s[a, i] = scale
+            t[a, i] = (np.float64(m[a, i]) - mu) * scale + bias[feature[piece]]
+
+
+@cached_njit(**FLAGS)
+def group_gradients(
+    s0, s1, group, feature, mean, var, p, q, weight, piece_mean, piece_var, rstd,
+    dmean, dvar, dp, dq, dweight, dbias,
+):  # fmt: skip
+    """Sum gradients over groups (G,), logits (S,) and features: s0, s1 (A, K, B) -> all of them.
+
+    The sums, which start at 0, are of the pieces' parts of dy and dy * (x - mean).
+    """
+    n_parts, n_inner = s0.shape[1:]
+    for piece in range(group.shape[1]):
+        a = piece // n_inner
+        b = piece - a * n_inner
+        sum_0, sum_1 = 0.0, 0.0
+        for k in range(n_parts):
+            sum_0 += s0[a, k, b]
+            sum_1 += s1[a, k, b]
+        f = feature[piece]
+        dbias[f] += sum_0
+        dweight[f] += rstd[piece] * sum_1
+        scale = rstd[piece] * weight[f]
+        dmu = -scale * sum_0
+        dv = -0.5 * scale * rstd[piece] * rstd[piece] * sum_1
+        for k in range(group.shape[0]):
+            g = group[k, piece]
+            dmean[g] += p[k] * dmu
+            dvar[g] += q[k] * dv
+            # Of the softmax, with the mixture itself taken off each.
+            dp[k] += p[k] * dmu * (mean[g] - piece_mean[piece])
+            dq[k] += q[k] * dv * (var[g] - piece_var[piece])
+
+
+@cached_njit(**FLAGS)
+def gradient_coefficients(
+    group, feature, n, mean, dmean, dvar, center, ddof, fixed, own, own_n, own_mean, weight,
+    n_inner, piece_mean, rstd, a, r, m, b, c,
+):  # fmt: skip
+    """Write a, r, m, b, c (A, F * B), see _input_gradient, from the gradients of groups (G,).
+
+    The groups of statistic ``fixed`` do not come from x. Where there are sample variances of
+    instances, ``own`` (P,) says which is a piece's, ``own_n`` and ``own_mean`` are theirs.
+    """
+    for piece in range(group.shape[1]):
+        mu = piece_mean[piece]
+        # r only keeps b and c in range: any number does where rstd is 0.
+        scale = 1.0 if rstd[piece] == 0.0 else rstd[piece]
+        o = piece // n_inner
+        first = piece - o * n_inner
+        m[o, first] = mu
+        rounded = np.float64(m[o, first])
+        slope, offset = 0.0, 0.0
+        for k in range(group.shape[0]):
+            if k == fixed:
+                continue
+            g = group[k, piece]
+            if center:
+                offset += dmean[g] / max(n[g], 1)
+            dsquare = dvar[g] * 2.0 / max(n[g] - ddof, 1)
+            if own is None:
+                slope += dsquare
+                offset += dsquare * (rounded - mean[g])
+            else:
+                # var is the mean of factor * (x - own mean)**2 + (own mean - mean)**2.
+                n_own, mean_own = own_n[own[piece]], own_mean[own[piece]]
+                factor = n_own / max(n_own - 1, 1)
+                slope += dsquare * factor
+                offset += dsquare * (factor * (rounded - mean_own) + (mean_own - mean[g]))
+        for i in range(first, m.shape[1], n_inner):
+            a[o, i] = rstd[piece] * weight[feature[piece]]
+            r[o, i] = scale
+            m[o, i] = mu
+            b[o, i] = slope / scale
+            c[o, i] = offset / scale
+
+
+@cached_njit(**FLAGS)
+def track(n, mean, var, ddof, batch_ddof, momentum, skip_nonfinite, running_mean, running_var):
+    """Move running statistics (R,) towards those of N samples, n, mean, var (N * R,).
+
+    Return whether they are left alone, as something is not finite. ``var`` was divided by
+    n - batch_ddof, a running variance is by n - ddof.
+    """
+    if skip_nonfinite:
+        for g in range(len(n)):
+            if not (np.isfinite(mean[g]) and np.isfinite(var[g])):
+                return True
+    size = len(running_mean)
+    for i in range(size):
+        n_samples, mean_sum, var_sum = 0, 0.0, 0.0
+        for g in range(i, len(n), size):
+            if n[g] > 0:
+                n_samples += 1
+                mean_sum += mean[g]
+                var_sum += var[g] * (max(n[g] - batch_ddof, 1) / max(n[g] - ddof, 1))
+        if n_samples > 0:
+            rest = 1.0 - momentum
+            running_mean[i] = rest * running_mean[i] + momentum * (mean_sum / n_samples)
+            running_var[i] = rest * running_var[i] + momentum * (var_sum / n_samples)
+    return False
+
+
+# ---------------------------------------------------------------------------------------------
 # Apply: y = (x - m) * s + t, with one m, s and t for each piece
 # ---------------------------------------------------------------------------------------------
 
@@ -298,7 +481,7 @@ def _apply_in_place(ys, m, s, t):
 
 @_twins
 def apply_rows(x, part, block, m, s, t, in_place, y):
-    """Scale and shift each piece: x (P, L), m, s, t (P,) -> y (P, L), x itself if in_place."""
+    """Scale and shift each piece: x (P, L), m, s, t (P, 1) -> y (P, L), x itself if in_place."""
     n_parts = max(1, (x.shape[1] + part - 1) // part)
     for task in prange((x.shape[0] + block - 1) // block * n_parts):
         first = task // n_parts * block
@@ -307,9 +490,9 @@ def apply_rows(x, part, block, m, s, t, in_place, y):
         for i in range(xs.shape[0]):
             p = first + i
             if in_place:
-                _apply_in_place(ys[i], m[p], s[p], t[p])
+                _apply_in_place(ys[i], m[p, 0], s[p, 0], t[p, 0])
             else:
-                _apply(xs[i], m[p], s[p], t[p], ys[i])
+                _apply(xs[i], m[p, 0], s[p, 0], t[p, 0], ys[i])
 
 
 @njit(**CONTRACT)
@@ -387,7 +570,7 @@ def _masked_gradient_sums(dys, xs, counts, mean):
 
 @_twins
 def gradient_sums_rows(dy, x, mask, part, block, mean, s0, s1):
-    """Sum dy and dy (x - mean): dy, x, mask or None (P, L), mean (P,) -> s0, s1 (P, K, 1)."""
+    """Sum dy and dy (x - mean): dy, x, mask or None (P, L), mean (P, 1) -> s0, s1 (P, K, 1)."""
     n_parts = s0.shape[1]
     for task in prange((s0.shape[0] + block - 1) // block * n_parts):
         k = task % n_parts
@@ -399,9 +582,9 @@ def gradient_sums_rows(dy, x, mask, part, block, mean, s0, s1):
         for i in range(xs.shape[0]):
             p = first + i
             if mask is None:
-                sums = _gradient_sums(dys[i], xs[i], mean[p])
+                sums = _gradient_sums(dys[i], xs[i], mean[p, 0])
             else:
-                sums = _masked_gradient_sums(dys[i], xs[i], counts[i], mean[p])
+                sums = _masked_gradient_sums(dys[i], xs[i], counts[i], mean[p, 0])
             s0[p, k, 0] = sums[0]
             s1[p, k, 0] = sums[1]
 
@@ -487,7 +670,7 @@ def _masked_backward(dys, xs, counts, a, r, m, b, c, dxs):
 
 @_twins
 def backward_rows(dy, x, mask, part, block, a, r, m, b, c, in_place, dx):
-    """Write dx: dy, x, mask or None (P, L), a, r, m, b, c (P,) -> dx (P, L)."""
+    """Write dx: dy, x, mask or None (P, L), a, r, m, b, c (P, 1) -> dx (P, L)."""
     n_parts = max(1, (x.shape[1] + part - 1) // part)
     for task in prange((x.shape[0] + block - 1) // block * n_parts):
         first = task // n_parts * block
@@ -501,11 +684,13 @@ def backward_rows(dy, x, mask, part, block, a, r, m, b, c, in_place, dx):
             # row, which takes four times as long as a row of 49 values.
             p = first + i
             if mask is not None:
-                _masked_backward(dys[i], xs[i], counts[i], a[p], r[p], m[p], b[p], c[p], dxs[i])
+                _masked_backward(
+                    dys[i], xs[i], counts[i], a[p, 0], r[p, 0], m[p, 0], b[p, 0], c[p, 0], dxs[i]
+                )
             elif in_place:
-                _backward_in_place(dxs[i], xs[i], a[p], r[p], m[p], b[p], c[p])
+                _backward_in_place(dxs[i], xs[i], a[p, 0], r[p, 0], m[p, 0], b[p, 0], c[p, 0])
             else:
-                _backward(dys[i], xs[i], a[p], r[p], m[p], b[p], c[p], dxs[i])
+                _backward(dys[i], xs[i], a[p, 0], r[p, 0], m[p, 0], b[p, 0], c[p, 0], dxs[i])
 
 
 @njit(**CONTRACT)
@@ -556,13 +741,6 @@ def backward_columns(dy, x, mask, part, width, a, r, m, b, c, in_place, dx):
 # Elements: a row is a group and fits in cache, so that its statistics and its output are one
 # pass over memory together: y = x_hat * weight + bias, x_hat = (x - m) * rstd + t
 # ---------------------------------------------------------------------------------------------
-
-
-@njit(**LEAF)
-def rstd_of(count, var, eps):
-    """Return 1 / sqrt(var + eps), and 0 for an empty group or where var + eps is 0."""
-    v = var + eps
-    return 0.0 if count == 0 or v == 0.0 else 1.0 / np.sqrt(v)
 
 
 @njit(**LEAF)

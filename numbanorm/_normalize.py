@@ -1,16 +1,15 @@
 """The one forward and the one backward of all methods.
 
 A :class:`~numbanorm._axes.Geometry` says over which axes. A first kernel takes the moments of
-the smallest pieces of x; algebra on small arrays merges them into the statistics, mixes those
-and makes one multiplier and one offset for each piece; a second kernel applies them. Backward
-is the same road: sums of dy and of dy * (x - mean) over each piece, algebra, and a kernel that
-writes dx = a * dy + r * ((x - m) * b + c). Rows with a weight for each element have kernels of
-their own, which do all of it while a row is in cache.
-
-Small arrays are *grids*: they have the axes of x, with size 1 where a piece is not divided.
+the smallest pieces of x; algebra on small arrays merges them into the groups of each statistic,
+mixes those and makes one multiplier and one offset for each piece; a last kernel applies them.
+Backward is the same road: sums of dy and of dy * (x - mean) over each piece, algebra, and a
+kernel that writes dx = a * dy + r * ((x - m) * b + c). Rows with a weight for each element have
+kernels of their own, which do all of it while a row is in cache.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,13 +18,16 @@ from numpy.typing import ArrayLike, NDArray
 from numbanorm import _kernels, _threads
 from numbanorm._axes import TASKS, Array, Axes, Geometry, Plan, memory_order
 from numbanorm._checks import bool_mask, float_array, output_array, same_memory
-from numbanorm.moments import Grids, Moments, merge, piece_moments
+from numbanorm.moments import Moments, Parts, merge_pieces, piece_moments
 
 Float64 = NDArray[np.float64]
 
 
 class Statistic(NamedTuple):
-    """One mean and variance, as grids; ``n`` elements each, None where they do not come from x."""
+    """One mean and variance over ``axes``, with size 1 there and the other axes of x.
+
+    ``n`` has the number of elements of each, or is None where they do not come from x.
+    """
 
     axes: Axes
     n: NDArray[np.int64] | None
@@ -38,6 +40,10 @@ class Mixture(NamedTuple):
 
     mean: Float64
     var: Float64
+
+
+# The weights of a single statistic.
+ALONE = Mixture(np.ones(1), np.ones(1))
 
 
 class Saved:
@@ -54,14 +60,16 @@ class Saved:
     x_is_lost: bool
     center: bool
     eps: float
-    statistics: list[Statistic]
-    weight: Array | None  # a grid for pieces, (D,) for elements
+    weight: Array  # of each feature for pieces, of each element for elements
     has_weight: bool
     has_bias: bool
-    rows: tuple[NDArray[np.int64], Float64, Float64]  # elements: count, mean, var of each row
-    mean: Float64  # pieces: what normalises, as grids
-    rstd: Float64
+    # Of each group: how many elements, mean and variance. The groups are in the order of
+    # plan.groups for pieces, of the rows for elements.
+    n: NDArray[np.int64]
+    mean: Float64
     var: Float64
+    fixed: bool  # whether the tracked statistic does not come from x
+    pieces: tuple[Float64, Float64, Float64]  # mean, var and rstd that normalise each piece
     mixture: Mixture | None
     sample_variance: bool
     instances: Moments | None  # what sample variances were made of
@@ -90,6 +98,7 @@ class Saved:
         self.x = self.plan.to_view(x_split)
         self.mask = None
         self.instances = None
+        self.fixed = False
 
     @property
     def ddof(self) -> int:
@@ -97,12 +106,28 @@ class Saved:
         return int(self.sample_variance and self.plan.instance_size == 1)
 
     @property
+    def statistics(self) -> list[Statistic]:
+        """All statistics."""
+        return [self.statistic(k) for k in range(len(self.geometry.reductions))]
+
+    def statistic(self, k: int) -> Statistic:
+        """Return statistic k."""
+        geometry, plan = self.geometry, self.plan
+        groups = (self.n, self.mean, self.var)
+        if plan.elements:
+            n, mean, var = (plan.to_grid(array) for array in groups)
+        else:
+            where, shape = plan.groups.slices[k], plan.groups.shapes[k]
+            n, mean, var = (array[where].reshape(shape) for array in groups)
+        fixed = self.fixed and k == geometry.tracked
+        return Statistic(geometry.reductions[k], None if fixed else n, mean, var)
+
+    @property
     def batch(self) -> Statistic:
         """The statistic that has running averages."""
-        return self.statistics[self.geometry.tracked]
+        return self.statistic(self.geometry.tracked)
 
 
-@np.errstate(all="ignore")  # NaN and Inf are the user's; they reach y as they should
 def normalize(
     x: Array,
     geometry: Geometry,
@@ -149,24 +174,16 @@ def normalize(
     if counts is not None:
         saved.mask = plan.to_view(counts.reshape(geometry.shape))
     target, unset = plan.to_target(y.reshape(geometry.shape))
-    known: Known = None
-    if fixed is not None:
-        # Copies: running statistics may move on before backward.
-        mean, var = (np.array(a, np.float64).reshape(geometry.running_grid) for a in fixed)
-        known = mean, var
+    saved.fixed = fixed is not None
     if plan.elements:
-        _forward_elements(saved, weight, bias, known, target)
+        _forward_elements(saved, weight, bias, fixed, target)
     else:
-        _forward_pieces(saved, weight, bias, known, target)
+        _forward_pieces(saved, weight, bias, fixed, target)
     if unset is not None:
         unset[...] = target.reshape(unset.shape)
     return y, saved
 
 
-Known = tuple[Float64, Float64] | None
-
-
-@np.errstate(all="ignore")
 def restore(
     x: Array,
     dx: Array,
@@ -190,36 +207,46 @@ def restore(
     affine = weight is not None, has_bias
     fused = share is None
     saved = Saved(x, dx, geometry, affine, eps, mixture, center, sample_variance, fused)
-    saved.statistics, saved.instances, saved.share = statistics, instances, share
-    if saved.plan.elements:
+    saved.instances, saved.share, plan = instances, share, saved.plan
+    saved.fixed = statistics[geometry.tracked].n is None
+    if plan.elements:
         (_, n, mean, var) = statistics[0]
-        count = saved.plan.from_grid(np.ones_like(mean) if n is None else n, np.int64)
-        saved.rows = count, saved.plan.from_grid(mean), saved.plan.from_grid(var)
+        saved.n = plan.from_grid(np.ones_like(mean) if n is None else n, np.int64)
+        saved.mean, saved.var = plan.from_grid(mean), plan.from_grid(var)
         saved.weight = _element_parameter(saved, weight, 1.0, x.dtype)
-    else:
-        _settle(saved, weight)
+        return saved
+    saved.n = np.ones(plan.groups.total, np.int64)
+    saved.mean, saved.var = np.empty((2, plan.groups.total))
+    for where, (_, n, mean, var) in zip(plan.groups.slices, statistics, strict=True):
+        if n is not None:
+            saved.n[where] = n.ravel()
+        saved.mean[where], saved.var[where] = mean.ravel(), var.ravel()
+    saved.weight = _feature_parameter(saved, weight, 1.0)
+    _coefficients(saved, saved.weight, x.dtype)
     return saved
 
 
 def _forward_elements(
-    saved: Saved, weight: Array | None, bias: Array | None, fixed: Known, y: Array
+    saved: Saved,
+    weight: Array | None,
+    bias: Array | None,
+    fixed: tuple[Array, Array] | None,
+    y: Array,
 ) -> None:
     plan, m = saved.plan, saved.plan.view[0]
     saved.weight = _element_parameter(saved, weight, 1.0, y.dtype)
     if fixed is None:
-        saved.rows = np.empty(m, np.int64), np.empty(m), np.empty(m)
+        saved.n, saved.mean, saved.var = np.empty(m, np.int64), np.empty(m), np.empty(m)
     else:
-        mean, var = fixed
-        saved.rows = np.ones(m, np.int64), plan.from_grid(mean), plan.from_grid(var)
+        mean, var = (running.reshape(saved.geometry.running_grid) for running in fixed)
+        saved.n = np.ones(m, np.int64)
+        saved.mean, saved.var = plan.from_grid(mean), plan.from_grid(var)
     _threads.run(
         _kernels.forward_elements, y.size,
         saved.x, saved.mask, saved.weight, _element_parameter(saved, bias, 0.0, y.dtype),
         saved.eps, saved.center, fixed is None, plan.tiles.block, np.may_share_memory(saved.x, y),
-        *saved.rows, y,
+        saved.n, saved.mean, saved.var, y,
     )  # fmt: skip
-    axes = saved.geometry.reductions[0]
-    count, mean, var = (plan.to_grid(row) for row in saved.rows)
-    saved.statistics = [Statistic(axes, count if fixed is None else None, mean, var)]
 
 
 def _element_parameter(saved: Saved, value: Array | None, default: float, dtype: Any) -> Array:
@@ -232,81 +259,76 @@ def _element_parameter(saved: Saved, value: Array | None, default: float, dtype:
 
 
 def _forward_pieces(
-    saved: Saved, weight: Array | None, bias: Array | None, fixed: Known, y: Array
+    saved: Saved,
+    weight: Array | None,
+    bias: Array | None,
+    fixed: tuple[Array, Array] | None,
+    y: Array,
 ) -> None:
     geometry, plan = saved.geometry, saved.plan
-    pieces: Grids | None = None
+    groups = plan.groups
     if fixed is None or len(geometry.reductions) > 1:
-        pieces = piece_moments(plan, saved.x, saved.mask)
-    if saved.sample_variance and plan.instance_size > 1 and pieces is not None:
-        count, mean, rest, m2 = merge(pieces, plan.instance)
-        saved.instances = Moments(count, mean, m2)
-        pieces = count, mean, rest, m2 * (count / np.maximum(count - 1, 1))
-    saved.statistics = []
-    for k, axes in enumerate(geometry.reductions):
-        if fixed is not None and k == geometry.tracked:
-            saved.statistics.append(Statistic(axes, None, *fixed))
-            continue
-        assert pieces is not None
-        count, mean, _, m2 = merge(pieces, axes)
-        var = m2 / np.maximum(count - saved.ddof, 1)
-        if not saved.center:
-            var += mean * mean
-            mean = np.zeros_like(mean)
-        saved.statistics.append(Statistic(axes, count, mean, var))
-    _settle(saved, weight)
-    scale = saved.rstd if saved.weight is None else saved.rstd * saved.weight
-    rounded = saved.mean.astype(y.dtype)
-    shift = (rounded - saved.mean) * scale
-    if bias is not None:
-        shift = shift + _grid(bias, geometry)
-    _apply(plan, saved.x, rounded, scale, shift, y)
+        parts = piece_moments(plan, saved.x, saved.mask)
+        if saved.sample_variance and plan.instance_size > 1:
+            parts = _with_sample_variance(saved, merge_pieces(parts, plan.instances)[0])
+            groups = plan.groups_of_instances
+        (saved.n, saved.mean, *_), saved.var = merge_pieces(parts, groups, saved.center, saved.ddof)
+    else:
+        saved.n = np.empty(groups.total, np.int64)
+        saved.mean, saved.var = np.empty((2, groups.total))
+    if fixed is not None:
+        # Copied: running statistics may move on before backward.
+        where, shape = groups.slices[geometry.tracked], groups.shapes[geometry.tracked]
+        saved.n[where] = 1
+        for array, running in zip((saved.mean, saved.var), fixed, strict=True):
+            array[where].reshape(shape)[...] = running.reshape(geometry.running_grid)
+    saved.weight = _feature_parameter(saved, weight, 1.0)
+    m, s, t = _coefficients(saved, _feature_parameter(saved, bias, 0.0), y.dtype)
+    _apply(plan, saved.x, m, s, t, y)
 
 
-def _settle(saved: Saved, weight: Array | None) -> None:
-    """Mix the statistics to what normalises each piece."""
-    saved.mean, saved.var = _mix(saved.statistics, saved.mixture)
-    saved.rstd = _rstd(saved)
-    saved.weight = None if weight is None else _grid(weight, saved.geometry)
+@np.errstate(all="ignore")  # NaN and Inf are the user's, and reach what they should
+def _with_sample_variance(saved: Saved, instances: Parts) -> Parts:
+    """Return the instances as pieces, with n - 1 instead of n in their variances."""
+    count, mean, rest, m2 = instances
+    (shape,) = saved.plan.instances.shapes
+    saved.instances = Moments(count.reshape(shape), mean.reshape(shape), m2.reshape(shape))
+    m2 = m2 * (count / np.maximum(count - 1, 1))
+    one_part = (1, 1, -1)
+    return (
+        count.reshape(one_part), mean.reshape(one_part), rest.reshape(one_part),
+        m2.reshape(one_part),
+    )  # fmt: skip
 
 
-def _grid(parameter: Array, geometry: Geometry) -> Float64:
-    """Return a copy of a parameter, which may change before backward, as it broadcasts to x."""
-    return np.array(parameter, np.float64).reshape(geometry.param_grid)
+def _feature_parameter(saved: Saved, value: Array | None, default: float) -> Float64:
+    """Return a copy of a parameter (or its default), which may change before backward."""
+    if value is None:
+        return np.full(math.prod(saved.geometry.param_grid), default)
+    return np.array(value, np.float64, order="C").reshape(-1)
 
 
-def _mix(statistics: list[Statistic], mixture: Mixture | None) -> tuple[Float64, Float64]:
-    """Return the weighted means and variances; exact where the statistics are equal."""
-    first = statistics[0]
-    mean, var = first.mean, first.var
-    if mixture is not None:
-        # Softmax weights need not sum to 1 in floating point: mix the differences.
-        for p, q, statistic in zip(*mixture, statistics, strict=True):
-            mean = mean + p * (statistic.mean - first.mean)
-            var = var + q * (statistic.var - first.var)
-    return mean, var
-
-
-def _rstd(saved: Saved) -> Float64:
-    """Return 1 / sqrt(var + eps), and 0 for an empty group or where var + eps is 0."""
-    v = saved.var + saved.eps
-    known: Any = v != 0
-    if saved.mask is not None and all(s.n is not None for s in saved.statistics):
-        known = known & (sum(s.n for s in saved.statistics if s.n is not None) > 0)
-    rstd: Float64 = np.divide(1.0, np.sqrt(v), out=np.zeros_like(v), where=known)
-    return rstd
+def _coefficients(saved: Saved, bias: Float64, dtype: Any) -> Iterable[Array]:
+    """Mix the statistics; return m, s and t of each piece."""
+    plan = saved.plan
+    mean, var, rstd = np.empty((3, plan.groups.of_piece.shape[1]))
+    saved.pieces = mean, var, rstd
+    found = np.empty((3, *plan.coefficient_shape), dtype)
+    _kernels.coefficients(
+        plan.groups.of_piece, plan.features, saved.n, saved.mean, saved.var,
+        *(saved.mixture or ALONE), saved.eps, saved.weight, bias, plan.parts[2],
+        mean, var, rstd, *found,
+    )  # fmt: skip
+    return found
 
 
 def _apply(plan: Plan, x: Array, m: Array, s: Array, t: Array, y: Array) -> None:
-    """Write y = (x - m) * s + t, with grids m, s and t."""
+    """Write y = (x - m) * s + t."""
     kernel = _kernels.apply_columns if plan.columns else _kernels.apply_rows
     _, part, block = plan.tiles
-    coefficients = (plan.from_grid(values, y.dtype) for values in (m, s, t))
-    in_place = np.may_share_memory(x, y)
-    _threads.run(kernel, y.size, x, part, block, *coefficients, in_place, y)
+    _threads.run(kernel, y.size, x, part, block, m, s, t, np.may_share_memory(x, y), y)
 
 
-@np.errstate(all="ignore")
 def backward(
     dy: ArrayLike, saved: Saved, out: Array | None = None
 ) -> tuple[Array, Float64 | None, Float64 | None, Float64, Float64]:
@@ -323,7 +345,9 @@ def backward(
     gradient = float_array(dy, "dy")
     if gradient.shape != saved.shape:
         raise ValueError(f"dy: the shape of x, {saved.shape}, is needed, got {gradient.shape}")
-    gradient = gradient.astype(saved.x.dtype, copy=False)
+    if gradient.dtype != saved.x.dtype:
+        with np.errstate(over="ignore"):
+            gradient = gradient.astype(saved.x.dtype)
     dx = output_array(out, gradient, gradient, saved.x)
     plan, shape = saved.plan, saved.geometry.shape
     dy_view = plan.to_view(gradient.reshape(shape))
@@ -342,13 +366,13 @@ def _backward_elements(saved: Saved, dy: Array, dx: Array) -> Parameters:
     plan, geometry = saved.plan, saved.geometry
     affine = saved.has_weight or saved.has_bias
     dweight, dbias = np.zeros((2, *(plan.gradient_parts if affine else (TASKS, 0))))
-    live = saved.statistics[0].n is not None
     _threads.run(
         _kernels.backward_elements, dy.size,
-        dy, saved.x, saved.mask, saved.weight, saved.eps, saved.center, live, affine,
-        np.may_share_memory(dy, dx), *saved.rows, dx, dweight, dbias,
+        dy, saved.x, saved.mask, saved.weight, saved.eps, saved.center, not saved.fixed, affine,
+        np.may_share_memory(dy, dx), saved.n, saved.mean, saved.var, dx, dweight, dbias,
     )  # fmt: skip
 
+    @np.errstate(all="ignore")  # as above
     def unfold(blocks: Array) -> Array:
         total: Array = blocks.sum(0)
         in_memory = total.reshape([geometry.param_grid[axis] for axis in plan.order])
@@ -363,75 +387,57 @@ def _backward_elements(saved: Saved, dy: Array, dx: Array) -> Parameters:
 
 
 def _gradient_sums(saved: Saved, dy: Array) -> tuple[Float64, Float64]:
-    """Return the sums of dy and of dy * (x - mean) over each piece, as grids."""
+    """Return the sums of dy and of dy * (x - mean) over K parts of each piece, (A, K, B)."""
     plan = saved.plan
     kernel = _kernels.gradient_sums_columns if plan.columns else _kernels.gradient_sums_rows
     _, part, block = plan.tiles
-    parts = np.empty(plan.parts), np.empty(plan.parts)
-    mean = plan.from_grid(saved.mean)
-    _threads.run(kernel, dy.size, dy, saved.x, saved.mask, part, block, mean, *parts)
-    # Where neither statistics nor weight differ between pieces, their sums are all that counts.
-    varies = np.broadcast_shapes(saved.mean.shape, saved.geometry.param_grid)
-    common = tuple(axis for axis, n in enumerate(varies) if n == 1)
-    grids = (plan.to_grid(array.sum(1)) for array in parts)
-    s0, s1 = (np.sum(grid, common, keepdims=True) for grid in grids)
+    s0, s1 = np.empty((2, *plan.parts))
+    a, _, b = plan.parts
+    mean = saved.pieces[0].reshape(a, b)
+    if plan.fold > 1:
+        mean = np.tile(mean, plan.fold)
+    _threads.run(kernel, dy.size, dy, saved.x, saved.mask, part, block, mean, s0, s1)
     return s0, s1
 
 
 def _backward_pieces(saved: Saved, dy: Array, dx: Array) -> Parameters:
-    geometry, plan = saved.geometry, saved.plan
+    geometry, plan, groups = saved.geometry, saved.plan, saved.plan.groups
     s0, s1 = _gradient_sums(saved, dy)
-    rstd = saved.rstd
-    others = tuple(a for a in range(len(geometry.shape)) if a not in geometry.features)
-    dweight = (rstd * s1).sum(others).reshape(geometry.param_shape) if saved.has_weight else None
-    dbias = s0.sum(others).reshape(geometry.param_shape) if saved.has_bias else None
-    scale = rstd if saved.weight is None else rstd * saved.weight
-    dmean, dvar = -scale * s0, -0.5 * scale * rstd * rstd * s1
-
-    n_statistics = len(saved.statistics)
-    p, q = (np.ones(1), np.ones(1)) if saved.mixture is None else saved.mixture
-    dp, dq = np.zeros(n_statistics), np.zeros(n_statistics)
-    rounded = saved.mean.astype(dx.dtype)
-    slope, offset = np.zeros(1), np.zeros(1)
-    for k, (axes, count, mean, var) in enumerate(saved.statistics):
-        if saved.mixture is not None:
-            dp[k] = p[k] * np.sum(dmean * (mean - saved.mean))
-            dq[k] = q[k] * np.sum(dvar * (var - saved.var))
-        if count is None:
-            continue
-        sums = p[k] * dmean.sum(axes, keepdims=True), q[k] * dvar.sum(axes, keepdims=True)
-        if saved.share is not None:
-            for values in sums:
-                saved.share(values)
-        if saved.center:
-            offset = offset + sums[0] / np.maximum(count, 1)
-        dsquare = sums[1] * 2 / np.maximum(count - saved.ddof, 1)
-        if saved.instances is None:
-            slope = slope + dsquare
-            offset = offset + dsquare * (rounded - mean)
-        else:
-            # var_k is the mean of factor * (x - own mean)**2 + (own mean - mean_k)**2.
-            own = saved.instances
-            factor = own.count / np.maximum(np.subtract(own.count, 1), 1)
-            slope = slope + dsquare * factor
-            offset = offset + dsquare * (factor * (rounded - own.mean) + (own.mean - mean))
-    if all(statistic.n is None for statistic in saved.statistics):
-        zero = np.zeros((1,) * len(geometry.shape))
-        _apply(plan, dy, zero, scale, zero, dx)
+    p, q = saved.mixture or ALONE
+    mean, var, rstd = saved.pieces
+    dmean, dvar = np.zeros((2, groups.total))
+    dp, dq = np.zeros((2, len(p)))
+    dweight, dbias = np.zeros((2, len(saved.weight)))
+    _kernels.group_gradients(
+        s0, s1, groups.of_piece, plan.features, saved.mean, saved.var, p, q, saved.weight,
+        mean, var, rstd, dmean, dvar, dp, dq, dweight, dbias,
+    )  # fmt: skip
+    if saved.share is not None:
+        saved.share(dmean)
+        saved.share(dvar)
+    coefficients = np.empty((5, *plan.coefficient_shape), dx.dtype)
+    own: tuple[Any, Any, Any] = None, None, None
+    if saved.instances is not None:
+        count, mean_of_instance = saved.instances.count, saved.instances.mean
+        own = plan.instances.of_piece[0], np.ravel(count), mean_of_instance.ravel()
+    _kernels.gradient_coefficients(
+        groups.of_piece, plan.features, saved.n, saved.mean, dmean, dvar, saved.center, saved.ddof,
+        geometry.tracked if saved.fixed else -1, *own, saved.weight, plan.parts[2], mean, rstd,
+        *coefficients,
+    )  # fmt: skip
+    if saved.fixed and len(groups.slices) == 1:
+        zero = np.zeros(plan.coefficient_shape, dx.dtype)
+        _apply(plan, dy, zero, coefficients[0], zero, dx)
     else:
-        _apply_gradient(saved, dy, (scale, rstd, rounded, slope, offset), dx)
-    return dweight, dbias, dp, dq
-
-
-def _apply_gradient(saved: Saved, dy: Array, coefficients: Any, dx: Array) -> None:
-    """Write dx = a * dy + r * ((x - m) * b + c), b and c being slope and offset over r."""
-    plan = saved.plan
-    a, r, m, slope, offset = coefficients
-    # r only keeps b and c in range: any number does where rstd is 0.
-    r = np.where(r == 0, 1, r)
-    b, c = slope / r, offset / r
-    kernel = _kernels.backward_columns if plan.columns else _kernels.backward_rows
-    _, part, block = plan.tiles
-    arrays = (plan.from_grid(values, dx.dtype) for values in (a, r, m, b, c))
-    in_place = np.may_share_memory(dy, dx)
-    _threads.run(kernel, dy.size, dy, saved.x, saved.mask, part, block, *arrays, in_place, dx)
+        kernel = _kernels.backward_columns if plan.columns else _kernels.backward_rows
+        _, part, block = plan.tiles
+        _threads.run(
+            kernel, dy.size,
+            dy, saved.x, saved.mask, part, block, *coefficients, np.may_share_memory(dy, dx), dx,
+        )  # fmt: skip
+    return (
+        dweight.reshape(geometry.param_shape) if saved.has_weight else None,
+        dbias.reshape(geometry.param_shape) if saved.has_bias else None,
+        dp,
+        dq,
+    )

@@ -5,9 +5,45 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from numbanorm import _kernels
 from numbanorm._axes import Array
 from numbanorm._normalize import Float64, Saved, Statistic
 from numbanorm.moments import Moments
+
+
+def track(
+    saved: Saved,
+    running_mean: Array,
+    running_var: Array,
+    momentum: float,
+    skip_nonfinite: bool = False,
+) -> bool:
+    """Move running statistics towards a forward's; return whether they are left alone instead.
+
+    Means and unbiased variances are averaged over axis 0 where it is kept. ``momentum`` weights
+    the batch. With ``skip_nonfinite``, NaN or Inf in the batch's leaves all of them alone.
+    """
+    _, n, mean, var = saved.batch
+    assert n is not None
+    flat = [np.ascontiguousarray(array).reshape(-1) for array in (running_mean, running_var)]
+    skipped: bool = _kernels.track(
+        n.reshape(-1), mean.reshape(-1), var.reshape(-1), _ddof(saved), saved.ddof,
+        momentum, skip_nonfinite, *flat,
+    )  # fmt: skip
+    for array, values in zip((running_mean, running_var), flat, strict=True):
+        if not np.may_share_memory(array, values):
+            array[...] = values.reshape(array.shape)
+    return skipped
+
+
+def is_finite(saved: Saved) -> bool:
+    """Tell whether the tracked statistic of a forward has neither NaN nor Inf."""
+    return bool(np.isfinite(saved.batch.mean).all() and np.isfinite(saved.batch.var).all())
+
+
+def _ddof(saved: Saved) -> int:
+    # The variance that sample variances of instances make is stored as it is.
+    return 0 if saved.instances is not None else 1
 
 
 class Running(NamedTuple):
@@ -16,23 +52,6 @@ class Running(NamedTuple):
     mean: Float64
     var: Float64
     known: NDArray[np.bool_]
-
-
-def batch_statistics(saved: Saved) -> Running:
-    """Return a forward's means and unbiased variances, averaged over axis 0 where it is kept."""
-    pool = Pool()
-    pool.add(saved)
-    return pool.statistics()
-
-
-@np.errstate(all="ignore")
-def update_running(
-    running_mean: Array, running_var: Array, batch: Running, momentum: float
-) -> None:
-    """Move running statistics towards the batch's; ``momentum`` weights the batch."""
-    for running, value in ((running_mean, batch.mean), (running_var, batch.var)):
-        moved = (1 - momentum) * running + momentum * value
-        np.copyto(running, moved, where=batch.known, casting="same_kind")
 
 
 class Pool:
@@ -51,9 +70,7 @@ class Pool:
 
     def add(self, saved: Saved) -> None:
         """Add the tracked statistic of one forward."""
-        # The variance that sample variances of instances make is stored as it is.
-        ddof = 0 if saved.instances is not None else 1
-        self.add_statistic(saved.batch, saved.geometry.running_shape, ddof, saved.ddof)
+        self.add_statistic(saved.batch, saved.geometry.running_shape, _ddof(saved), saved.ddof)
 
     @np.errstate(all="ignore")
     def add_statistic(

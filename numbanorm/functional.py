@@ -23,7 +23,7 @@ from numbanorm._checks import (
     parameter,
 )
 from numbanorm._normalize import Float64, Mixture, Saved, backward, normalize
-from numbanorm._running import batch_statistics, update_running
+from numbanorm._running import track
 
 __all__ = [
     "Gradients",
@@ -168,7 +168,7 @@ def _with_running(
         out=out,
     )
     if training and running is not None:
-        update_running(*running, batch_statistics(saved), factor)
+        track(saved, *running, factor)
     return y, saved
 
 

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from numbanorm import _kernels, _threads
-from numbanorm._axes import Array, Axes, Plan, geometry, memory_order, normalize_axes
+from numbanorm._axes import Array, Groups, Plan, geometry, memory_order, normalize_axes
 from numbanorm._checks import bool_mask, float_array
 
 Float64 = NDArray[np.float64]
@@ -168,14 +168,14 @@ class Moments:
 
 
 # Count, mean, the mean's rest, m2.
-Grids = tuple[NDArray[np.int64], Float64, Float64, Float64]
+Parts = tuple[NDArray[np.int64], Float64, Float64, Float64]
 
 
-def _zeros(shape: tuple[int, ...]) -> Grids:
+def _zeros(shape: tuple[int, ...]) -> Parts:
     return np.zeros(shape, np.int64), np.zeros(shape), np.zeros(shape), np.zeros(shape)
 
 
-def _merge_into(merged: Grids, parts: Grids, shape: tuple[int, int, int]) -> None:
+def _merge_into(merged: Parts, parts: Parts, shape: tuple[int, int, int]) -> None:
     """Merge the middle axis of ``parts``, seen in this shape, into the arrays ``merged``."""
     a, _, b = shape
     _kernels.merge(
@@ -184,29 +184,8 @@ def _merge_into(merged: Grids, parts: Grids, shape: tuple[int, int, int]) -> Non
     )
 
 
-def merge(parts: Grids, axes: Axes) -> Grids:
-    """Return counts, means and m2 merged over ``axes``, which stay as axes of size 1."""
-    shape = parts[1].shape
-    axis = 0
-    while axis < len(shape):
-        # A run of neighbouring axes is merged at once.
-        end = axis
-        while end < len(shape) and (end in axes or shape[end] == 1):
-            end += 1
-        size = math.prod(shape[axis:end])
-        if size != 1:
-            before, after = shape[:axis], shape[end:]
-            merged_shape = (*before, *(1,) * (end - axis), *after)
-            merged = _zeros(merged_shape)
-            outer, inner = (math.prod(sizes) for sizes in (before, after))
-            _merge_into(merged, parts, (outer, size, inner))
-            parts, shape = merged, merged_shape
-        axis = end + 1
-    return parts
-
-
-def piece_moments(plan: Plan, x: Array, mask: Array | None) -> Grids:
-    """Return count, mean and m2 of each piece of x, as grids.
+def piece_moments(plan: Plan, x: Array, mask: Array | None) -> Parts:
+    """Return count, mean, its rest and m2 of K parts of each piece of x, (A, K, B).
 
     ``x`` and ``mask`` are views of the plan.
     """
@@ -215,8 +194,20 @@ def piece_moments(plan: Plan, x: Array, mask: Array | None) -> Grids:
     mean, rest, m2 = np.empty((3, *plan.parts))
     parts = np.empty(plan.parts, np.int64), mean, rest, m2
     _threads.run(kernel, x.size, x, mask, part, block, *parts)
-    count, mean, rest, m2 = merge(parts, (1,))
-    return plan.to_grid(count), plan.to_grid(mean), plan.to_grid(rest), plan.to_grid(m2)
+    return parts
+
+
+def merge_pieces(
+    parts: Parts, groups: Groups, center: bool = True, ddof: int = 0
+) -> tuple[Parts, Float64]:
+    """Return count, mean, its rest and m2 of all groups, (G,), and the variance.
+
+    It is m2 / (count - ``ddof``), or the mean square if not ``center``; the mean is 0 then.
+    """
+    mean, rest, m2, var = np.empty((4, groups.total))
+    merged = np.empty(groups.total, np.int64), mean, rest, m2
+    _kernels.merge_pieces(*parts, groups.members, groups.starts, center, ddof, *merged, var)
+    return merged, var
 
 
 def moments(
@@ -271,11 +262,11 @@ def moments(
     order = memory_order(array) or everything
     plan = geometry(array.shape, (reduced,), ()).plan(order, affine=False, fused=False)
     counts_view = None if counts is None else plan.to_view(counts)
-    count, mean, rest, m2 = merge(piece_moments(plan, plan.to_view(array), counts_view), reduced)
+    parts = piece_moments(plan, plan.to_view(array), counts_view)
+    (shape,) = plan.groups.shapes
     if not keepdims:
-        count, mean, rest, m2 = (
-            count.squeeze(reduced), mean.squeeze(reduced),
-            rest.squeeze(reduced), m2.squeeze(reduced),
-        )  # fmt: skip
+        shape = tuple(n for axis, n in enumerate(shape) if axis not in reduced)
+    (count, *others), _ = merge_pieces(parts, plan.groups)
+    count, (mean, rest, m2) = count.reshape(shape), (array.reshape(shape) for array in others)
     size = math.prod(array.shape[axis] for axis in reduced)
     return Moments._of(size if counts is None else count, mean, rest, m2)

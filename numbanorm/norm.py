@@ -11,7 +11,7 @@ from numbanorm import _checks, functional
 from numbanorm._axes import AllBut, Array, Axes, Geometry, axis_tuple, geometry, normalize_axes
 from numbanorm._checks import float_array
 from numbanorm._normalize import Mixture, Saved, backward, normalize
-from numbanorm._running import Pool, batch_statistics, update_running
+from numbanorm._running import Pool, is_finite, track
 
 
 def live_array(group: str, name: str, doc: str) -> Any:
@@ -212,9 +212,10 @@ class Norm:
             )
 
     def _check_running(self, x: Array, shape: Geometry) -> None:
-        if self.running_mean is not None and self.running_mean.shape != shape.running_shape:
+        mean = self._buffers.get("running_mean")
+        if mean is not None and mean.shape != shape.running_shape:
             raise ValueError(
-                f"x: sizes {self.running_mean.shape} are needed on the kept axes, as running_mean "
+                f"x: sizes {mean.shape} are needed on the kept axes, as running_mean "
                 f"has them, got {shape.running_shape} in shape {x.shape}"
             )
 
@@ -269,9 +270,11 @@ class Norm:
         from_batch = self.training or not self.track_stats
         if self.training and self.several_values:
             functional.require_several(shape)
-        new = self._new_parameters(shape.param_shape) if self.affine and self.weight is None else {}
+        new = {}
+        if self.affine and "weight" not in self._parameters:
+            new = self._new_parameters(shape.param_shape)
         parameters = {**self._parameters, **new}
-        running = self._running_or_new(shape.running_shape)
+        running = self._running_or_new(shape.running_shape) if self.track_stats else None
         y, saved = normalize(
             array,
             shape,
@@ -289,7 +292,7 @@ class Norm:
         self._adopt(new)
         if len(self._geometries) < 64:
             self._geometries[array.shape] = shape
-        if self.training and self.track_stats:
+        if self.training and running is not None:
             self._track(running, saved)
         self._saved = saved
         return y
@@ -330,9 +333,9 @@ class Norm:
             )
         dx, *gradients = backward(dy, self._saved, out)
         names = ("weight", "bias", "mean_weight", "var_weight")
-        for name, gradient in zip(names, gradients, strict=True):
-            if name in self._gradients and gradient is not None:
-                with np.errstate(over="ignore", invalid="ignore"):
+        with np.errstate(over="ignore", invalid="ignore"):
+            for name, gradient in zip(names, gradients, strict=True):
+                if name in self._gradients and gradient is not None:
                     self._gradients[name] += gradient.astype(self.dtype)
         self._saved = None
         return dx
@@ -351,32 +354,27 @@ class Norm:
             self._gradients[name] = np.zeros_like(value)
 
     def _running_or_new(self, shape: tuple[int, ...]) -> tuple[Array, Array]:
-        if self.running_mean is not None and self.running_var is not None:
-            return self.running_mean, self.running_var
+        if "running_mean" in self._buffers:
+            return self._buffers["running_mean"], self._buffers["running_var"]
         return np.zeros(shape, self.dtype), np.ones(shape, self.dtype)
 
     def _track(self, running: tuple[Array, Array], saved: Saved) -> None:
-        batch = batch_statistics(saved)
-        finite = bool((np.isfinite(batch.mean) & np.isfinite(batch.var)).all())
-        skipped = self.skip_nonfinite and not finite
         if self._pool is not None:
-            if skipped:
+            if self.skip_nonfinite and not is_finite(saved):
                 self._pool.n_forwards += 1
                 self._pool.n_skipped += 1
             else:
                 self._pool.add(saved)
             return
         mean, var = running
-        self._buffers = {"running_mean": mean, "running_var": var, **self._buffers}
+        if "running_mean" not in self._buffers:
+            self._buffers = {"running_mean": mean, "running_var": var, **self._buffers}
         tracked = self._buffers["num_batches_tracked"]
         tracked += 1
-        if skipped:
-            self.num_batches_skipped += 1
-            return
         momentum = self.momentum
         if momentum is None:
             momentum = 1 / (int(tracked) - self.num_batches_skipped)
-        update_running(mean, var, batch, momentum)
+        self.num_batches_skipped += track(saved, mean, var, momentum, self.skip_nonfinite)
 
     # -- What recalibrate asks of a layer -------------------------------------------------------
 
@@ -403,7 +401,8 @@ class Norm:
         mean, var = self._running_or_new(statistics.mean.shape)
         self._buffers = {"running_mean": mean, "running_var": var, **self._buffers}
         self.reset_running_stats()
-        update_running(mean, var, statistics, 1.0)
+        np.copyto(mean, statistics.mean, where=statistics.known, casting="same_kind")
+        np.copyto(var, statistics.var, where=statistics.known, casting="same_kind")
         self._buffers["num_batches_tracked"][...] = pool.n_forwards
         self.num_batches_skipped = pool.n_skipped
 
