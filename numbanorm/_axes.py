@@ -10,8 +10,10 @@ of inner axes as one axis of length L; all that stands before or after it counts
 
     rows      (P, L)      the inner axes come last            N, C, (H, W)
     columns   (A, L, C)   other axes follow the inner ones    N, (H, W), C
+    elements  (M, D)      a row is a group of a single statistic, with a weight for each element
+    groups    (M, R * L)  a row is a group of a single statistic, of R pieces, and fits in cache
 
-Both are made once for a shape and kept.
+It is made once for a shape and kept.
 """
 
 import functools
@@ -30,6 +32,8 @@ ROW_PART = 1 << 15
 # Rows of a part of a column: keeps a float64 sum of any length as exact as that of 4096 values.
 COLUMN_PART = 1 << 12
 COLUMN_BLOCK = 1 << 10
+# Elements of a group that is read again from a core's own cache: 256 KiB of float32.
+CACHED_GROUP = 1 << 16
 # Elements of a task and tasks of a call: enough for many cores, few enough to cost nothing.
 TASK = 1 << 14
 TASKS = 64
@@ -98,22 +102,16 @@ class Groups(NamedTuple):
     ----------
     of_piece : (S, P) array of int32
         The group of each of P pieces in each of S statistics.
-    members, starts : (S * P,) array of int32, (G + 1,) array of int64
-        The pieces of group g are ``members[starts[g]:starts[g + 1]]``.
+    total : int
+        G, the number of groups of all statistics.
     shapes, slices : tuple
         For each statistic, the shape of its groups as it broadcasts to x, and where they stand.
     """
 
     of_piece: NDArray[np.int32]
-    members: NDArray[np.int32]
-    starts: NDArray[np.int64]
+    total: int
     shapes: tuple[Axes, ...]
     slices: tuple[slice, ...]
-
-    @property
-    def total(self) -> int:
-        """G, the number of groups of all statistics."""
-        return len(self.starts) - 1
 
 
 def groups(grid: Axes, order: Axes, kept_sizes: Iterable[Axes]) -> Groups:
@@ -128,16 +126,7 @@ def groups(grid: Axes, order: Axes, kept_sizes: Iterable[Axes]) -> Groups:
         of_piece.append(np.broadcast_to(numbers, grid).transpose(order).ravel())
         slices.append(slice(first, first + n))
         first += n
-    table = np.stack(of_piece)
-    by_group = np.argsort(table, axis=None, kind="stable")
-    n_members = np.bincount(table.ravel(), minlength=first)
-    return Groups(
-        table,
-        (by_group % max(table.shape[1], 1)).astype(np.int32),
-        np.concatenate([[0], np.cumsum(n_members)]),
-        shapes,
-        tuple(slices),
-    )
+    return Groups(np.stack(of_piece), first, shapes, tuple(slices))
 
 
 class Plan:
@@ -148,9 +137,11 @@ class Plan:
     order : tuple of int
         The axes from the slowest to the fastest in memory; kernels work in this order.
     view : tuple of int
-        (P, L) for rows, (A, L, C) for columns, (M, D) for elements.
+        (P, L) for rows, (A, L, C) for columns, (M, D) for elements, (M, R * L) for groups.
     elements : bool
         Whether each row is a group with a parameter for each element.
+    rows_of_group : int
+        R where each row of the view is a group, else 0.
     tiles : Tiles
         How the kernels cut the view.
     instance, instance_size : tuple of int, int
@@ -175,21 +166,28 @@ class Plan:
             )
         self.order = order
         self.inverse_order = tuple(int(axis) for axis in np.argsort(order))
-        self.elements = per_element or (single and trailing and not affine)
+        self.elements = per_element
+        self.rows_of_group = 0
         self.fold = 1
         self.instance = geometry.inner(affine)
         self.instance_size = math.prod(shape[axis] for axis in self.instance)
         self.tiles = Tiles(1, 1, 1)
-        if self.elements:
-            d = math.prod(shape[axis] for axis in reduced)
-            m = math.prod(shape[axis] for axis in range(len(shape)) if axis not in reduced)
-            self.view: tuple[int, ...] = (m, d)
-            self._set_grid(tuple(1 if axis in reduced else n for axis, n in enumerate(shape)))
+        inner = set(self.instance)
+        d = math.prod(shape[axis] for axis in reduced)
+        m = math.prod(shape[axis] for axis in range(len(shape)) if axis not in reduced)
+        self.view: tuple[int, ...] = (m, d)
+        if per_element:
+            self.grid = geometry.kept_sizes(reduced)
             self.tiles = Tiles(1, d, max(1, TASK // max(d, 1)))
             # Each part has its own sums of the parameters' gradients, so that they need room.
             self.gradient_parts = (min(max(m // 16, min(m, 2), 1), TASKS), d)
             return
-        inner = set(self.instance)
+        rows = [axis for axis in wide if axis in reduced and axis not in inner]
+        if single and d <= CACHED_GROUP and wide == kept + rows + [a for a in wide if a in inner]:
+            self.grid = geometry.kept_sizes(self.instance)
+            self.rows_of_group = max(1, math.prod(shape[axis] for axis in rows))
+            self.tiles = Tiles(1, d, max(1, TASK // max(d, 1)))
+            return
         end = len(wide)
         while end > 0 and wide[end - 1] not in inner:
             end -= 1
@@ -202,7 +200,7 @@ class Plan:
         grid = tuple(1 if axis in run else n for axis, n in enumerate(shape))
         a, length, c = (math.prod(shape[axis] for axis in part) for part in (outer, run, columns))
         if not columns:
-            self._set_grid(grid)
+            self.grid = grid
             self.view = (a, length)
             n_parts = max(1, -(-length // ROW_PART))
             part = max(1, -(-length // n_parts))
@@ -211,7 +209,7 @@ class Plan:
         # Short rows, say of three channels, cost more to start than to run; several are one.
         most = max(1, min(COLUMN_BLOCK // max(c, 1), length // 16))
         self.fold = max(k for k in range(1, most + 1) if length % k == 0)
-        self._set_grid(grid)
+        self.grid = grid
         length, c = length // self.fold, c * self.fold
         self.view = (a, length, c)
         block = min(max(c, 1), COLUMN_BLOCK)
@@ -222,9 +220,10 @@ class Plan:
         part = max(1, -(-length // n_parts))
         self.tiles = Tiles(max(1, -(-length // part)), part, block)
 
-    def _set_grid(self, grid: tuple[int, ...]) -> None:
-        self.grid = grid
-        self.grid_in_memory = tuple(grid[axis] for axis in self.order)
+    @property
+    def by_row(self) -> bool:
+        """Whether each row of the view is a group."""
+        return self.elements or self.rows_of_group > 0
 
     @property
     def columns(self) -> bool:
@@ -237,10 +236,11 @@ class Plan:
         columns = self.view[2] // self.fold if self.columns else 1
         return self.view[0], self.tiles.n_parts, columns
 
-    @functools.cached_property
-    def coefficient_shape(self) -> tuple[int, int]:
-        """Shape (A, F * B) of the pieces' coefficients, once for each of F folded rows."""
-        return self.view[0], self.view[2] if self.columns else 1
+    def fold_pieces(self, values: Array) -> Array:
+        """Return n values of each piece (n, P) as the kernels see them, (n, A, F * B)."""
+        a, _, b = self.parts
+        seen = values.reshape(len(values), a, b)
+        return seen if self.fold == 1 else np.tile(seen, self.fold)
 
     @functools.cached_property
     def groups(self) -> Groups:
@@ -258,6 +258,24 @@ class Plan:
         (grid,) = self.instances.shapes
         sizes = map(self.geometry.kept_sizes, self.geometry.reductions)
         return groups(grid, tuple(range(len(grid))), sizes)
+
+    @functools.cached_property
+    def groups_of_parts(self) -> Groups:
+        """The groups of each statistic, with the K parts of a piece for pieces."""
+        return self.of_parts(self.groups)
+
+    @functools.cached_property
+    def instances_of_parts(self) -> Groups:
+        """The instances, with the K parts of a piece for pieces."""
+        return self.of_parts(self.instances)
+
+    def of_parts(self, groups: Groups) -> Groups:
+        """Return the groups of the K parts of each piece."""
+        a, k, b = self.parts
+        n = len(groups.of_piece)
+        of_piece = groups.of_piece.reshape(n, a, 1, b)
+        of_part = np.broadcast_to(of_piece, (n, a, k, b)).reshape(n, a * k * b)
+        return groups._replace(of_piece=of_part)
 
     def _groups(self, reductions: Iterable[Axes]) -> Groups:
         return groups(self.grid, self.order, map(self.geometry.kept_sizes, reductions))
@@ -284,15 +302,21 @@ class Plan:
             return in_memory.reshape(self.view), None
         return np.empty(self.view, y.dtype), in_memory
 
-    def to_grid(self, pieces: Array) -> Array:
-        """Return a value for each piece, in memory order, with the axes of x (inner ones 1)."""
-        return pieces.reshape(self.grid_in_memory).transpose(self.inverse_order)
+    @functools.cached_property
+    def rows_in_memory(self) -> tuple[int, ...]:
+        """The kept axes in memory order, and 1 for the reduced ones."""
+        sizes = self.geometry.kept_sizes(self.geometry.reductions[0])
+        return tuple(sizes[axis] for axis in self.order)
+
+    def to_grid(self, rows: Array) -> Array:
+        """Return a value for each row of the view (M,) with the axes of x (reduced ones 1)."""
+        return rows.reshape(self.rows_in_memory).transpose(self.inverse_order)
 
     def from_grid(self, values: Array, dtype: Any = np.float64) -> Array:
-        """Return values that broadcast to the grid, one for each piece, in memory order."""
-        pieces = np.empty(self.grid_in_memory, dtype)
-        pieces.transpose(self.inverse_order)[...] = values
-        return pieces.reshape(-1)
+        """Return values that broadcast to x, one for each row of the view, (M,)."""
+        rows = np.empty(self.rows_in_memory, dtype)
+        rows.transpose(self.inverse_order)[...] = values
+        return rows.reshape(-1)
 
 
 class Geometry:

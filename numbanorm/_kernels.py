@@ -8,6 +8,8 @@ columns
     ``x`` is (A, L, C): piece (a, c) is a column; its neighbours in memory are other pieces.
 elements
     ``x`` is (M, D): row i is a statistics group, and each of its D elements has a weight.
+groups
+    ``x`` is (M, R * L): row i is a statistics group of R pieces of L elements.
 
 Statistics are taken around the first element of a piece and accumulated in float64, in one
 pass. The shift bounds the cancellation (it is an element of the data, so m2 >= (x0 - mean)**2)
@@ -274,44 +276,46 @@ def merge(count, mean, rest, m2, merged_count, merged_mean, merged_rest, merged_
 
 # ---------------------------------------------------------------------------------------------
 # Algebra: pieces merge into the groups of all statistics, which make the pieces' coefficients.
-# There are few pieces, or they are small: one thread does it. ``group`` (S, P), ``members`` and
-# ``starts`` (G + 1,) are those of _axes.Groups; ``feature`` (P,) is the number of a piece's weight.
+# ``group`` (S, P) is that of _axes.Groups, ``feature`` (P,) the number of a piece's weight.
 # ---------------------------------------------------------------------------------------------
+
+# Pieces of a task, and what each of them counts for where few elements go without threads.
+PIECES = 1024
+PIECE = 16
 
 
 @cached_njit(**FLAGS)
 def merge_pieces(
-    count, mean, rest, m2, members, starts, center, ddof, n, group_mean, group_rest, group_m2, var
+    count, mean, rest, m2, group, center, ddof, n, group_mean, group_rest, group_m2, var
 ):
-    """Merge pieces of K parts (A, K, B) into groups (G,), as Chan et al. 1983, eq. 2.1, for many.
+    """Merge pieces (P,) into groups (G,), as Chan et al. 1983, eq. 2.1, for many at once.
 
-    The means are taken around the first one; as in a piece, the shift bounds the cancellation.
+    The means are taken around one of them; as in a piece, the shift bounds the cancellation.
     If not ``center``, var is the mean square, and the mean is 0.
     """
-    n_parts, n_inner = mean.shape[1], mean.shape[2]
+    ref = np.zeros(len(n))
+    n[:] = 0
+    group_mean[:] = 0.0
+    group_m2[:] = 0.0
+    for k in range(group.shape[0]):
+        for i in range(group.shape[1]):
+            g = group[k, i]
+            if count[i] > 0:
+                if n[g] == 0:
+                    ref[g] = mean[i]
+                n[g] += count[i]
+                group_mean[g] += count[i] * ((mean[i] - ref[g]) + rest[i])
     for g in range(len(n)):
-        n_g, s1, s2, ref = 0, 0.0, 0.0, 0.0
-        for i in range(starts[g], starts[g + 1]):
-            a = members[i] // n_inner
-            b = members[i] - a * n_inner
-            for k in range(n_parts):
-                if count[a, k, b] > 0:
-                    if n_g == 0:
-                        ref = mean[a, k, b]
-                    n_g += count[a, k, b]
-                    s1 += count[a, k, b] * ((mean[a, k, b] - ref) + rest[a, k, b])
-        r = s1 / max(n_g, 1)
-        for i in range(starts[g], starts[g + 1]):
-            a = members[i] // n_inner
-            b = members[i] - a * n_inner
-            for k in range(n_parts):
-                if count[a, k, b] > 0:
-                    d = ((mean[a, k, b] - ref) + rest[a, k, b]) - r
-                    s2 += m2[a, k, b] + count[a, k, b] * d * d
-        n[g] = n_g
-        group_mean[g], group_rest[g] = _two_sum(ref, r)
-        group_m2[g] = s2
-        var[g] = s2 / max(n_g - ddof, 1)
+        group_mean[g] /= max(n[g], 1)
+    for k in range(group.shape[0]):
+        for i in range(group.shape[1]):
+            g = group[k, i]
+            if count[i] > 0:
+                d = ((mean[i] - ref[g]) + rest[i]) - group_mean[g]
+                group_m2[g] += m2[i] + count[i] * d * d
+    for g in range(len(n)):
+        group_mean[g], group_rest[g] = _two_sum(ref[g], group_mean[g])
+        var[g] = group_m2[g] / max(n[g] - ddof, 1)
         if not center:
             var[g] += group_mean[g] * group_mean[g]
             group_mean[g] = 0.0
@@ -324,34 +328,45 @@ def rstd_of(count, var, eps):
     return 0.0 if count == 0 or v == 0.0 else 1.0 / np.sqrt(v)
 
 
-@cached_njit(**FLAGS)
-def coefficients(
-    group, feature, n, mean, var, p, q, eps, weight, bias, n_inner,
-    piece_mean, piece_var, rstd, m, s, t,
-):  # fmt: skip
-    """Mix statistics (G,) with weights p, q (S,); write mean, var, rstd (P,), m, s, t (A, F * B).
+@njit(**CONTRACT)
+def _invert_roots(var, eps, rstd):
+    """Write 1 / sqrt(var + eps) to rstd (n,), and 0 where it was 0 or var + eps is 0."""
+    for i in range(var.shape[0]):
+        v = var[i] + eps
+        rstd[i] = 0.0 if (rstd[i] == 0.0) | (v == 0.0) else 1.0 / np.sqrt(v)
 
-    ``weight``, ``bias`` have one value for each feature. See _scale_shift about m, s and t;
-    a piece has them F times.
+
+@_twins
+def coefficients(
+    group, feature, n, mean, var, p, q, eps, weight, bias, piece_mean, piece_var, rstd, m, s, t
+):
+    """Mix statistics (G,) with weights p, q (S,); write mean, var, rstd, m, s and t (P,).
+
+    ``weight``, ``bias`` have one value for each feature. See _scale_shift about m, s and t.
     """
-    for piece in range(group.shape[1]):
-        a = piece // n_inner
-        first = group[0, piece]
-        n_elements, mu, v = n[first], mean[first], var[first]
-        # Softmax weights need not sum to 1 in floating point: mix the differences.
-        for k in range(1, group.shape[0]):
-            g = group[k, piece]
-            n_elements += n[g]
-            mu += p[k] * (mean[g] - mean[first])
-            v += q[k] * (var[g] - var[first])
-        piece_mean[piece] = mu
-        piece_var[piece] = v
-        rstd[piece] = rstd_of(n_elements, v, eps)
-        scale = rstd[piece] * weight[feature[piece]]
-        for i in range(piece - a * n_inner, m.shape[1], n_inner):
-            m[a, i] = mu
-            s[a, i] = scale
-            t[a, i] = (np.float64(m[a, i]) - mu) * scale + bias[feature[piece]]
+    n_pieces = group.shape[1]
+    for task in prange((n_pieces + PIECES - 1) // PIECES):
+        lo = task * PIECES
+        hi = min(lo + PIECES, n_pieces)
+        for i in range(lo, hi):
+            first = group[0, i]
+            n_elements, mu, v = n[first], mean[first], var[first]
+            # Softmax weights need not sum to 1 in floating point: mix the differences.
+            for k in range(1, group.shape[0]):
+                g = group[k, i]
+                n_elements += n[g]
+                mu += p[k] * (mean[g] - mean[first])
+                v += q[k] * (var[g] - var[first])
+            piece_mean[i] = mu
+            piece_var[i] = v
+            rstd[i] = n_elements
+        _invert_roots(piece_var[lo:hi], eps, rstd[lo:hi])
+        for i in range(lo, hi):
+            f = feature[i]
+            scale = rstd[i] * weight[f]
+            m[i] = piece_mean[i]
+            s[i] = scale
+            t[i] = (np.float64(m[i]) - piece_mean[i]) * scale + bias[f]
 
 
 @cached_njit(**FLAGS)
@@ -359,74 +374,64 @@ def group_gradients(
     s0, s1, group, feature, mean, var, p, q, weight, piece_mean, piece_var, rstd,
     dmean, dvar, dp, dq, dweight, dbias,
 ):  # fmt: skip
-    """Sum gradients over groups (G,), logits (S,) and features: s0, s1 (A, K, B) -> all of them.
+    """Sum gradients over groups (G,), logits (S,) and features, which start at 0.
 
-    The sums, which start at 0, are of the pieces' parts of dy and dy * (x - mean).
+    ``s0``, ``s1`` (P,) are the pieces' sums of dy and dy * (x - mean).
     """
-    n_parts, n_inner = s0.shape[1:]
-    for piece in range(group.shape[1]):
-        a = piece // n_inner
-        b = piece - a * n_inner
-        sum_0, sum_1 = 0.0, 0.0
-        for k in range(n_parts):
-            sum_0 += s0[a, k, b]
-            sum_1 += s1[a, k, b]
-        f = feature[piece]
-        dbias[f] += sum_0
-        dweight[f] += rstd[piece] * sum_1
-        scale = rstd[piece] * weight[f]
-        dmu = -scale * sum_0
-        dv = -0.5 * scale * rstd[piece] * rstd[piece] * sum_1
+    for i in range(group.shape[1]):
+        f = feature[i]
+        dbias[f] += s0[i]
+        dweight[f] += rstd[i] * s1[i]
+        scale = rstd[i] * weight[f]
+        dmu = -scale * s0[i]
+        dv = -0.5 * scale * rstd[i] * rstd[i] * s1[i]
         for k in range(group.shape[0]):
-            g = group[k, piece]
+            g = group[k, i]
             dmean[g] += p[k] * dmu
             dvar[g] += q[k] * dv
             # Of the softmax, with the mixture itself taken off each.
-            dp[k] += p[k] * dmu * (mean[g] - piece_mean[piece])
-            dq[k] += q[k] * dv * (var[g] - piece_var[piece])
+            dp[k] += p[k] * dmu * (mean[g] - piece_mean[i])
+            dq[k] += q[k] * dv * (var[g] - piece_var[i])
 
 
-@cached_njit(**FLAGS)
+@_twins
 def gradient_coefficients(
     group, feature, n, mean, dmean, dvar, center, ddof, fixed, own, own_n, own_mean, weight,
-    n_inner, piece_mean, rstd, a, r, m, b, c,
+    piece_mean, rstd, a, r, m, b, c,
 ):  # fmt: skip
-    """Write a, r, m, b, c (A, F * B), see _input_gradient, from the gradients of groups (G,).
+    """Write a, r, m, b, c (P,), see _input_gradient, from the gradients of groups (G,).
 
     The groups of statistic ``fixed`` do not come from x. Where there are sample variances of
     instances, ``own`` (P,) says which is a piece's, ``own_n`` and ``own_mean`` are theirs.
     """
-    for piece in range(group.shape[1]):
-        mu = piece_mean[piece]
-        # r only keeps b and c in range: any number does where rstd is 0.
-        scale = 1.0 if rstd[piece] == 0.0 else rstd[piece]
-        o = piece // n_inner
-        first = piece - o * n_inner
-        m[o, first] = mu
-        rounded = np.float64(m[o, first])
-        slope, offset = 0.0, 0.0
-        for k in range(group.shape[0]):
-            if k == fixed:
-                continue
-            g = group[k, piece]
-            if center:
-                offset += dmean[g] / max(n[g], 1)
-            dsquare = dvar[g] * 2.0 / max(n[g] - ddof, 1)
-            if own is None:
-                slope += dsquare
-                offset += dsquare * (rounded - mean[g])
-            else:
-                # var is the mean of factor * (x - own mean)**2 + (own mean - mean)**2.
-                n_own, mean_own = own_n[own[piece]], own_mean[own[piece]]
-                factor = n_own / max(n_own - 1, 1)
-                slope += dsquare * factor
-                offset += dsquare * (factor * (rounded - mean_own) + (mean_own - mean[g]))
-        for i in range(first, m.shape[1], n_inner):
-            a[o, i] = rstd[piece] * weight[feature[piece]]
-            r[o, i] = scale
-            m[o, i] = mu
-            b[o, i] = slope / scale
-            c[o, i] = offset / scale
+    n_pieces = group.shape[1]
+    for task in prange((n_pieces + PIECES - 1) // PIECES):
+        for i in range(task * PIECES, min((task + 1) * PIECES, n_pieces)):
+            m[i] = piece_mean[i]
+            rounded = np.float64(m[i])
+            slope, offset = 0.0, 0.0
+            for k in range(group.shape[0]):
+                if k == fixed:
+                    continue
+                g = group[k, i]
+                if center:
+                    offset += dmean[g] / max(n[g], 1)
+                dsquare = 2.0 * dvar[g] / max(n[g] - ddof, 1)
+                if own is None:
+                    slope += dsquare
+                    offset += dsquare * (rounded - mean[g])
+                else:
+                    # var is the mean of factor * (x - own mean)**2 + (own mean - mean)**2.
+                    n_own, mean_own = own_n[own[i]], own_mean[own[i]]
+                    factor = n_own / max(n_own - 1, 1)
+                    slope += dsquare * factor
+                    offset += dsquare * (factor * (rounded - mean_own) + (mean_own - mean[g]))
+            # r only keeps b and c in range: any number does where rstd is 0.
+            scale = 1.0 if rstd[i] == 0.0 else rstd[i]
+            a[i] = rstd[i] * weight[feature[i]]
+            r[i] = scale
+            b[i] = slope / scale
+            c[i] = offset / scale
 
 
 @cached_njit(**FLAGS)
@@ -738,8 +743,8 @@ def backward_columns(dy, x, mask, part, width, a, r, m, b, c, in_place, dx):
 
 
 # ---------------------------------------------------------------------------------------------
-# Elements: a row is a group and fits in cache, so that its statistics and its output are one
-# pass over memory together: y = x_hat * weight + bias, x_hat = (x - m) * rstd + t
+# Elements and groups: a row is a group and fits in cache, so that its statistics and its output
+# are one pass over memory together: y = x_hat * weight + bias, x_hat = (x - m) * rstd + t
 # ---------------------------------------------------------------------------------------------
 
 
@@ -796,6 +801,127 @@ def forward_elements(
                 _normalize_elements_in_place(ys[i], weight, bias, row[0], row[1], row[2])
             else:
                 _normalize_elements(xs[i], weight, bias, row[0], row[1], row[2], ys[i])
+
+
+@_twins
+def forward_groups(
+    x, mask, feature, weight, bias, n_rows, eps, center, live, block, in_place, count, mean, var, y
+):
+    """Normalise groups of R rows: x, mask or None, y (M, R * L), weight, bias (F,).
+
+    ``feature`` (M * R,) says which weight a row has; count, mean, var (M,) are taken and written
+    if ``live``, else read.
+    """
+    n_groups = x.shape[0]
+    rows = n_groups * n_rows
+    length = x.shape[1] // n_rows
+    x_rows = x.reshape(rows, length)
+    y_rows = y.reshape(rows, length)
+    for task in prange((n_groups + block - 1) // block):
+        first = task * block
+        groups = x[first : first + block]
+        xs = x_rows[first * n_rows : (first + block) * n_rows]
+        ys = y_rows[first * n_rows : (first + block) * n_rows]
+        if mask is not None:
+            counts = mask[first : first + block]
+        row = np.empty(3, y.dtype)
+        for i in range(groups.shape[0]):
+            g = first + i
+            if live:
+                if mask is None:
+                    n, mu, _, m2 = _row_moments(groups[i], None)
+                else:
+                    n, mu, _, m2 = _row_moments(groups[i], counts[i])
+                v = m2 / max(n, 1)
+                count[g] = n
+                mean[g] = mu if center else 0.0
+                var[g] = v if center else v + mu * mu
+            rstd = rstd_of(count[g], var[g], eps)
+            row[0] = mean[g]
+            for j in range(i * n_rows, (i + 1) * n_rows):
+                f = feature[first * n_rows + j]
+                row[1] = rstd * weight[f]
+                row[2] = (np.float64(row[0]) - mean[g]) * (rstd * weight[f]) + bias[f]
+                if in_place:
+                    _apply_in_place(ys[j], row[0], row[1], row[2])
+                else:
+                    _apply(xs[j], row[0], row[1], row[2], ys[j])
+
+
+@_twins
+def backward_groups(
+    dy, x, mask, feature, weight, n_rows, eps, center, live, block, in_place,
+    count, mean, var, dx, s0, s1,
+):  # fmt: skip
+    """Write dx of groups of R rows, and each row's sums of dy and dy * x_hat, s0, s1 (M * R,).
+
+    The other arguments are as in forward_groups.
+    """
+    n_groups = x.shape[0]
+    n_all = n_groups * n_rows
+    length = x.shape[1] // n_rows
+    dy_rows = dy.reshape(n_all, length)
+    x_rows = x.reshape(n_all, length)
+    dx_rows = dx.reshape(n_all, length)
+    if mask is not None:
+        mask_rows = mask.reshape(n_all, length)
+    for task in prange((n_groups + block - 1) // block):
+        first = task * block
+        lo, hi = first * n_rows, (first + block) * n_rows
+        dys = dy_rows[lo:hi]
+        xs = x_rows[lo:hi]
+        dxs = dx_rows[lo:hi]
+        if mask is not None:
+            counts = mask_rows[lo:hi]
+        row = np.empty(5, dx.dtype)
+        for g in range(first, min(first + block, n_groups)):
+            rstd = rstd_of(count[g], var[g], eps)
+            g0, g1 = 0.0, 0.0
+            for p in range(g * n_rows, (g + 1) * n_rows):
+                if mask is None:
+                    sum_0, sum_1 = _gradient_sums(dys[p - lo], xs[p - lo], mean[g])
+                else:
+                    sum_0, sum_1 = _masked_gradient_sums(
+                        dys[p - lo], xs[p - lo], counts[p - lo], mean[g]
+                    )
+                s0[p] = sum_0
+                s1[p] = sum_1 * rstd
+                g0 += weight[feature[p]] * sum_0
+                g1 += weight[feature[p]] * sum_1
+            # See _input_gradient; here the slope is -rstd**3 * g1 / n, and r is rstd.
+            n = max(count[g], 1)
+            slope = -(rstd * g1) * rstd / n
+            row[1] = rstd
+            row[2] = mean[g]
+            row[3] = slope
+            row[4] = slope * (np.float64(row[2]) - mean[g]) - (g0 / n if center else 0.0)
+            for p in range(g * n_rows, (g + 1) * n_rows):
+                i = p - lo
+                row[0] = rstd * weight[feature[p]]
+                if not live:
+                    _scale(dys[i], row[0], dxs[i])
+                elif mask is not None:
+                    _masked_backward(
+                        dys[i], xs[i], counts[i], row[0], row[1], row[2], row[3], row[4], dxs[i]
+                    )
+                elif in_place:
+                    _backward_in_place(dxs[i], xs[i], row[0], row[1], row[2], row[3], row[4])
+                else:
+                    _backward(dys[i], xs[i], row[0], row[1], row[2], row[3], row[4], dxs[i])
+
+
+@njit(**CONTRACT)
+def _scale(dys, a, dxs):
+    for i in range(dys.shape[0]):
+        dxs[i] = a * dys[i]
+
+
+@cached_njit(**FLAGS)
+def feature_gradients(feature, s0, s1, dbias, dweight):
+    """Add each row's sums, s0 and s1 (P,), to those of its feature, dbias and dweight (F,)."""
+    for p in range(len(feature)):
+        dbias[feature[p]] += s0[p]
+        dweight[feature[p]] += s1[p]
 
 
 @njit(**REORDER)

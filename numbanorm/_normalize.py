@@ -114,7 +114,7 @@ class Saved:
         """Return statistic k."""
         geometry, plan = self.geometry, self.plan
         groups = (self.n, self.mean, self.var)
-        if plan.elements:
+        if plan.by_row:
             n, mean, var = (plan.to_grid(array) for array in groups)
         else:
             where, shape = plan.groups.slices[k], plan.groups.shapes[k]
@@ -175,8 +175,8 @@ def normalize(
         saved.mask = plan.to_view(counts.reshape(geometry.shape))
     target, unset = plan.to_target(y.reshape(geometry.shape))
     saved.fixed = fixed is not None
-    if plan.elements:
-        _forward_elements(saved, weight, bias, fixed, target)
+    if plan.by_row:
+        _forward_rows(saved, weight, bias, fixed, target)
     else:
         _forward_pieces(saved, weight, bias, fixed, target)
     if unset is not None:
@@ -209,11 +209,11 @@ def restore(
     saved = Saved(x, dx, geometry, affine, eps, mixture, center, sample_variance, fused)
     saved.instances, saved.share, plan = instances, share, saved.plan
     saved.fixed = statistics[geometry.tracked].n is None
-    if plan.elements:
+    if plan.by_row:
         (_, n, mean, var) = statistics[0]
         saved.n = plan.from_grid(np.ones_like(mean) if n is None else n, np.int64)
         saved.mean, saved.var = plan.from_grid(mean), plan.from_grid(var)
-        saved.weight = _element_parameter(saved, weight, 1.0, x.dtype)
+        saved.weight = _row_parameter(saved, weight, 1.0, x.dtype)
         return saved
     saved.n = np.ones(plan.groups.total, np.int64)
     saved.mean, saved.var = np.empty((2, plan.groups.total))
@@ -226,7 +226,7 @@ def restore(
     return saved
 
 
-def _forward_elements(
+def _forward_rows(
     saved: Saved,
     weight: Array | None,
     bias: Array | None,
@@ -234,23 +234,38 @@ def _forward_elements(
     y: Array,
 ) -> None:
     plan, m = saved.plan, saved.plan.view[0]
-    saved.weight = _element_parameter(saved, weight, 1.0, y.dtype)
+    saved.weight = _row_parameter(saved, weight, 1.0, y.dtype)
     if fixed is None:
-        saved.n, saved.mean, saved.var = np.empty(m, np.int64), np.empty(m), np.empty(m)
+        saved.n, (saved.mean, saved.var) = np.empty(m, np.int64), np.empty((2, m))
     else:
         mean, var = (running.reshape(saved.geometry.running_grid) for running in fixed)
         saved.n = np.ones(m, np.int64)
         saved.mean, saved.var = plan.from_grid(mean), plan.from_grid(var)
-    _threads.run(
-        _kernels.forward_elements, y.size,
-        saved.x, saved.mask, saved.weight, _element_parameter(saved, bias, 0.0, y.dtype),
+    parameters = saved.weight, _row_parameter(saved, bias, 0.0, y.dtype)
+    rest = (
         saved.eps, saved.center, fixed is None, plan.tiles.block, np.may_share_memory(saved.x, y),
         saved.n, saved.mean, saved.var, y,
     )  # fmt: skip
+    if plan.elements:
+        _threads.run(_kernels.forward_elements, y.size, saved.x, saved.mask, *parameters, *rest)
+        return
+    rows = plan.rows_of_group
+    _threads.run(
+        _kernels.forward_groups,
+        y.size,
+        saved.x,
+        saved.mask,
+        plan.features,
+        *parameters,
+        rows,
+        *rest,
+    )
 
 
-def _element_parameter(saved: Saved, value: Array | None, default: float, dtype: Any) -> Array:
-    """Return a parameter (or its default) for each element of a row."""
+def _row_parameter(saved: Saved, value: Array | None, default: float, dtype: Any) -> Array:
+    """Return a parameter (or its default) for each element of a row, or for each feature."""
+    if not saved.plan.elements:
+        return _feature_parameter(saved, value, default)
     d = saved.plan.view[1]
     if value is None:
         return np.full(d, default, dtype)
@@ -268,11 +283,12 @@ def _forward_pieces(
     geometry, plan = saved.geometry, saved.plan
     groups = plan.groups
     if fixed is None or len(geometry.reductions) > 1:
-        parts = piece_moments(plan, saved.x, saved.mask)
+        pieces, groups_of = piece_moments(plan, saved.x, saved.mask), plan.groups_of_parts
         if saved.sample_variance and plan.instance_size > 1:
-            parts = _with_sample_variance(saved, merge_pieces(parts, plan.instances)[0])
-            groups = plan.groups_of_instances
-        (saved.n, saved.mean, *_), saved.var = merge_pieces(parts, groups, saved.center, saved.ddof)
+            instances, _ = merge_pieces(pieces, plan.instances_of_parts)
+            pieces, groups_of = _with_sample_variance(saved, instances), plan.groups_of_instances
+        merged, saved.var = merge_pieces(pieces, groups_of, saved.center, saved.ddof)
+        saved.n, saved.mean, *_ = merged
     else:
         saved.n = np.empty(groups.total, np.int64)
         saved.mean, saved.var = np.empty((2, groups.total))
@@ -293,12 +309,7 @@ def _with_sample_variance(saved: Saved, instances: Parts) -> Parts:
     count, mean, rest, m2 = instances
     (shape,) = saved.plan.instances.shapes
     saved.instances = Moments(count.reshape(shape), mean.reshape(shape), m2.reshape(shape))
-    m2 = m2 * (count / np.maximum(count - 1, 1))
-    one_part = (1, 1, -1)
-    return (
-        count.reshape(one_part), mean.reshape(one_part), rest.reshape(one_part),
-        m2.reshape(one_part),
-    )  # fmt: skip
+    return count, mean, rest, m2 * (count / np.maximum(count - 1, 1))
 
 
 def _feature_parameter(saved: Saved, value: Array | None, default: float) -> Float64:
@@ -313,13 +324,13 @@ def _coefficients(saved: Saved, bias: Float64, dtype: Any) -> Iterable[Array]:
     plan = saved.plan
     mean, var, rstd = np.empty((3, plan.groups.of_piece.shape[1]))
     saved.pieces = mean, var, rstd
-    found = np.empty((3, *plan.coefficient_shape), dtype)
-    _kernels.coefficients(
+    found = np.empty((3, len(mean)), dtype)
+    _threads.run(
+        _kernels.coefficients, len(mean) * _kernels.PIECE,
         plan.groups.of_piece, plan.features, saved.n, saved.mean, saved.var,
-        *(saved.mixture or ALONE), saved.eps, saved.weight, bias, plan.parts[2],
-        mean, var, rstd, *found,
+        *(saved.mixture or ALONE), saved.eps, saved.weight, bias, mean, var, rstd, *found,
     )  # fmt: skip
-    return found
+    return plan.fold_pieces(found)
 
 
 def _apply(plan: Plan, x: Array, m: Array, s: Array, t: Array, y: Array) -> None:
@@ -352,7 +363,11 @@ def backward(
     plan, shape = saved.plan, saved.geometry.shape
     dy_view = plan.to_view(gradient.reshape(shape))
     target, unset = plan.to_target(dx.reshape(shape))
-    differentiate = _backward_elements if plan.elements else _backward_pieces
+    differentiate = (
+        _backward_elements if plan.elements
+        else _backward_groups if plan.rows_of_group
+        else _backward_pieces
+    )  # fmt: skip
     parameters = differentiate(saved, dy_view, target)
     if unset is not None:
         unset[...] = target.reshape(unset.shape)
@@ -386,17 +401,35 @@ def _backward_elements(saved: Saved, dy: Array, dx: Array) -> Parameters:
     )
 
 
+def _backward_groups(saved: Saved, dy: Array, dx: Array) -> Parameters:
+    plan, geometry = saved.plan, saved.geometry
+    s0, s1 = np.empty((2, len(plan.features)))
+    _threads.run(
+        _kernels.backward_groups, dy.size,
+        dy, saved.x, saved.mask, plan.features, saved.weight, plan.rows_of_group,
+        saved.eps, saved.center, not saved.fixed, plan.tiles.block, np.may_share_memory(dy, dx),
+        saved.n, saved.mean, saved.var, dx, s0, s1,
+    )  # fmt: skip
+    dweight, dbias = np.zeros((2, len(saved.weight)))
+    _kernels.feature_gradients(plan.features, s0, s1, dbias, dweight)
+    return (
+        dweight.reshape(geometry.param_shape) if saved.has_weight else None,
+        dbias.reshape(geometry.param_shape) if saved.has_bias else None,
+        np.zeros(1),
+        np.zeros(1),
+    )
+
+
 def _gradient_sums(saved: Saved, dy: Array) -> tuple[Float64, Float64]:
-    """Return the sums of dy and of dy * (x - mean) over K parts of each piece, (A, K, B)."""
+    """Return the sums of dy and of dy * (x - mean) over each piece, (P,)."""
     plan = saved.plan
     kernel = _kernels.gradient_sums_columns if plan.columns else _kernels.gradient_sums_rows
     _, part, block = plan.tiles
-    s0, s1 = np.empty((2, *plan.parts))
-    a, _, b = plan.parts
-    mean = saved.pieces[0].reshape(a, b)
-    if plan.fold > 1:
-        mean = np.tile(mean, plan.fold)
-    _threads.run(kernel, dy.size, dy, saved.x, saved.mask, part, block, mean, s0, s1)
+    sums = np.empty((2, *plan.parts))
+    (mean,) = plan.fold_pieces(saved.pieces[0][None])
+    _threads.run(kernel, dy.size, dy, saved.x, saved.mask, part, block, mean, *sums)
+    with np.errstate(invalid="ignore"):
+        s0, s1 = (sums if plan.parts[1] == 1 else sums.sum(2)).reshape(2, -1)
     return s0, s1
 
 
@@ -415,18 +448,19 @@ def _backward_pieces(saved: Saved, dy: Array, dx: Array) -> Parameters:
     if saved.share is not None:
         saved.share(dmean)
         saved.share(dvar)
-    coefficients = np.empty((5, *plan.coefficient_shape), dx.dtype)
+    coefficients = np.empty((5, len(rstd)), dx.dtype)
     own: tuple[Any, Any, Any] = None, None, None
     if saved.instances is not None:
         count, mean_of_instance = saved.instances.count, saved.instances.mean
         own = plan.instances.of_piece[0], np.ravel(count), mean_of_instance.ravel()
-    _kernels.gradient_coefficients(
+    _threads.run(
+        _kernels.gradient_coefficients, len(mean) * _kernels.PIECE,
         groups.of_piece, plan.features, saved.n, saved.mean, dmean, dvar, saved.center, saved.ddof,
-        geometry.tracked if saved.fixed else -1, *own, saved.weight, plan.parts[2], mean, rstd,
-        *coefficients,
+        geometry.tracked if saved.fixed else -1, *own, saved.weight, mean, rstd, *coefficients,
     )  # fmt: skip
+    coefficients = plan.fold_pieces(coefficients)
     if saved.fixed and len(groups.slices) == 1:
-        zero = np.zeros(plan.coefficient_shape, dx.dtype)
+        zero = np.zeros_like(coefficients[0])
         _apply(plan, dy, zero, coefficients[0], zero, dx)
     else:
         kernel = _kernels.backward_columns if plan.columns else _kernels.backward_rows

@@ -185,16 +185,16 @@ def _merge_into(merged: Parts, parts: Parts, shape: tuple[int, int, int]) -> Non
 
 
 def piece_moments(plan: Plan, x: Array, mask: Array | None) -> Parts:
-    """Return count, mean, its rest and m2 of K parts of each piece of x, (A, K, B).
+    """Return count, mean, its rest and m2 of all parts of pieces of x, (A * K * B,).
 
     ``x`` and ``mask`` are views of the plan.
     """
     kernel = _kernels.moments_columns if plan.columns else _kernels.moments_rows
     _, part, block = plan.tiles
-    mean, rest, m2 = np.empty((3, *plan.parts))
-    parts = np.empty(plan.parts, np.int64), mean, rest, m2
-    _threads.run(kernel, x.size, x, mask, part, block, *parts)
-    return parts
+    count, others = np.empty(plan.parts, np.int64), np.empty((3, *plan.parts))
+    _threads.run(kernel, x.size, x, mask, part, block, count, *others)
+    mean, rest, m2 = others.reshape(3, -1)
+    return count.reshape(-1), mean, rest, m2
 
 
 def merge_pieces(
@@ -206,7 +206,7 @@ def merge_pieces(
     """
     mean, rest, m2, var = np.empty((4, groups.total))
     merged = np.empty(groups.total, np.int64), mean, rest, m2
-    _kernels.merge_pieces(*parts, groups.members, groups.starts, center, ddof, *merged, var)
+    _kernels.merge_pieces(*parts, groups.of_piece, center, ddof, *merged, var)
     return merged, var
 
 
@@ -266,7 +266,7 @@ def moments(
     (shape,) = plan.groups.shapes
     if not keepdims:
         shape = tuple(n for axis, n in enumerate(shape) if axis not in reduced)
-    (count, *others), _ = merge_pieces(parts, plan.groups)
+    (count, *others), _ = merge_pieces(parts, plan.groups_of_parts)
     count, (mean, rest, m2) = count.reshape(shape), (array.reshape(shape) for array in others)
     size = math.prod(array.shape[axis] for axis in reduced)
     return Moments._of(size if counts is None else count, mean, rest, m2)
