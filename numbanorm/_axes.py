@@ -11,6 +11,7 @@ of inner axes as one axis of length L; all that stands before or after it counts
     rows      (P, L)      the inner axes come last            N, C, (H, W)
     columns   (A, L, C)   other axes follow the inner ones    N, (H, W), C
     elements  (M, D)      a row is a group of a single statistic, with a weight for each element
+              (A, D, B)   a column is, and a row of it has a weight
     groups    (M, R * L)  a row is a group of a single statistic, of R pieces, and fits in cache
 
 It is made once for a shape and kept.
@@ -137,9 +138,10 @@ class Plan:
     order : tuple of int
         The axes from the slowest to the fastest in memory; kernels work in this order.
     view : tuple of int
-        (P, L) for rows, (A, L, C) for columns, (M, D) for elements, (M, R * L) for groups.
+        (P, L) for rows, (A, L, C) for columns, (M, D) or (A, D, B) for elements, (M, R * L)
+        for groups.
     elements : bool
-        Whether each row is a group with a parameter for each element.
+        Whether each row, or column, is a group with a parameter for each element.
     rows_of_group : int
         R where each row of the view is a group, else 0.
     tiles : Tiles
@@ -150,7 +152,9 @@ class Plan:
         With few columns, this many rows of L are seen as one, to make long rows.
     """
 
-    def __init__(self, geometry: "Geometry", order: Axes, affine: bool, fused: bool) -> None:
+    def __init__(
+        self, geometry: "Geometry", order: Axes, affine: bool, fused: bool, masked: bool
+    ) -> None:
         self.geometry, self.affine = geometry, affine
         shape, reduced = geometry.shape, geometry.reductions[0]
         wide = [axis for axis in order if shape[axis] != 1]
@@ -158,9 +162,12 @@ class Plan:
         features = [axis for axis in geometry.features if shape[axis] != 1] if affine else []
         single = len(geometry.reductions) == 1 and not geometry.apart and fused
         per_element = single and bool(features) and set(features) == set(wide) - set(kept)
-        trailing = wide == kept + [axis for axis in wide if axis in reduced]
-        if per_element and not trailing:
-            # The one case that needs a copy of x: a group must be a row.
+        reduced_wide = [axis for axis in wide if axis in reduced]
+        trailing = wide == kept + reduced_wide
+        first, n_axes = wide.index(reduced_wide[0]) if reduced_wide else 0, len(reduced_wide)
+        in_columns = not masked and wide[first : first + n_axes] == reduced_wide
+        if per_element and not trailing and not in_columns:
+            # The one case that needs a copy of x: a group must be a row or a column.
             order = tuple(a for a in order if a not in reduced) + tuple(
                 a for a in range(len(shape)) if a in reduced
             )
@@ -176,6 +183,15 @@ class Plan:
         d = math.prod(shape[axis] for axis in reduced)
         m = math.prod(shape[axis] for axis in range(len(shape)) if axis not in reduced)
         self.view: tuple[int, ...] = (m, d)
+        if per_element and not trailing and in_columns:
+            self.grid = geometry.kept_sizes(reduced)
+            outer, within = wide[:first], wide[first + n_axes :]
+            a, b = (math.prod(shape[axis] for axis in axes) for axes in (outer, within))
+            self.view = (a, d, b)
+            width = max(1, min(b, max(64, CACHED_GROUP // max(d, 1))))
+            self.tiles = Tiles(1, d, width)
+            self.gradient_parts = (min(a * -(-b // width), TASKS), d)
+            return
         if per_element:
             self.grid = geometry.kept_sizes(reduced)
             self.tiles = Tiles(1, d, max(1, TASK // max(d, 1)))
@@ -221,14 +237,19 @@ class Plan:
         self.tiles = Tiles(max(1, -(-length // part)), part, block)
 
     @property
-    def by_row(self) -> bool:
-        """Whether each row of the view is a group."""
+    def by_group(self) -> bool:
+        """Whether each row of the view, or each column, is a group."""
         return self.elements or self.rows_of_group > 0
 
     @property
     def columns(self) -> bool:
-        """Whether pieces are columns of the view."""
+        """Whether pieces, or groups with a weight for each element, are columns of the view."""
         return len(self.view) == 3
+
+    @property
+    def groups_shape(self) -> tuple[int, ...]:
+        """The shape of groups as the kernels see them, where they are rows or columns."""
+        return self.view[:1] + self.view[2:]
 
     @functools.cached_property
     def parts(self) -> tuple[int, int, int]:
@@ -303,20 +324,20 @@ class Plan:
         return np.empty(self.view, y.dtype), in_memory
 
     @functools.cached_property
-    def rows_in_memory(self) -> tuple[int, ...]:
+    def groups_in_memory(self) -> tuple[int, ...]:
         """The kept axes in memory order, and 1 for the reduced ones."""
         sizes = self.geometry.kept_sizes(self.geometry.reductions[0])
         return tuple(sizes[axis] for axis in self.order)
 
-    def to_grid(self, rows: Array) -> Array:
-        """Return a value for each row of the view (M,) with the axes of x (reduced ones 1)."""
-        return rows.reshape(self.rows_in_memory).transpose(self.inverse_order)
+    def to_grid(self, groups: Array) -> Array:
+        """Return a value for each group with the axes of x (reduced ones 1)."""
+        return groups.reshape(self.groups_in_memory).transpose(self.inverse_order)
 
     def from_grid(self, values: Array, dtype: Any = np.float64) -> Array:
-        """Return values that broadcast to x, one for each row of the view, (M,)."""
-        rows = np.empty(self.rows_in_memory, dtype)
-        rows.transpose(self.inverse_order)[...] = values
-        return rows.reshape(-1)
+        """Return values that broadcast to x, one for each group, as the kernels see them."""
+        groups = np.empty(self.groups_in_memory, dtype)
+        groups.transpose(self.inverse_order)[...] = values
+        return groups.reshape(self.groups_shape)
 
 
 class Geometry:
@@ -360,7 +381,7 @@ class Geometry:
         self.running_shape = running_shape
         self.running_grid = tuple(shape[axis] if axis in kept else 1 for axis in axes)
         self.group_size = math.prod(shape[axis] for axis in reductions[tracked])
-        self._plans: dict[tuple[Axes, bool, bool], Plan] = {}
+        self._plans: dict[tuple[Axes, bool, bool, bool], Plan] = {}
 
     def inner(self, affine: bool) -> Axes:
         """Return the axes that every statistic reduces and no parameter spans."""
@@ -373,14 +394,15 @@ class Geometry:
         """Return the shape of x with size 1 where an axis is reduced."""
         return tuple(1 if axis in reduced else n for axis, n in enumerate(self.shape))
 
-    def plan(self, order: Axes, affine: bool, fused: bool = True) -> Plan:
+    def plan(self, order: Axes, affine: bool, fused: bool = True, masked: bool = False) -> Plan:
         """Return the plan for axes of this order in memory, with or without parameters.
 
-        If not ``fused``, it is one for pieces, also where whole rows could be handled at once.
+        If not ``fused``, it is one for pieces, also where whole groups could be handled at once.
         """
-        plan = self._plans.get((order, affine, fused))
+        key = order, affine, fused, masked
+        plan = self._plans.get(key)
         if plan is None:
-            plan = self._plans[order, affine, fused] = Plan(self, order, affine, fused)
+            plan = self._plans[key] = Plan(self, *key)
         return plan
 
 

@@ -8,6 +8,8 @@ columns
     ``x`` is (A, L, C): piece (a, c) is a column; its neighbours in memory are other pieces.
 elements
     ``x`` is (M, D): row i is a statistics group, and each of its D elements has a weight.
+element columns
+    ``x`` is (A, D, B): each column is a statistics group, and row i of its D has weight i.
 groups
     ``x`` is (M, R * L): row i is a statistics group of R pieces of L elements.
 
@@ -161,15 +163,17 @@ def moments_rows(x, mask, part, block, count, mean, rest, m2):
 
 
 @njit(**REORDER)
-def _add_two_rows(xs, xs_next, shift, s1, s2):
-    """Add two rows (n,) to the shifted sums of the columns, s1 and s2 (n,)."""
-    # Two rows a call halve the traffic of s1 and s2; with three, the run-time overlap checks
-    # exceed LLVM's limit of eight and the loop stays scalar.
+def _add_four_rows(x_a, x_b, x_c, x_d, shift, s1, s2):
+    """Add four rows (n,) to the shifted sums of the columns, s1 and s2 (n,)."""
+    # Four rows a call cut the traffic of s1 and s2. Two loops, as the run-time tests for overlap
+    # must not be more than eight (LLVM's limit) for a loop to vectorise.
     for c in range(s1.shape[0]):
-        d = np.float64(xs[c]) - np.float64(shift[c])
-        e = np.float64(xs_next[c]) - np.float64(shift[c])
-        s1[c] += d + e
-        s2[c] += d * d + e * e
+        m = shift[c]
+        s1[c] += ((x_a[c] - m) + (x_b[c] - m)) + ((x_c[c] - m) + (x_d[c] - m))
+    for c in range(s2.shape[0]):
+        m = shift[c]
+        d, e, f, g = x_a[c] - m, x_b[c] - m, x_c[c] - m, x_d[c] - m
+        s2[c] += (d * d + e * e) + (f * f + g * g)
 
 
 @njit(**CONTRACT)
@@ -184,7 +188,7 @@ def _add_row(xs, shift, s1, s2):
 @njit(**CONTRACT)
 def _add_masked_row(xs, counts, shift, n, s1, s2):
     """Add the elements of a row (n,) that count to n, s1 and s2 (n,)."""
-    # Two loops: see _add_two_rows about overlap checks.
+    # Two loops: see _add_four_rows about overlap checks.
     for c in range(s1.shape[0]):
         n[c] += counts[c]
     for c in range(s1.shape[0]):
@@ -234,13 +238,16 @@ def moments_columns(x, mask, part, width, count, mean, rest, m2):
         shifts = np.zeros(c1 - c0)
         if mask is None:
             n[:] = hi - lo
-            pair = hi - (hi - lo) % 2
-            for i in range(lo, pair, 2):
-                _add_two_rows(x[a, i, c0:c1], x[a, i + 1, c0:c1], x[a, lo, c0:c1], s1, s2)
-            if pair < hi:
-                _add_row(x[a, pair, c0:c1], x[a, lo, c0:c1], s1, s2)
             if lo < hi:
                 shifts[:] = x[a, lo, c0:c1]
+            fours = hi - (hi - lo) % 4
+            for i in range(lo, fours, 4):
+                _add_four_rows(
+                    x[a, i, c0:c1], x[a, i + 1, c0:c1], x[a, i + 2, c0:c1], x[a, i + 3, c0:c1],
+                    shifts, s1, s2,
+                )  # fmt: skip
+            for i in range(fours, hi):
+                _add_row(x[a, i, c0:c1], shifts, s1, s2)
         else:
             for c in range(c1 - c0):
                 shifts[c] = _first(x[a, lo:hi, c0 + c], mask[a, lo:hi, c0 + c])
@@ -606,7 +613,7 @@ def _add_gradient_row(dys, xs, mean, s0, s1):
 @njit(**CONTRACT)
 def _add_masked_gradient_row(dys, xs, counts, mean, s0, s1):
     """Add the elements of a row (n,) that enter to s0 and s1 (n,)."""
-    # Two loops: see _add_two_rows about overlap checks.
+    # Two loops: see _add_four_rows about overlap checks.
     for c in range(s0.shape[0]):
         s0[c] += np.float64(dys[c]) if _enters(dys[c], xs[c], counts[c]) else 0.0
     for c in range(s1.shape[0]):
@@ -805,7 +812,7 @@ def forward_elements(
 
 @_twins
 def forward_groups(
-    x, mask, feature, weight, bias, n_rows, eps, center, live, block, in_place, count, mean, var, y
+    x, mask, feature, n_rows, weight, bias, eps, center, live, block, in_place, count, mean, var, y
 ):
     """Normalise groups of R rows: x, mask or None, y (M, R * L), weight, bias (F,).
 
@@ -922,6 +929,157 @@ def feature_gradients(feature, s0, s1, dbias, dweight):
     for p in range(len(feature)):
         dbias[feature[p]] += s0[p]
         dweight[feature[p]] += s1[p]
+
+
+# Element columns: the same where a group is a column of x (A, D, B), and row i has weight i.
+
+
+@njit(**CONTRACT)
+def _normalize_row(xs, m, rstd, t, weight, bias, ys):
+    for c in range(ys.shape[0]):
+        ys[c] = _scale_shift(xs[c], m[c], rstd[c], t[c]) * weight + bias
+
+
+@njit(**CONTRACT)
+def _normalize_row_in_place(ys, m, rstd, t, weight, bias):
+    for c in range(ys.shape[0]):
+        ys[c] = _scale_shift(ys[c], m[c], rstd[c], t[c]) * weight + bias
+
+
+@njit(**LEAF)
+def _block(unit, n_columns, width):
+    """Return the outer index and the columns of a unit of work."""
+    n_blocks = (n_columns + width - 1) // width
+    a = unit // n_blocks
+    c0 = (unit - a * n_blocks) * width
+    return a, c0, min(c0 + width, n_columns)
+
+
+@_twins
+def forward_element_columns(
+    x, weight, bias, eps, center, live, width, in_place, count, mean, var, y
+):
+    """Normalise columns: x, y (A, D, B), weight, bias (D,), count, mean, var (A, B).
+
+    Statistics are taken and written if ``live``, else read.
+    """
+    n_outer, length, n_columns = x.shape
+    for unit in prange(n_outer * ((n_columns + width - 1) // width)):
+        a, c0, c1 = _block(unit, n_columns, width)
+        if live:
+            s1 = np.zeros(c1 - c0)
+            s2 = np.zeros(c1 - c0)
+            shift = np.zeros(c1 - c0)
+            if length > 0:
+                shift[:] = x[a, 0, c0:c1]
+            fours = length - length % 4
+            for i in range(0, fours, 4):
+                _add_four_rows(
+                    x[a, i, c0:c1], x[a, i + 1, c0:c1], x[a, i + 2, c0:c1], x[a, i + 3, c0:c1],
+                    shift, s1, s2,
+                )  # fmt: skip
+            for i in range(fours, length):
+                _add_row(x[a, i, c0:c1], shift, s1, s2)
+            for c in range(c0, c1):
+                mu, _, m2 = _unshift(length, shift[c - c0], s1[c - c0], s2[c - c0])
+                v = m2 / max(length, 1)
+                count[a, c] = length
+                mean[a, c] = mu if center else 0.0
+                var[a, c] = v if center else v + mu * mu
+        rows = np.empty((c1 - c0, 3), y.dtype)
+        for c in range(c0, c1):
+            _row_coefficients(count[a, c], mean[a, c], var[a, c], eps, rows[c - c0])
+        m, rstd, t = rows[:, 0].copy(), rows[:, 1].copy(), rows[:, 2].copy()
+        for i in range(length):
+            if in_place:
+                _normalize_row_in_place(y[a, i, c0:c1], m, rstd, t, weight[i], bias[i])
+            else:
+                _normalize_row(x[a, i, c0:c1], m, rstd, t, weight[i], bias[i], y[a, i, c0:c1])
+
+
+@njit(**CONTRACT)
+def _add_weighted_gradient_row(dys, xs, weight, mean, s0, s1):
+    """Add g = dy * weight and g * (x - mean) of a row (n,) to s0 and s1 (n,)."""
+    for c in range(s0.shape[0]):
+        g = np.float64(dys[c]) * weight
+        s0[c] += g
+        s1[c] += g * (xs[c] - mean[c])
+
+
+@njit(**REORDER)
+def _row_gradients(dys, xs, m, rstd, t):
+    """Sum dy * x_hat and dy over a row (n,)."""
+    dweight, dbias = 0.0, 0.0
+    for c in range(dys.shape[0]):
+        dweight += np.float64(dys[c] * _scale_shift(xs[c], m[c], rstd[c], t[c]))
+        dbias += np.float64(dys[c])
+    return dweight, dbias
+
+
+@njit(**CONTRACT)
+def _backward_element_row(dys, xs, weight, m, rstd, t, c0, c1, dxs):
+    for c in range(dxs.shape[0]):
+        dxs[c] = _element_gradient(dys[c], xs[c], True, weight, m[c], rstd[c], t[c], c0[c], c1[c])
+
+
+@njit(**CONTRACT)
+def _backward_element_row_in_place(dxs, xs, weight, m, rstd, t, c0, c1):
+    for c in range(dxs.shape[0]):
+        dxs[c] = _element_gradient(dxs[c], xs[c], True, weight, m[c], rstd[c], t[c], c0[c], c1[c])
+
+
+@njit(**CONTRACT)
+def _apply_weight_row(dys, weight, rstd, dxs):
+    for c in range(dxs.shape[0]):
+        dxs[c] = rstd[c] * (dys[c] * weight)
+
+
+@_twins
+def backward_element_columns(
+    dy, x, weight, eps, center, live, affine, width, in_place, count, mean, var, dx, dweight, dbias
+):
+    """Write dx and parameter gradients of columns: dy, x, dx (A, D, B), weight (D,).
+
+    ``count, mean, var`` (A, B) are those of forward; ``dweight, dbias`` (T, D), a row for each
+    of T tasks, start at 0 and are left alone unless ``affine``.
+    """
+    n_outer, length, n_columns = x.shape
+    n_tasks = dweight.shape[0]
+    n_units = n_outer * ((n_columns + width - 1) // width)
+    for task in prange(n_tasks):
+        for unit in range(task * n_units // n_tasks, (task + 1) * n_units // n_tasks):
+            a, c0, c1 = _block(unit, n_columns, width)
+            mu = mean[a, c0:c1]
+            rows = np.empty((c1 - c0, 3), dx.dtype)
+            sums = np.zeros((2, c1 - c0))
+            means = np.zeros((2, c1 - c0), dx.dtype)
+            if live:
+                for i in range(length):
+                    _add_weighted_gradient_row(
+                        dy[a, i, c0:c1], x[a, i, c0:c1], weight[i], mu, sums[0], sums[1]
+                    )
+            for c in range(c1 - c0):
+                n = max(count[a, c0 + c], 1)
+                rstd = _row_coefficients(count[a, c0 + c], mu[c], var[a, c0 + c], eps, rows[c])
+                means[0, c] = sums[0, c] / n if center else 0.0
+                means[1, c] = sums[1, c] * rstd / n
+            m, rstds, t = rows[:, 0].copy(), rows[:, 1].copy(), rows[:, 2].copy()
+            for i in range(length):
+                if affine:
+                    sum_x, sum_1 = _row_gradients(dy[a, i, c0:c1], x[a, i, c0:c1], m, rstds, t)
+                    dweight[task, i] += sum_x
+                    dbias[task, i] += sum_1
+                if not live:
+                    _apply_weight_row(dy[a, i, c0:c1], weight[i], rstds, dx[a, i, c0:c1])
+                elif in_place:
+                    _backward_element_row_in_place(
+                        dx[a, i, c0:c1], x[a, i, c0:c1], weight[i], m, rstds, t, means[0], means[1]
+                    )
+                else:
+                    _backward_element_row(
+                        dy[a, i, c0:c1], x[a, i, c0:c1], weight[i], m, rstds, t,
+                        means[0], means[1], dx[a, i, c0:c1],
+                    )  # fmt: skip
 
 
 @njit(**REORDER)

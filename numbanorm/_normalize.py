@@ -84,6 +84,7 @@ class Saved:
         mixture: Mixture | None,
         center: bool,
         sample_variance: bool,
+        mask: Array | None = None,
         fused: bool = True,
     ) -> None:
         self.geometry, self.shape, self.center = geometry, x.shape, center
@@ -94,9 +95,10 @@ class Saved:
         # y gives the order in memory; x is copied if its own differs.
         x_split = x.reshape(geometry.shape)
         order = memory_order(y.reshape(geometry.shape)) or memory_order(x_split)
-        self.plan = geometry.plan(order or tuple(range(x_split.ndim)), any(affine), fused)
+        order = order or tuple(range(x_split.ndim))
+        self.plan = geometry.plan(order, any(affine), fused, mask is not None)
         self.x = self.plan.to_view(x_split)
-        self.mask = None
+        self.mask = None if mask is None else self.plan.to_view(mask.reshape(geometry.shape))
         self.instances = None
         self.fixed = False
 
@@ -114,7 +116,7 @@ class Saved:
         """Return statistic k."""
         geometry, plan = self.geometry, self.plan
         groups = (self.n, self.mean, self.var)
-        if plan.by_row:
+        if plan.by_group:
             n, mean, var = (plan.to_grid(array) for array in groups)
         else:
             where, shape = plan.groups.slices[k], plan.groups.shapes[k]
@@ -169,14 +171,12 @@ def normalize(
     counts = bool_mask(mask, x.shape)
     y = output_array(out, x, x)
     affine = weight is not None, bias is not None
-    saved = Saved(x, y, geometry, affine, eps, mixture, center, sample_variance)
+    saved = Saved(x, y, geometry, affine, eps, mixture, center, sample_variance, counts)
     plan = saved.plan
-    if counts is not None:
-        saved.mask = plan.to_view(counts.reshape(geometry.shape))
     target, unset = plan.to_target(y.reshape(geometry.shape))
     saved.fixed = fixed is not None
-    if plan.by_row:
-        _forward_rows(saved, weight, bias, fixed, target)
+    if plan.by_group:
+        _forward_groups(saved, weight, bias, fixed, target)
     else:
         _forward_pieces(saved, weight, bias, fixed, target)
     if unset is not None:
@@ -205,15 +205,16 @@ def restore(
     ``share`` the statistics are those of several processes, and backward adds up over them.
     """
     affine = weight is not None, has_bias
-    fused = share is None
-    saved = Saved(x, dx, geometry, affine, eps, mixture, center, sample_variance, fused)
+    saved = Saved(
+        x, dx, geometry, affine, eps, mixture, center, sample_variance, fused=share is None
+    )
     saved.instances, saved.share, plan = instances, share, saved.plan
     saved.fixed = statistics[geometry.tracked].n is None
-    if plan.by_row:
+    if plan.by_group:
         (_, n, mean, var) = statistics[0]
         saved.n = plan.from_grid(np.ones_like(mean) if n is None else n, np.int64)
         saved.mean, saved.var = plan.from_grid(mean), plan.from_grid(var)
-        saved.weight = _row_parameter(saved, weight, 1.0, x.dtype)
+        saved.weight = _parameter(saved, weight, 1.0, x.dtype)
         return saved
     saved.n = np.ones(plan.groups.total, np.int64)
     saved.mean, saved.var = np.empty((2, plan.groups.total))
@@ -226,43 +227,37 @@ def restore(
     return saved
 
 
-def _forward_rows(
+def _forward_groups(
     saved: Saved,
     weight: Array | None,
     bias: Array | None,
     fixed: tuple[Array, Array] | None,
     y: Array,
 ) -> None:
-    plan, m = saved.plan, saved.plan.view[0]
-    saved.weight = _row_parameter(saved, weight, 1.0, y.dtype)
+    plan, shape = saved.plan, saved.plan.groups_shape
+    saved.weight = _parameter(saved, weight, 1.0, y.dtype)
     if fixed is None:
-        saved.n, (saved.mean, saved.var) = np.empty(m, np.int64), np.empty((2, m))
+        saved.n, (saved.mean, saved.var) = np.empty(shape, np.int64), np.empty((2, *shape))
     else:
         mean, var = (running.reshape(saved.geometry.running_grid) for running in fixed)
-        saved.n = np.ones(m, np.int64)
+        saved.n = np.ones(shape, np.int64)
         saved.mean, saved.var = plan.from_grid(mean), plan.from_grid(var)
-    parameters = saved.weight, _row_parameter(saved, bias, 0.0, y.dtype)
+    parameters = saved.weight, _parameter(saved, bias, 0.0, y.dtype)
     rest = (
         saved.eps, saved.center, fixed is None, plan.tiles.block, np.may_share_memory(saved.x, y),
         saved.n, saved.mean, saved.var, y,
     )  # fmt: skip
-    if plan.elements:
-        _threads.run(_kernels.forward_elements, y.size, saved.x, saved.mask, *parameters, *rest)
-        return
-    rows = plan.rows_of_group
-    _threads.run(
-        _kernels.forward_groups,
-        y.size,
-        saved.x,
-        saved.mask,
-        plan.features,
-        *parameters,
-        rows,
-        *rest,
-    )
+    args: tuple[Any, ...]
+    if not plan.elements:
+        kernel, args = _kernels.forward_groups, (saved.mask, plan.features, plan.rows_of_group)
+    elif plan.columns:
+        kernel, args = _kernels.forward_element_columns, ()
+    else:
+        kernel, args = _kernels.forward_elements, (saved.mask,)
+    _threads.run(kernel, y.size, saved.x, *args, *parameters, *rest)
 
 
-def _row_parameter(saved: Saved, value: Array | None, default: float, dtype: Any) -> Array:
+def _parameter(saved: Saved, value: Array | None, default: float, dtype: Any) -> Array:
     """Return a parameter (or its default) for each element of a row, or for each feature."""
     if not saved.plan.elements:
         return _feature_parameter(saved, value, default)
@@ -381,11 +376,18 @@ def _backward_elements(saved: Saved, dy: Array, dx: Array) -> Parameters:
     plan, geometry = saved.plan, saved.geometry
     affine = saved.has_weight or saved.has_bias
     dweight, dbias = np.zeros((2, *(plan.gradient_parts if affine else (TASKS, 0))))
-    _threads.run(
-        _kernels.backward_elements, dy.size,
-        dy, saved.x, saved.mask, saved.weight, saved.eps, saved.center, not saved.fixed, affine,
-        np.may_share_memory(dy, dx), saved.n, saved.mean, saved.var, dx, dweight, dbias,
-    )  # fmt: skip
+    rest = np.may_share_memory(dy, dx), saved.n, saved.mean, saved.var, dx, dweight, dbias
+    options = saved.eps, saved.center, not saved.fixed, affine
+    if plan.columns:
+        _threads.run(
+            _kernels.backward_element_columns, dy.size,
+            dy, saved.x, saved.weight, *options, plan.tiles.block, *rest,
+        )  # fmt: skip
+    else:
+        _threads.run(
+            _kernels.backward_elements, dy.size,
+            dy, saved.x, saved.mask, saved.weight, *options, *rest,
+        )  # fmt: skip
 
     @np.errstate(all="ignore")  # as above
     def unfold(blocks: Array) -> Array:
