@@ -33,6 +33,8 @@ ROW_PART = 1 << 15
 # Rows of a part of a column: keeps a float64 sum of any length as exact as that of 4096 values.
 COLUMN_PART = 1 << 12
 COLUMN_BLOCK = 1 << 10
+COLUMN_FOLD = 256
+
 # Elements of a group that is read again from a core's own cache: 256 KiB of float32.
 CACHED_GROUP = 1 << 16
 # Elements of a task and tasks of a call: enough for many cores, few enough to cost nothing.
@@ -223,7 +225,7 @@ class Plan:
             self.tiles = Tiles(n_parts, part, max(1, TASK // part) if n_parts == 1 else 1)
             return
         # Short rows, say of three channels, cost more to start than to run; several are one.
-        most = max(1, min(COLUMN_BLOCK // max(c, 1), length // 16))
+        most = max(1, min(COLUMN_FOLD // max(c, 1), length // 16))
         self.fold = max(k for k in range(1, most + 1) if length % k == 0)
         self.grid = grid
         length, c = length // self.fold, c * self.fold

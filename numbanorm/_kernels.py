@@ -162,11 +162,12 @@ def moments_rows(x, mask, part, block, count, mean, rest, m2):
             m2[first + i, k, 0] = s
 
 
-@njit(**REORDER)
+@njit(**CONTRACT)
 def _add_four_rows(x_a, x_b, x_c, x_d, shift, s1, s2):
     """Add four rows (n,) to the shifted sums of the columns, s1 and s2 (n,)."""
     # Four rows a call cut the traffic of s1 and s2. Two loops, as the run-time tests for overlap
-    # must not be more than eight (LLVM's limit) for a loop to vectorise.
+    # must not be more than eight (LLVM's limit) for a loop to vectorise. Not REORDER, which would
+    # subtract the shift after the sum.
     for c in range(s1.shape[0]):
         m = shift[c]
         s1[c] += ((x_a[c] - m) + (x_b[c] - m)) + ((x_c[c] - m) + (x_d[c] - m))
@@ -186,16 +187,41 @@ def _add_row(xs, shift, s1, s2):
 
 
 @njit(**CONTRACT)
-def _add_masked_row(xs, counts, shift, n, s1, s2):
-    """Add the elements of a row (n,) that count to n, s1 and s2 (n,)."""
-    # Two loops: see _add_four_rows about overlap checks.
-    for c in range(s1.shape[0]):
-        n[c] += counts[c]
-    for c in range(s1.shape[0]):
-        d = np.float64(xs[c]) - shift[c]
-        d = d if counts[c] else 0.0
-        s1[c] += d
-        s2[c] += d * d
+def _keep(xs, counts, other, kept):
+    """Write x where counts is True, else ``other``: rows (n,)."""
+    for c in range(kept.shape[0]):
+        # Both are read in any case, see _masked_shifted_sums.
+        x, y = xs[c], other[c]
+        kept[c] = x if counts[c] else y
+
+
+@njit(**CONTRACT)
+def _add_counts(counts, n):
+    """Add four rows of counts (4, n) to n (n,)."""
+    for c in range(n.shape[0]):
+        n[c] += (np.int32(counts[0, c]) + counts[1, c]) + (np.int32(counts[2, c]) + counts[3, c])
+
+
+@njit(**CONTRACT)
+def _find_first(xs, counts, found, shift):
+    """Write x to shift where counts is the first True, and mark it as found: rows (n,)."""
+    for c in range(shift.shape[0]):
+        x = np.float64(xs[c])
+        shift[c] = x if counts[c] > found[c] else shift[c]
+    for c in range(shift.shape[0]):
+        found[c] |= counts[c]
+
+
+@njit(**LEAF)
+def _first_of_columns(x, counts, shift):
+    """Write the first element of each column of x (L, C) that counts, or 0, to shift (C,)."""
+    found = np.zeros(shift.shape[0], np.bool_)
+    n_rows = min(4, x.shape[0])
+    for i in range(n_rows):
+        _find_first(x[i], counts[i], found, shift)
+    for c in range(shift.shape[0]):
+        if not found[c]:
+            shift[c] = _first(x[n_rows:, c], counts[n_rows:, c])
 
 
 @njit(**LEAF)
@@ -240,19 +266,31 @@ def moments_columns(x, mask, part, width, count, mean, rest, m2):
             n[:] = hi - lo
             if lo < hi:
                 shifts[:] = x[a, lo, c0:c1]
-            fours = hi - (hi - lo) % 4
-            for i in range(lo, fours, 4):
+        else:
+            kept = np.empty((4, c1 - c0), x.dtype)
+            _first_of_columns(x[a, lo:hi, c0:c1], mask[a, lo:hi, c0:c1], shifts)
+            # What does not count is the shift, which adds nothing.
+            other = shifts.astype(x.dtype)
+        for i in range(lo, hi, 4):
+            n_rows = min(4, hi - i)
+            if mask is not None:
+                for j in range(n_rows):
+                    _keep(x[a, i + j, c0:c1], mask[a, i + j, c0:c1], other, kept[j])
+                if n_rows == 4:
+                    _add_counts(mask[a, i : i + 4, c0:c1], n)
+                    _add_four_rows(kept[0], kept[1], kept[2], kept[3], shifts, s1, s2)
+                else:
+                    for j in range(n_rows):
+                        n += mask[a, i + j, c0:c1]
+                        _add_row(kept[j], shifts, s1, s2)
+            elif n_rows == 4:
                 _add_four_rows(
                     x[a, i, c0:c1], x[a, i + 1, c0:c1], x[a, i + 2, c0:c1], x[a, i + 3, c0:c1],
                     shifts, s1, s2,
                 )  # fmt: skip
-            for i in range(fours, hi):
-                _add_row(x[a, i, c0:c1], shifts, s1, s2)
-        else:
-            for c in range(c1 - c0):
-                shifts[c] = _first(x[a, lo:hi, c0 + c], mask[a, lo:hi, c0 + c])
-            for i in range(lo, hi):
-                _add_masked_row(x[a, i, c0:c1], mask[a, i, c0:c1], shifts, n, s1, s2)
+            else:
+                for j in range(i, hi):
+                    _add_row(x[a, j, c0:c1], shifts, s1, s2)
         # Folded rows are one block; what they have of the same column is merged here.
         for c in range(c0, min(c1, n_columns)):
             count[a, k, c] = n[c - c0]
@@ -286,6 +324,8 @@ def merge(count, mean, rest, m2, merged_count, merged_mean, merged_rest, merged_
 # ``group`` (S, P) is that of _axes.Groups, ``feature`` (P,) the number of a piece's weight.
 # ---------------------------------------------------------------------------------------------
 
+# Elements that are summed up in their own type.
+ELEMENTS = 1024
 # Pieces of a task, and what each of them counts for where few elements go without threads.
 PIECES = 1024
 PIECE = 16
@@ -326,13 +366,6 @@ def merge_pieces(
         if not center:
             var[g] += group_mean[g] * group_mean[g]
             group_mean[g] = 0.0
-
-
-@njit(**LEAF)
-def rstd_of(count, var, eps):
-    """Return 1 / sqrt(var + eps), and 0 for an empty group or where var + eps is 0."""
-    v = var + eps
-    return 0.0 if count == 0 or v == 0.0 else 1.0 / np.sqrt(v)
 
 
 @njit(**CONTRACT)
@@ -611,14 +644,13 @@ def _add_gradient_row(dys, xs, mean, s0, s1):
 
 
 @njit(**CONTRACT)
-def _add_masked_gradient_row(dys, xs, counts, mean, s0, s1):
-    """Add the elements of a row (n,) that enter to s0 and s1 (n,)."""
-    # Two loops: see _add_four_rows about overlap checks.
-    for c in range(s0.shape[0]):
-        s0[c] += np.float64(dys[c]) if _enters(dys[c], xs[c], counts[c]) else 0.0
-    for c in range(s1.shape[0]):
-        product = np.float64(dys[c]) * (np.float64(xs[c]) - mean[c])
-        s1[c] += product if _enters(dys[c], xs[c], counts[c]) else 0.0
+def _entering(dys, xs, counts, dys_in, xs_in):
+    """Write dy and x where they enter the sums of backward, else 0: rows (n,)."""
+    for i in range(dys_in.shape[0]):
+        dy, x = dys[i], xs[i]
+        enters = _enters(dy, x, counts[i])
+        dys_in[i] = dy if enters else 0.0
+        xs_in[i] = x if enters else 0.0
 
 
 @_twins
@@ -637,13 +669,15 @@ def gradient_sums_columns(dy, x, mask, part, width, mean, s0, s1):
         c1 = min(n_folded, c0 + width)
         sums = np.zeros((2, c1 - c0))
         mu = mean[a, c0:c1]
+        entering = np.empty((2, c1 - c0), x.dtype)
         for i in range(k * part, min(length, (k + 1) * part)):
             if mask is None:
                 _add_gradient_row(dy[a, i, c0:c1], x[a, i, c0:c1], mu, sums[0], sums[1])
             else:
-                _add_masked_gradient_row(
-                    dy[a, i, c0:c1], x[a, i, c0:c1], mask[a, i, c0:c1], mu, sums[0], sums[1]
+                _entering(
+                    dy[a, i, c0:c1], x[a, i, c0:c1], mask[a, i, c0:c1], entering[0], entering[1]
                 )
+                _add_gradient_row(entering[0], entering[1], mu, sums[0], sums[1])
         for c in range(c0, min(c1, n_columns)):
             s0[a, k, c] = sums[0, c - c0]
             s1[a, k, c] = sums[1, c - c0]
@@ -756,12 +790,18 @@ def backward_columns(dy, x, mask, part, width, a, r, m, b, c, in_place, dx):
 
 
 @njit(**LEAF)
-def _row_coefficients(n, mean, var, eps, row):
-    """Write mean, rstd and offset to row (3,), in the type of x; return rstd in float64."""
-    rstd = rstd_of(n, var, eps)
+def _row_coefficients(mean, rstd, row):
+    """Write mean, rstd and offset to row (3,), in the type of x."""
     row[0] = mean
     row[1] = rstd
     row[2] = (np.float64(row[0]) - mean) * rstd
+
+
+@njit(**LEAF)
+def _rstds(count, var, eps):
+    """Return 1 / sqrt(var + eps), and 0 for an empty group or where var + eps is 0: (n,)."""
+    rstd = count.astype(np.float64)
+    _invert_roots(var, eps, rstd)
     return rstd
 
 
@@ -791,7 +831,7 @@ def forward_elements(
         ys = y[first : first + block]
         if mask is not None:
             counts = mask[first : first + block]
-        row = np.empty(3, y.dtype)
+        # Three loops: a short row waits longer for a root than for its sums.
         for i in range(xs.shape[0]):
             p = first + i
             if live:
@@ -803,7 +843,10 @@ def forward_elements(
                 count[p] = n
                 mean[p] = mu if center else 0.0
                 var[p] = v if center else v + mu * mu
-            _row_coefficients(count[p], mean[p], var[p], eps, row)
+        rstd = _rstds(count[first : first + block], var[first : first + block], eps)
+        row = np.empty(3, y.dtype)
+        for i in range(xs.shape[0]):
+            _row_coefficients(mean[first + i], rstd[i], row)
             if in_place:
                 _normalize_elements_in_place(ys[i], weight, bias, row[0], row[1], row[2])
             else:
@@ -831,7 +874,7 @@ def forward_groups(
         ys = y_rows[first * n_rows : (first + block) * n_rows]
         if mask is not None:
             counts = mask[first : first + block]
-        row = np.empty(3, y.dtype)
+        # Three loops, as in forward_elements.
         for i in range(groups.shape[0]):
             g = first + i
             if live:
@@ -843,12 +886,17 @@ def forward_groups(
                 count[g] = n
                 mean[g] = mu if center else 0.0
                 var[g] = v if center else v + mu * mu
-            rstd = rstd_of(count[g], var[g], eps)
-            row[0] = mean[g]
+        rstd = _rstds(count[first : first + block], var[first : first + block], eps)
+        row = np.empty(3, y.dtype)
+        for i in range(groups.shape[0]):
+            mu = mean[first + i]
+            row[0] = mu
+            rest = np.float64(row[0]) - mu
             for j in range(i * n_rows, (i + 1) * n_rows):
                 f = feature[first * n_rows + j]
-                row[1] = rstd * weight[f]
-                row[2] = (np.float64(row[0]) - mean[g]) * (rstd * weight[f]) + bias[f]
+                scale = rstd[i] * weight[f]
+                row[1] = scale
+                row[2] = rest * scale + bias[f]
                 if in_place:
                     _apply_in_place(ys[j], row[0], row[1], row[2])
                 else:
@@ -880,41 +928,43 @@ def backward_groups(
         dxs = dx_rows[lo:hi]
         if mask is not None:
             counts = mask_rows[lo:hi]
+        n_here = min(block, n_groups - first)
+        for i in range(n_here):
+            for j in range(i * n_rows, (i + 1) * n_rows):
+                if mask is None:
+                    sums = _gradient_sums(dys[j], xs[j], mean[first + i])
+                else:
+                    sums = _masked_gradient_sums(dys[j], xs[j], counts[j], mean[first + i])
+                s0[lo + j] = sums[0]
+                s1[lo + j] = sums[1]
+        rstd = _rstds(count[first : first + n_here], var[first : first + n_here], eps)
         row = np.empty(5, dx.dtype)
-        for g in range(first, min(first + block, n_groups)):
-            rstd = rstd_of(count[g], var[g], eps)
+        for i in range(n_here):
+            g = first + i
             g0, g1 = 0.0, 0.0
             for p in range(g * n_rows, (g + 1) * n_rows):
-                if mask is None:
-                    sum_0, sum_1 = _gradient_sums(dys[p - lo], xs[p - lo], mean[g])
-                else:
-                    sum_0, sum_1 = _masked_gradient_sums(
-                        dys[p - lo], xs[p - lo], counts[p - lo], mean[g]
-                    )
-                s0[p] = sum_0
-                s1[p] = sum_1 * rstd
-                g0 += weight[feature[p]] * sum_0
-                g1 += weight[feature[p]] * sum_1
+                g0 += weight[feature[p]] * s0[p]
+                g1 += weight[feature[p]] * s1[p]
+                s1[p] *= rstd[i]
             # See _input_gradient; here the slope is -rstd**3 * g1 / n, and r is rstd.
             n = max(count[g], 1)
-            slope = -(rstd * g1) * rstd / n
-            row[1] = rstd
+            slope = -(rstd[i] * g1) * rstd[i] / n
+            row[1] = rstd[i]
             row[2] = mean[g]
             row[3] = slope
             row[4] = slope * (np.float64(row[2]) - mean[g]) - (g0 / n if center else 0.0)
-            for p in range(g * n_rows, (g + 1) * n_rows):
-                i = p - lo
-                row[0] = rstd * weight[feature[p]]
+            for j in range(i * n_rows, (i + 1) * n_rows):
+                row[0] = rstd[i] * weight[feature[lo + j]]
                 if not live:
-                    _scale(dys[i], row[0], dxs[i])
+                    _scale(dys[j], row[0], dxs[j])
                 elif mask is not None:
                     _masked_backward(
-                        dys[i], xs[i], counts[i], row[0], row[1], row[2], row[3], row[4], dxs[i]
+                        dys[j], xs[j], counts[j], row[0], row[1], row[2], row[3], row[4], dxs[j]
                     )
                 elif in_place:
-                    _backward_in_place(dxs[i], xs[i], row[0], row[1], row[2], row[3], row[4])
+                    _backward_in_place(dxs[j], xs[j], row[0], row[1], row[2], row[3], row[4])
                 else:
-                    _backward(dys[i], xs[i], row[0], row[1], row[2], row[3], row[4], dxs[i])
+                    _backward(dys[j], xs[j], row[0], row[1], row[2], row[3], row[4], dxs[j])
 
 
 @njit(**CONTRACT)
@@ -986,9 +1036,10 @@ def forward_element_columns(
                 count[a, c] = length
                 mean[a, c] = mu if center else 0.0
                 var[a, c] = v if center else v + mu * mu
+        rstds = _rstds(count[a, c0:c1], var[a, c0:c1], eps)
         rows = np.empty((c1 - c0, 3), y.dtype)
         for c in range(c0, c1):
-            _row_coefficients(count[a, c], mean[a, c], var[a, c], eps, rows[c - c0])
+            _row_coefficients(mean[a, c], rstds[c - c0], rows[c - c0])
         m, rstd, t = rows[:, 0].copy(), rows[:, 1].copy(), rows[:, 2].copy()
         for i in range(length):
             if in_place:
@@ -1058,11 +1109,12 @@ def backward_element_columns(
                     _add_weighted_gradient_row(
                         dy[a, i, c0:c1], x[a, i, c0:c1], weight[i], mu, sums[0], sums[1]
                     )
+            rstd = _rstds(count[a, c0:c1], var[a, c0:c1], eps)
             for c in range(c1 - c0):
                 n = max(count[a, c0 + c], 1)
-                rstd = _row_coefficients(count[a, c0 + c], mu[c], var[a, c0 + c], eps, rows[c])
+                _row_coefficients(mu[c], rstd[c], rows[c])
                 means[0, c] = sums[0, c] / n if center else 0.0
-                means[1, c] = sums[1, c] * rstd / n
+                means[1, c] = sums[1, c] * rstd[c] / n
             m, rstds, t = rows[:, 0].copy(), rows[:, 1].copy(), rows[:, 2].copy()
             for i in range(length):
                 if affine:
@@ -1083,27 +1135,26 @@ def backward_element_columns(
 
 
 @njit(**REORDER)
-def _element_sums(dys, xs, weight, mean):
-    """Sum g and g * (x - mean) with g = dy * weight over dys, xs, weight (n,)."""
-    s0, s1 = 0.0, 0.0
+def _short_element_sums(dys, xs, weight, m, rstd, t):
+    """Sum g and g * x_hat with g = dy * weight over few elements (n,), in their own type."""
+    s0, s1 = weight.dtype.type(0.0), weight.dtype.type(0.0)
     for i in range(xs.shape[0]):
-        g = np.float64(dys[i]) * np.float64(weight[i])
+        g = dys[i] * weight[i]
         s0 += g
-        s1 += g * (np.float64(xs[i]) - mean)
+        s1 += g * _scale_shift(xs[i], m, rstd, t)
     return s0, s1
 
 
-@njit(**REORDER)
-def _masked_element_sums(dys, xs, counts, weight, mean):
-    """Sum g and g * (x - mean) over dys, xs, weight (n,) where they enter."""
+@njit(**LEAF)
+def _element_sums(dys, xs, weight, m, rstd, t):
+    """Sum g and g * x_hat over dys, xs, weight (n,)."""
+    # Many lanes share a block, so that each adds up too few numbers for float32 to lose digits.
     s0, s1 = 0.0, 0.0
-    for i in range(xs.shape[0]):
-        enters = _enters(dys[i], xs[i], counts[i])
-        d = np.float64(dys[i])
-        x_c = np.float64(xs[i]) - mean
-        g = (d if enters else 0.0) * np.float64(weight[i])
-        s0 += g
-        s1 += g * (x_c if enters else 0.0)
+    for i in range(0, xs.shape[0], ELEMENTS):
+        j = min(i + ELEMENTS, xs.shape[0])
+        block = _short_element_sums(dys[i:j], xs[i:j], weight[i:j], m, rstd, t)
+        s0 += block[0]
+        s1 += block[1]
     return s0, s1
 
 
@@ -1135,16 +1186,6 @@ def _add_parameter_gradients(dys, xs, m, rstd, t, dweight, dbias):
     for i in range(xs.shape[0]):
         dweight[i] += dys[i] * _scale_shift(xs[i], m, rstd, t)
         dbias[i] += dys[i]
-
-
-@njit(**CONTRACT)
-def _add_masked_parameter_gradients(dys, xs, counts, m, rstd, t, dweight, dbias):
-    """Add dy * x_hat and dy of one row (n,) to dweight and dbias (n,) where they enter."""
-    for i in range(xs.shape[0]):
-        product = dys[i] * _scale_shift(xs[i], m, rstd, t)
-        dweight[i] += product if _enters(dys[i], xs[i], counts[i]) else 0.0
-    for i in range(xs.shape[0]):
-        dbias[i] += dys[i] if _enters(dys[i], xs[i], counts[i]) else 0.0
 
 
 @njit(**CONTRACT)
@@ -1197,43 +1238,46 @@ def backward_elements(
         dxs = dx[first : first + block]
         n = count[first : first + block]
         mu = mean[first : first + block]
-        v = var[first : first + block]
+        rstd = _rstds(n, var[first : first + block], eps)
         if mask is not None:
             counts = mask[first : first + block]
         rows = np.empty((4, 3), dx.dtype)
         c0 = np.empty(4, dx.dtype)
         c1 = np.empty(4, dx.dtype)
-        n_rows = xs.shape[0]
+        if mask is not None:
+            entering = np.empty((2, 4, x.shape[1]), x.dtype)
         # Four rows at a time stay in cache for all they are needed for. The parameters' gradients
         # come before dx, which may be dy.
-        for lo in range(0, n_rows, 4):
-            n_here = min(4, n_rows - lo)
+        for lo in range(0, xs.shape[0], 4):
+            n_here = min(4, xs.shape[0] - lo)
+            if mask is None:
+                dys_in = dys[lo : lo + n_here]
+                xs_in = xs[lo : lo + n_here]
+            else:
+                dys_in = entering[0]
+                xs_in = entering[1]
             for j in range(n_here):
                 i = lo + j
-                rstd = _row_coefficients(n[i], mu[i], v[i], eps, rows[j])
+                _row_coefficients(mu[i], rstd[i], rows[j])
+                if mask is not None:
+                    _entering(dys[i], xs[i], counts[i], entering[0, j], entering[1, j])
                 if live:
-                    if mask is None:
-                        s0, s1 = _element_sums(dys[i], xs[i], weight, mu[i])
-                    else:
-                        s0, s1 = _masked_element_sums(dys[i], xs[i], counts[i], weight, mu[i])
+                    m, r, t = rows[j, 0], rows[j, 1], rows[j, 2]
+                    s0, s1 = _element_sums(dys_in[j], xs_in[j], weight, m, r, t)
                     c0[j] = s0 / max(n[i], 1) if center else 0.0
-                    c1[j] = s1 * rstd / max(n[i], 1)
-            if affine and mask is None and n_here == 4:
+                    c1[j] = s1 / max(n[i], 1)
+            if affine and n_here == 4:
                 _add_four_to_dweight(
-                    dys[lo], dys[lo + 1], dys[lo + 2], dys[lo + 3],
-                    xs[lo], xs[lo + 1], xs[lo + 2], xs[lo + 3], rows, dweight[task],
+                    dys_in[0], dys_in[1], dys_in[2], dys_in[3],
+                    xs_in[0], xs_in[1], xs_in[2], xs_in[3], rows, dweight[task],
                 )  # fmt: skip
-                _add_four_to_dbias(dys[lo], dys[lo + 1], dys[lo + 2], dys[lo + 3], dbias[task])
+                _add_four_to_dbias(dys_in[0], dys_in[1], dys_in[2], dys_in[3], dbias[task])
             elif affine:
                 for j in range(n_here):
-                    i = lo + j
                     m, r, t = rows[j, 0], rows[j, 1], rows[j, 2]
-                    if mask is None:
-                        _add_parameter_gradients(dys[i], xs[i], m, r, t, dweight[task], dbias[task])
-                    else:
-                        _add_masked_parameter_gradients(
-                            dys[i], xs[i], counts[i], m, r, t, dweight[task], dbias[task]
-                        )
+                    _add_parameter_gradients(
+                        dys_in[j], xs_in[j], m, r, t, dweight[task], dbias[task]
+                    )
             for j in range(n_here):
                 i = lo + j
                 m, r, t = rows[j, 0], rows[j, 1], rows[j, 2]
