@@ -104,7 +104,9 @@ class Case:
         layer.zero_grad()
         y = forward(layer, x) if forward else layer(x, mask=mask)
         assert y.dtype == x.dtype
-        assert_close(y, naive.y, scale=1, what="y")
+        # What x is rounded to in float32 is exact in the oracle.
+        scale = max(1, naive.scale["y"]) if x.dtype == np.float64 else 1
+        assert_close(y, naive.y, scale=scale, what="y")
         dx = backward(layer, dy) if backward else layer.backward(dy)
         assert dx.dtype == x.dtype
         expected = naive.backward(dy)

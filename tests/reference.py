@@ -126,6 +126,8 @@ class Naive:
         self.rstd = np.where(flat, 0.0, 1.0 / np.sqrt(np.where(flat, 1.0, var + eps)))
         self.x_hat = (x - self.mean) * self.rstd
         self.y = self.x_hat * self.weight + offset
+        # Half a unit in the last place of a mean is multiplied as the deviations from it are.
+        self.scale = {"y": np.abs(self.mean * self.rstd * self.weight).max(initial=0)}
 
     def backward(self, dy):
         """Give dx and the gradient of each parameter; `scale` is the size of what was added up."""
@@ -150,7 +152,7 @@ class Naive:
             dx += np.where(self.counted, average(by_mean) + average(by_var) * centred, 0.0)
             size += average(np.abs(by_mean)) + average(np.abs(by_var)) * np.abs(centred)
         gradients = {"dx": dx}
-        self.scale = {"dx": size.max(initial=0)}
+        self.scale["dx"] = size.max(initial=0)
         if self.has_weight:
             added = np.abs(dy) * (np.abs(self.x) + np.abs(self.mean)) * self.rstd
             self._feature_sum(gradients, "weight", dy * self.x_hat, added)

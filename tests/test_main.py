@@ -1,0 +1,133 @@
+"""``python -m numbanorm``: what it prints, and that a warm-up leaves nothing to compile."""
+
+import importlib.metadata
+import itertools
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from cases import CASES, DTYPES, FEW, LAYOUTS, by_id, normal
+from children import compiled, run
+
+import numbanorm as nn
+from numbanorm import _threads
+from numbanorm.__main__ import main
+
+
+def command(*args, **env):
+    """Call python -m numbanorm in a new process."""
+    return subprocess.run(
+        [sys.executable, "-W", "error", "-m", "numbanorm", *args],
+        cwd=Path(nn.__file__).parents[1],
+        env={**os.environ, **env},
+        capture_output=True,
+        text=True,
+        timeout=1200,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def warm(tmp_path_factory):
+    """Return a folder for the cache, and what the warm-up into it has printed."""
+    cache = tmp_path_factory.mktemp("cache")
+    return cache, command("warmup", NUMBA_CACHE_DIR=str(cache))
+
+
+def test_versions_threads_and_cache(tmp_path):
+    # Whether tbb can be had is another test's question.
+    env = {"NUMBA_CACHE_DIR": str(tmp_path), "NUMBA_NUM_THREADS": "3"}
+    done = command(NUMBA_THREADING_LAYER="workqueue", **env)
+    assert (done.returncode, done.stderr) == (0, "")
+    rows = [(line[:16].strip(), line[16:].strip()) for line in done.stdout.splitlines()]
+    found = dict(rows[:7])
+    assert found.pop("numbanorm") == nn.__version__
+    assert found.pop("Python") == platform.python_version()
+    assert list(found) == ["numba", "llvmlite", "numpy", "scipy", "tbb"]
+    for package, version in found.items():
+        try:
+            assert version == importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            assert version == "not installed"
+    assert rows[7] == ("threading layer", "workqueue")
+    assert rows[8] == ("threads", "3 of at most 3")
+    ((label, folder),) = rows[9:]
+    assert label == "compile cache"
+    assert folder.startswith(str(tmp_path))
+    assert folder.endswith("(0 kernels)")
+
+
+def test_a_threading_layer_that_is_not_there():
+    done = command(NUMBA_THREADING_LAYER="nonsense")
+    assert done.returncode == 0
+    assert "nonsense" in done.stdout
+
+
+def test_nowhere_to_write():
+    # A file is no folder, for root as well.
+    for args, status in ((), 0), (("warmup",), 1):
+        done = command(*args, NUMBA_CACHE_DIR=os.devnull)
+        assert (done.returncode, done.stderr) == (status, "")
+        assert "cannot be written to" in done.stdout
+        assert ("Set the environment variable NUMBA_CACHE_DIR" in done.stdout) == bool(status)
+
+
+@pytest.mark.parametrize("args", [["nonsense"], ["warmup", "twice"], ["--nonsense"]], ids=" ".join)
+def test_wrong_command_line(args, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["python -m numbanorm", *args])
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    assert args[-1] in capsys.readouterr().err
+
+
+def test_help(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["python -m numbanorm", "--help"])
+    with pytest.raises(SystemExit, match="0"):
+        main()
+    assert "warmup" in capsys.readouterr().out
+
+
+def test_warmup(warm):
+    cache, done = warm
+    assert done.returncode == 0, done.stderr
+    n = len(list(cache.rglob("*.nbc")))
+    last = done.stdout.splitlines()[-1]
+    assert last.endswith(f"({n} kernels)")
+    assert str(cache) in last
+
+
+def test_nothing_is_left_to_compile(warm):
+    cache, _ = warm
+    misses, hits = json.loads(run(use_everything, NUMBA_CACHE_DIR=str(cache)))
+    assert misses == 0
+    # Nor was anything compiled that nothing needs.
+    assert hits == len(list(cache.rglob("*.nbc")))
+
+
+def use_everything():
+    """Call every layer in every way; print how many kernels were compiled and loaded."""
+    for parallel_from in (_threads.PARALLEL_FROM, 0):
+        _threads.PARALLEL_FROM = parallel_from
+        for case, dtype, masked, training in itertools.product(
+            CASES, DTYPES, (False, True), (True, False)
+        ):
+            layer = case.layer(np.float32).train(training)
+            x, dy = case.input(dtype), case.input(dtype, seed=1)
+            mask = normal(*case.shape, seed=2) < 0.5 if masked else None
+            nn.moments(x, mask=mask)
+            layer(x, mask=mask)
+            layer.backward(dy)
+            layer(x, mask=mask, out=np.empty_like(x))
+            layer.backward(dy, out=dy)
+            layer(x, mask=mask, out=x)
+        for name, layout in itertools.product(FEW, LAYOUTS.values()):
+            case = by_id[name]
+            layer, x = case.layer(np.float32), layout(case.input(np.float32))
+            layer(x, out=None if layout is LAYOUTS["read-only"] else layout(np.empty_like(x)))
+            layer.backward(x)
+    print(json.dumps(compiled()))
