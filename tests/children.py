@@ -31,7 +31,7 @@ def run(function, *args, root=ROOT, **env):
         cwd=ROOT / "tests",
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=1800,  # only a process that hangs takes so long
         check=False,
     )
     assert done.returncode == 0, f"exit status {done.returncode}\n{done.stdout}\n{done.stderr}"

@@ -6,6 +6,7 @@ that an abort or a hang of the child is a failure and not the end of the test ru
 
 import functools
 import hashlib
+import importlib.metadata
 import itertools
 import json
 import multiprocessing
@@ -21,7 +22,7 @@ from pathlib import Path
 import numba
 import numpy as np
 import pytest
-from cases import by_id, normal
+from cases import DTYPES, Case, by_id, normal
 from children import ROOT, compiled, run
 from test_threads import BIG
 
@@ -29,7 +30,7 @@ import numbanorm as nn
 from numbanorm import _threads
 
 LAYERS = ["tbb", "omp", "workqueue"]
-BARRIER = 60  # seconds, after which something hangs
+HANGS = 600  # seconds: long enough for the slowest of machines with all else it has to do
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
 
@@ -64,8 +65,8 @@ def layer(request):
 class Job:
     """One forward and backward of a new layer, always the same."""
 
-    def __init__(self, name, shape=None, dtype=np.float32, masked=False):
-        case = by_id[name]
+    def __init__(self, case, shape=None, dtype=np.float32, masked=False):
+        case = by_id[case] if isinstance(case, str) else case
         self.case = replace(case, shape=shape or case.shape)
         self.dtype = dtype
         self.x, self.dy = (self.case.input(dtype, seed=s) for s in (0, 1))
@@ -111,7 +112,7 @@ def eight_threads(threading_layer):
 
     def work(job):
         try:
-            start.wait(BARRIER)  # the first calls load or compile, and start Numba's threads
+            start.wait(HANGS)  # the first calls load or compile, and start Numba's threads
             expected = job.bits()
             for _ in range(199):
                 assert job.bits() == expected, job.case.id
@@ -129,6 +130,21 @@ def eight_threads(threading_layer):
     assert _threads.threading_layer() == threading_layer
 
 
+def test_tbb_of_the_environment_is_found():
+    try:
+        importlib.metadata.version("tbb")
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("tbb is not installed")
+    # As after pip install: nothing says where it is, nor that it is to be used.
+    unset = {"NUMBA_THREADING_LAYER": "default", "LD_LIBRARY_PATH": "", "DYLD_LIBRARY_PATH": ""}
+    assert run(print_threading_layer, **unset) == "tbb\n"
+
+
+def print_threading_layer():
+    Job("BatchNorm2d", BIG["BatchNorm2d"]).check()
+    print(_threads.threading_layer())
+
+
 def test_first_calls_race_to_compile(tmp_path):
     run(race, NUMBA_THREADING_LAYER="workqueue", NUMBA_CACHE_DIR=str(tmp_path))
 
@@ -140,7 +156,7 @@ def race():
     start, passed = threading.Barrier(len(jobs)), []
 
     def work(job):
-        start.wait(BARRIER)
+        start.wait(HANGS)
         job.check()
         passed.append(job)
 
@@ -174,7 +190,7 @@ def in_fork(work):
     sys.stdout.flush()
     pid = os.fork()
     if pid == 0:
-        signal.alarm(BARRIER)  # ends a child that hangs
+        signal.alarm(HANGS)  # ends a child that hangs
         status = 1
         try:
             work()
@@ -277,7 +293,7 @@ def multiprocessing_fork(work):
         child.start()
     work()
     for child in children:
-        child.join(BARRIER)
+        child.join(HANGS)
     assert [child.exitcode for child in children] == [0] * 3
 
 
@@ -345,7 +361,7 @@ def data_loader():
             return job.run()["y"]
 
     loader = torch.utils.data.DataLoader(
-        Normalized(), num_workers=2, multiprocessing_context="fork", timeout=BARRIER
+        Normalized(), num_workers=2, multiprocessing_context="fork", timeout=HANGS
     )
     for _ in range(2):
         for y in loader:
@@ -362,26 +378,58 @@ def test_the_same_bits_on_every_threading_layer():
     for name in loaded:
         digests[name] = json.loads(run(print_digests, NUMBA_THREADING_LAYER=name))
     first = digests.pop(loaded[0])
-    assert len(first) > 100
+    assert len(first) > 1000
     for name, found in digests.items():
         different = [what for what in first if found[what] != first[what]]
         assert found.keys() == first.keys()
         assert different == [], f"{name} and {loaded[0]} differ"
 
 
-def print_digests():
+# By the number of channels and their axis.
+CHANNEL_LAYERS = {
+    "BatchNorm": lambda c, axis, **k: nn.BatchNorm(c, axis=axis, **k),
+    "InstanceNorm": lambda c, axis, **k: nn.InstanceNorm(
+        c, affine=True, track_running_stats=True, axis=axis, **k
+    ),
+    "GroupNorm": lambda c, axis, **k: nn.GroupNorm(2, c, axis=axis, **k),
+    "SwitchableNorm": lambda c, axis, **k: nn.SwitchableNorm(c, axis=axis, **k),
+    "SwitchableNorm-all": lambda c, axis, **k: nn.SwitchableNorm(
+        c, over=("gn", "bn", "in", "ln"), num_groups=2, axis=axis, **k
+    ),
+    "Norm": lambda c, axis, **k: nn.Norm((0, 2 if axis == 1 else 1), track_stats=True, **k),
+}
+# By the sizes of the last axes.
+ROW_LAYERS = {
+    "LayerNorm": lambda *sizes, **k: nn.LayerNorm(sizes, **k),
+    "RMSNorm": lambda *sizes, **k: nn.RMSNorm(sizes, **k),
+}
+
+
+def random_jobs(count):
+    """Make jobs of random shapes for every layer, its channels first and last."""
     rng = np.random.default_rng(5)
+    kinds = list(itertools.product(DTYPES, (False, True)))
+
+    def job(name, make, shape, k):
+        dtype, masked = kinds[k % len(kinds)]
+        case = Case(name, make, shape, list, ())  # no definition: bits alone are compared
+        return f"{name} {shape} {dtype.__name__} {masked}", Job(case, None, dtype, masked)
+
+    for k in range(count):
+        for (name, make), last in itertools.product(CHANNEL_LAYERS.items(), (False, True)):
+            n, *inner = (2 + int(2 ** rng.uniform(0, top)) for top in (4, 6, 7))
+            c = 2 * int(2 ** rng.uniform(0, 5))
+            shape, axis = ((n, *inner, c), -1) if last else ((n, c, *inner), 1)
+            yield job(name, functools.partial(make, c, axis), shape, k)
+        for name, make in ROW_LAYERS.items():
+            shape = tuple(1 + int(2 ** rng.uniform(0, top)) for top in (9, 3, 7))
+            sizes = shape[1 + k // 2 % 2 :]
+            yield job(name, functools.partial(make, *sizes), shape, k)
+
+
+def print_digests():
     jobs = {f"{name} big": Job(name, shape) for name, shape in BIG.items()}
-    channels = {"BatchNorm2d": 4, "InstanceNorm2d-tracking": 4, "GroupNorm": 6,
-                "SwitchableNorm2d": 4, "SwitchableNorm2d-all": 6, "InstanceNorm2d": 4}  # fmt: skip
-    for name, c in channels.items():
-        for where in ("", "-last"):
-            for k in range(4):
-                n, h, w = (int(2 ** rng.uniform(0, top)) for top in (4, 6, 8))
-                shape = (n, h, w, c) if where else (n, c, h, w)
-                if name + where in by_id:
-                    masked, dtype = bool(k % 2), (np.float32, np.float64)[k // 2]
-                    jobs[f"{name}{where} {k} {shape}"] = Job(name + where, shape, dtype, masked)
+    jobs |= dict(random_jobs(8))
     _threads.PARALLEL_FROM = 2  # so that small x is cut for threads as well
     digests = {}
     for n in (1, 2, 4):
@@ -626,9 +674,14 @@ def test_ctrl_c(name, layer):
     run(interrupt, name, NUMBA_THREADING_LAYER=layer)
 
 
-def press_ctrl_c_after(seconds):
+def press_ctrl_c_after(seconds, again=30):
+    # Again, since Python drops a KeyboardInterrupt that comes in a finaliser.
     signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(signal.SIGINT))
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    signal.setitimer(signal.ITIMER_REAL, seconds, again)
+
+
+def release_ctrl_c():
+    signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 def interrupt(name):
@@ -644,7 +697,7 @@ def interrupt(name):
                 layer(job.x)
                 layer.backward(job.dy)
         except KeyboardInterrupt:
-            pass
+            release_ctrl_c()
         layer.zero_grad()
         np.testing.assert_array_equal(layer(job.x), expected["y"])
         np.testing.assert_array_equal(layer.backward(job.dy), expected["dx"])
@@ -668,8 +721,9 @@ def interrupt_compiling():
         try:
             press_ctrl_c_after(seconds)
             job.check()
-            time.sleep(BARRIER)
+            time.sleep(HANGS)
         except KeyboardInterrupt:
+            release_ctrl_c()
             interrupted += 1
     assert interrupted == 5
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

@@ -176,7 +176,7 @@ def test_data_loader(start):
     data[0]  # the parent's threads are running when a worker starts
     ours.BatchNorm2d(4)(torch.rand(8, 4, 96, 96))
     loader = torch.utils.data.DataLoader(
-        data, num_workers=1, multiprocessing_context=start, timeout=120
+        data, num_workers=1, multiprocessing_context=start, timeout=600
     )
     for k, (y, dx, threads) in enumerate(loader):
         assert_close(y, torch.full((1, 4), k / (1 + 1e-5) ** 0.5), scale=1)
