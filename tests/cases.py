@@ -104,23 +104,24 @@ class Case:
         layer.zero_grad()
         y = forward(layer, x) if forward else layer(x, mask=mask)
         assert y.dtype == x.dtype
-        assert_close(y, naive.y, scale=y_scale(naive, x), what="y")
+        assert_close(y, naive.y, scale=rounding(naive, x), what="y")
         dx = backward(layer, dy) if backward else layer.backward(dy)
         assert dx.dtype == x.dtype
         expected = naive.backward(dy)
-        assert_close(dx, expected.pop("dx"), scale=naive.scale["dx"], what="dx")
+        scale = {k: rounding(naive, x) * size for k, size in naive.scale.items()}
+        assert_close(dx, expected.pop("dx"), scale=scale["dx"], what="dx")
         gradients = layer.gradients()
         assert set(gradients) == set(expected) == set(layer.parameters())
         for name, value in expected.items():
-            assert_close(gradients[name], value, scale=naive.scale[name], dtype=x.dtype, what=name)
+            assert_close(gradients[name], value, scale=scale[name], dtype=x.dtype, what=name)
         if tracking:
             for name, value in zip(("running_mean", "running_var"), running, strict=True):
                 assert_close(getattr(layer, name), value, scale=1, dtype=x.dtype, what=name)
 
 
-def y_scale(naive, x):
-    """Give the size of y, or in float64 of what the oracle rounds to get there."""
-    return max(1, naive.scale["y"]) if x.dtype == np.float64 else 1
+def rounding(naive, x):
+    """Say by how much what the oracle rounds in float64 is larger than its result."""
+    return naive.magnified if x.dtype == np.float64 else 1
 
 
 def fill(layer, seed=0):

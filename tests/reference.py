@@ -126,8 +126,8 @@ class Naive:
         self.rstd = np.where(flat, 0.0, 1.0 / np.sqrt(np.where(flat, 1.0, var + eps)))
         self.x_hat = (x - self.mean) * self.rstd
         self.y = self.x_hat * self.weight + offset
-        # Half a unit in the last place of a mean is multiplied as the deviations from it are.
-        self.scale = {"y": np.abs(self.mean * self.rstd * self.weight).max(initial=0)}
+        # By how much the rounding of a mean to float64 is magnified.
+        self.magnified = max(1, np.abs(self.mean * self.rstd).max(initial=0))
 
     def backward(self, dy):
         """Give dx and the gradient of each parameter; `scale` is the size of what was added up."""
@@ -155,7 +155,7 @@ class Naive:
                 away = away + 2 * np.abs(self.mean - self.means[k][stat.ids])
             size += average(np.abs(by_mean)) + average(np.abs(by_var)) * away
         gradients = {"dx": dx}
-        self.scale["dx"] = size.max(initial=0)
+        self.scale = {"dx": size.max(initial=0)}
         if self.has_weight:
             added = np.abs(dy) * (np.abs(self.x) + np.abs(self.mean)) * self.rstd
             self._feature_sum(gradients, "weight", dy * self.x_hat, added)

@@ -23,8 +23,8 @@ from cases import (
     channel,
     normal,
     over_axes,
+    rounding,
     switchable,
-    y_scale,
 )
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
@@ -280,7 +280,7 @@ def test_like_the_definition(call, data, steps):
         if y_goes == "over":
             naive, own = call.case.naive(layer, x, mask), y_layout(np.array(x))
             assert layer(own, mask=mask, out=own) is own
-            assert_close(own, naive.y, scale=y_scale(naive, x), what="y over x")
+            assert_close(own, naive.y, scale=rounding(naive, x), what="y over x")
 
 
 def results(call, layer, x, dy):
