@@ -34,7 +34,8 @@ class BatchNorm(Norm):
     axis : int
         The channel axis; -1 for (N, ..., C).
     skip_nonfinite : bool
-        Whether a batch with non-finite statistics leaves the running ones alone.
+        Whether a batch with non-finite statistics leaves the running ones alone; such batches are
+        counted in ``num_batches_skipped``.
     dtype : dtype
         Of parameters and running statistics, float32 or float64.
 
@@ -42,6 +43,11 @@ class BatchNorm(Norm):
     ------
     TypeError, ValueError
         If an argument does not fit; in training, if x has a single value per channel.
+
+    Notes
+    -----
+    A NaN or Inf in x makes y and dx of its channel NaN in training, and the running statistics of
+    that channel for good, unless ``skip_nonfinite``; in evaluation it stays alone.
 
     References
     ----------
@@ -132,6 +138,11 @@ class InstanceNorm(Norm):
     ------
     TypeError, ValueError
         If an argument does not fit; in training, if an instance is a single value.
+
+    Notes
+    -----
+    A NaN or Inf in x makes y and dx of its channel of its sample NaN. Running statistics of its
+    channel stay NaN, unless ``skip_nonfinite``; in evaluation with them it stays alone.
 
     References
     ----------
@@ -254,6 +265,10 @@ class GroupNorm(Norm):
     TypeError, ValueError
         If an argument does not fit.
 
+    Notes
+    -----
+    A NaN or Inf in x makes y and dx of its group of channels of its sample NaN.
+
     References
     ----------
     Wu and He, "Group Normalization", arXiv:1803.08494.
@@ -320,6 +335,10 @@ class LayerNorm(Norm):
     TypeError, ValueError
         If an argument does not fit.
 
+    Notes
+    -----
+    A NaN or Inf in x makes y and dx of its sample NaN.
+
     References
     ----------
     Ba, Kiros, Hinton, "Layer Normalization", arXiv:1607.06450.
@@ -379,6 +398,10 @@ class RMSNorm(Norm):
     ------
     TypeError, ValueError
         If an argument does not fit.
+
+    Notes
+    -----
+    A NaN or Inf in x makes y and dx of its sample NaN.
 
     References
     ----------

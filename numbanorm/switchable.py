@@ -55,6 +55,13 @@ class SwitchableNorm(Norm):
     TypeError, ValueError
         If an argument does not fit.
 
+    Notes
+    -----
+    A NaN or Inf in x makes y NaN wherever one of the statistics has it in: with "bn" its channel,
+    with "ln" its sample. As all of these take part in a mixture, dx of whatever shares a statistic
+    with them is NaN, and so are the logits' gradients. Running statistics of its channel stay NaN,
+    unless ``skip_nonfinite``.
+
     References
     ----------
     Luo, Ren, Peng, Zhang, Li, "Differentiable Learning-to-Normalize via Switchable

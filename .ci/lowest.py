@@ -1,0 +1,16 @@
+"""Print, as pip's constraints, the lowest versions that pyproject.toml claims."""
+
+import tomllib
+from pathlib import Path
+
+from packaging.requirements import Requirement
+
+project = tomllib.loads(Path(__file__).parents[1].joinpath("pyproject.toml").read_text())["project"]
+extras = project["optional-dependencies"]
+# Not torch: the newest has a build for the CPU on PyPI, older ones come with those of a GPU.
+for line in project["dependencies"] + extras["examples"] + extras["test"]:
+    requirement = Requirement(line)
+    for specifier in requirement.specifier:
+        if specifier.operator == ">=":
+            marker = f"; {requirement.marker}" if requirement.marker else ""
+            print(f"{requirement.name}=={specifier.version}{marker}")
