@@ -11,6 +11,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import sys
@@ -673,6 +674,20 @@ def use_filled_cache():
         job.check()
     misses, hits = compiled()
     assert (misses, hits > 0) == (0, True)
+
+
+# -- bad input -----------------------------------------------------------------------------------
+
+
+def test_bad_input():
+    # The options are those of this run of pytest, not of the child's.
+    printed = run(wrong_calls, PYTEST_ADDOPTS="")
+    (passed,) = re.findall(r"(\d+) passed", printed)
+    assert int(passed) > 80, printed
+
+
+def wrong_calls():
+    assert pytest.main(["-q", "-p", "no:cacheprovider", "test_errors.py"]) == 0
 
 
 # -- Ctrl-C --------------------------------------------------------------------------------------
