@@ -201,9 +201,11 @@ class Plan:
             self.gradient_parts = (min(max(m // 16, min(m, 2), 1), TASKS), d)
             return
         rows = [axis for axis in wide if axis in reduced and axis not in inner]
-        if single and d <= CACHED_GROUP and wide == kept + rows + [a for a in wide if a in inner]:
+        grouped = wide == kept + rows + [axis for axis in wide if axis in inner]
+        n_rows = math.prod(shape[axis] for axis in rows)
+        if single and grouped and n_rows > 0 and d <= CACHED_GROUP:
             self.grid = geometry.kept_sizes(self.instance)
-            self.rows_of_group = max(1, math.prod(shape[axis] for axis in rows))
+            self.rows_of_group = n_rows
             self.tiles = Tiles(1, d, max(1, TASK // max(d, 1)))
             return
         end = len(wide)

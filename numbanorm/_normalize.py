@@ -310,7 +310,7 @@ def _with_sample_variance(saved: Saved, instances: Parts) -> Parts:
 def _feature_parameter(saved: Saved, value: Array | None, default: float) -> Float64:
     """Return a copy of a parameter (or its default), which may change before backward."""
     if value is None:
-        return np.full(math.prod(saved.geometry.param_grid), default)
+        return np.full(math.prod(saved.geometry.param_grid) if saved.plan.affine else 1, default)
     return np.array(value, np.float64, order="C").reshape(-1)
 
 
