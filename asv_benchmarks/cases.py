@@ -2,9 +2,13 @@
 
 Each library has one function that makes a :class:`Runner` for a case. Data and gradients are the
 same in all of them, so that results can be compared before anything is timed.
+
+With NUMBANORM_BENCH_SMALL=1 in the environment, the images and rows keep their names and get
+small: to see that everything runs, not how fast.
 """
 
 import math
+import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -36,6 +40,7 @@ class Case(NamedTuple):
     layout: str = "first"
     dtype: str = "float32"
     masked: bool = False
+    offset: float = 0
 
     @property
     def name(self) -> str:
@@ -43,6 +48,7 @@ class Case(NamedTuple):
         parts = [self.layer, "x".join(map(str, self.shape))]
         parts += [self.layout] if self.layout == "last" or self.per_row_first else []
         parts += ["float64"] if self.dtype == "float64" else []
+        parts += [f"at {self.offset:.0e}"] if self.offset else []
         return " ".join(parts + (["masked"] if self.masked else []))
 
     @property
@@ -65,7 +71,7 @@ class Case(NamedTuple):
         rng = np.random.default_rng(0)
         x, dy = (rng.standard_normal(self.shape, dtype="float32") for _ in range(2))
         weight, bias = rng.standard_normal((2, self.shape[self.axis])) * 0.1 + 1
-        return tuple(array.astype(self.dtype) for array in (x * 2 + 1, dy, weight, bias))
+        return tuple(array.astype(self.dtype) for array in (x * 2 + (1 + self.offset), dy, weight, bias))
 
     def mask(self) -> np.ndarray | None:
         """Return a mask of four fifths of the elements, or None."""
@@ -74,7 +80,8 @@ class Case(NamedTuple):
         return np.random.default_rng(1).random(self.shape, dtype="float32") < 0.8
 
 
-def _last(shape: tuple[int, ...]) -> tuple[int, ...]:
+def channels_last(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the shape of the same image with its channels last."""
     return (shape[0], *shape[2:], shape[1])
 
 
@@ -91,19 +98,22 @@ ROWS = {
     "narrow": (4096, 128),
     "vit": (64, 197, 768),
 }
+if os.environ.get("NUMBANORM_BENCH_SMALL"):
+    IMAGES = {name: (2, s[1], *(4 for _ in s[2:])) for name, s in IMAGES.items()}
+    ROWS = {name: (*(8 for _ in s[1:]), s[-1]) for name, s in ROWS.items()}
+# What is over in microseconds, so that the way to the kernels counts.
+SMALL = (Case("batch", (32, 64)), Case("batch", (8, 16, 8, 8)), Case("layer", (32, 128), "last"))
 CASES = [
     *(
-        Case(layer, shape if layout == "first" else _last(shape), layout)
+        Case(layer, shape if layout == "first" else channels_last(shape), layout)
         for layer in ("batch", "instance", "group", "switchable")
         for shape in IMAGES.values()
         for layout in ("first", "last")
     ),
     Case("batch", (8192, 1024)),
-    Case("batch", (32, 64)),
-    Case("batch", (8, 16, 8, 8)),
+    *SMALL,
     *(Case(layer, shape, "last") for layer in ("layer", "rms") for shape in ROWS.values()),
     *(Case(layer, (32, 96, 56, 56)) for layer in ("layer", "rms")),
-    Case("layer", (32, 128), "last"),
     Case("batch", (64, 3, 224, 224)),
     Case("batch", (64, 224, 224, 3), "last"),
     Case("batch", (32, 64, 56, 56), dtype="float64"),

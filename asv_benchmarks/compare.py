@@ -80,14 +80,7 @@ class Worker:
             self.runners["out"] = self._runner(case, False)
             x = case.data()[0]
             self.copy = copier(x)
-        results = {}
-        for name, runner in self.runners.items():
-            y = sample(runner.train())
-            dx = sample(runner.backward())
-            parameters = [gradient.astype(float).tolist() for gradient in runner.gradients()]
-            evaluated = sample(runner.evaluate())
-            results[name] = {"y": y, "dx": dx, "evaluated": evaluated, "parameters": parameters}
-        return results
+        return {name: results_of(runner) for name, runner in self.runners.items()}
 
     def _runner(self, case: cases.Case, fresh: bool) -> cases.Runner:
         if self.library == "numbanorm":
@@ -131,6 +124,15 @@ def copier(x: np.ndarray) -> Any:
     source, target = x.reshape(-1).copy(), np.ones(x.size, x.dtype)
     copy(source, target)
     return lambda: copy(source, target)
+
+
+def results_of(runner: cases.Runner) -> dict[str, Any]:
+    """Run all phases once, and return a sample of what came out."""
+    y = sample(runner.train())
+    dx = sample(runner.backward())
+    parameters = [gradient.astype(float).tolist() for gradient in runner.gradients()]
+    evaluated = sample(runner.evaluate())
+    return {"y": y, "dx": dx, "evaluated": evaluated, "parameters": parameters}
 
 
 def sample(array: np.ndarray) -> list[float]:
@@ -191,19 +193,29 @@ def check(case: cases.Case, results: dict[str, dict[str, Any] | None]) -> None:
         if theirs is None or (case.masked and name != "numbanorm"):
             continue
         for variant, found in theirs.items():
-            for key in ("y", "dx", "evaluated"):
-                if name == "jax" and key == "evaluated":
-                    continue
-                np.testing.assert_allclose(
-                    found[key], ours["out"][key], rtol=2e-3, atol=2e-3,
-                    err_msg=f"{case.name}: {key} of {name} ({variant})",
-                )  # fmt: skip
-            for mine, other in zip(ours["out"]["parameters"], found["parameters"], strict=True):
-                scale = np.abs(mine).max() + 1
-                np.testing.assert_allclose(
-                    np.divide(other, scale), np.divide(mine, scale), atol=2e-3,
-                    err_msg=f"{case.name}: parameter gradients of {name} ({variant})",
-                )  # fmt: skip
+            # JAX has no running statistics here.
+            keys = ("y", "dx") if name == "jax" else ("y", "dx", "evaluated")
+            assert_same(found, ours["out"], f"{case.name}, {name} ({variant})", keys)
+
+
+def assert_same(
+    found: dict[str, Any],
+    expected: dict[str, Any],
+    where: str,
+    keys: tuple[str, ...] = ("y", "dx", "evaluated"),
+    tolerance: float = 2e-3,
+) -> None:
+    """Raise unless two samples of results are the same, gradients of parameters by their size."""
+    for key in keys:
+        np.testing.assert_allclose(
+            found[key], expected[key], rtol=tolerance, atol=tolerance, err_msg=f"{where}: {key}"
+        )
+    for theirs, ours in zip(found["parameters"], expected["parameters"], strict=True):
+        scale = np.abs(ours).max() + 1
+        np.testing.assert_allclose(
+            np.divide(theirs, scale), np.divide(ours, scale), atol=tolerance,
+            err_msg=f"{where}: gradients of parameters",
+        )  # fmt: skip
 
 
 def measure(case: cases.Case, libraries: list[Library], rounds: int) -> dict[str, Any] | None:
