@@ -71,7 +71,9 @@ class Case(NamedTuple):
         rng = np.random.default_rng(0)
         x, dy = (rng.standard_normal(self.shape, dtype="float32") for _ in range(2))
         weight, bias = rng.standard_normal((2, self.shape[self.axis])) * 0.1 + 1
-        return tuple(array.astype(self.dtype) for array in (x * 2 + (1 + self.offset), dy, weight, bias))
+        return tuple(
+            array.astype(self.dtype) for array in (x * 2 + (1 + self.offset), dy, weight, bias)
+        )
 
     def mask(self) -> np.ndarray | None:
         """Return a mask of four fifths of the elements, or None."""

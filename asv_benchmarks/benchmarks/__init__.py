@@ -1,0 +1,43 @@
+"""What asv measures at every commit; see the README of the repository.
+
+asv imports this package into a process that it then forks for each benchmark, whatever commit is
+installed: nothing here may fail where an old commit lacks something, and no thread may start.
+"""
+
+import contextlib
+import hashlib
+import os
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+
+# Kept between processes: asv runs every benchmark in one of its own.
+SCRATCH = HERE.parents[1] / ".asv" / "scratch"
+
+
+def _digest_of_package() -> str:
+    digest = hashlib.sha256()
+    spec = find_spec("numbanorm")
+    if spec is not None and spec.origin is not None:
+        for source in sorted(Path(spec.origin).parent.glob("*.py")):
+            digest.update(source.name.encode() + source.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+# All wheels have files of the same date, by which Numba's own cache, which early commits use,
+# would take the machine code of one commit for that of another.
+_caches = Path(os.environ.get("NUMBA_CACHE_DIR") or SCRATCH / "kernels")
+if _caches.name != _digest_of_package():
+    os.environ["NUMBA_CACHE_DIR"] = str(_caches / _digest_of_package())
+
+from numba.core.registry import cpu_target  # noqa: E402
+
+# Done once and not in every benchmark. Numba is slow to get ready for its first kernel.
+for _library in ("numbanorm", "torch"):
+    with contextlib.suppress(ImportError):
+        __import__(_library)
+cpu_target.typing_context.refresh()
+cpu_target.target_context.refresh()

@@ -1,0 +1,40 @@
+"""Accuracy where it is hard: data of standard deviation 2 at an offset of a million."""
+
+from typing import Any
+
+import cases
+import numpy as np
+import plain
+
+from . import by, prepared
+
+OFFSET = 1e6
+
+
+class Offset:
+    """The largest error of y, in units in the last place of float32."""
+
+    param_names = ("layer", "library")
+    params = ((*by.LAYERS, "layer", "rms"), prepared.LIBRARIES)
+    unit = "ulp"
+    timeout = 120
+
+    def setup(self, layer: str, library: str) -> None:
+        """Compile, and compare at no offset."""
+        rows = layer in ("layer", "rms")
+        shape = cases.ROWS["narrow"] if rows else cases.IMAGES["small 32x32"]
+        self.case = cases.Case(layer, shape, "last" if rows else "first")
+        prepared.runner(self.case, library)
+
+    def track_largest_error(self, _: str, library: str) -> float:
+        """Return it; around zero, a unit is that of 1."""
+        case = self.case._replace(offset=OFFSET)
+        make: dict[str, Any] = {
+            "numbanorm": cases.numbanorm_runner,
+            "torch": cases.torch_runner,
+            "numpy": plain.runner,
+        }
+        y = make[library](case).train()
+        exact = plain.runner(case, "float64").train()
+        ulp = np.spacing(np.maximum(np.abs(exact), 1).astype("float32"))
+        return float((np.abs(y - exact) / ulp).max())
