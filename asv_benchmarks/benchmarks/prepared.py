@@ -1,4 +1,4 @@
-"""Make a case ready: everything is compiled, and every result has been compared, before a clock runs.
+"""Make a case ready: everything is compiled and every result compared before a clock runs.
 
 asv_runner runs ``setup()`` before every single timed call, so that what is slow here is done once
 in a process, and what does not change from commit to commit is kept on disk.
