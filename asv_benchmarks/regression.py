@@ -1,0 +1,94 @@
+"""Tell whether a commit is slower than another one: asv continuous with a clear answer.
+
+    python asv_benchmarks/regression.py [BASE [HEAD]] [--factor 1.3] [--bench REGEX]
+
+By default the last commit is compared with the one before it. Both are built and measured in
+turns, twice each, so that a machine that drifts drifts for both. The exit status is
+
+0   no benchmark is slower by the factor,
+1   at least one is,
+2   it could not be measured: a commit does not build, a benchmark fails, nothing is to compare.
+"""
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+# All kernels by layout, dtype and what is written to, without other libraries: some minutes.
+BENCH = r"^((forward|backward)\.(Layouts|Dtypes|Memory|Threads)|moments\.Kinds)\."
+
+
+def rows(output: str) -> list[tuple[str, str, str]]:
+    """Return the mark, the ratio and the name of every line of asv's table."""
+    found = []
+    for line in output.splitlines():
+        # A | in the name of a benchmark would be part of it.
+        cells = [cell.strip() for cell in line.strip().strip("|").split("|", 4)]
+        if line.lstrip().startswith("|") and len(cells) == 5 and cells[0] in ("", *"+-!*x"):
+            found.append((cells[0], cells[3], cells[4]))
+    return found
+
+
+def verdict(output: str, status: int, factor: float) -> tuple[int, str]:
+    """Return the exit status and the message for what ``asv continuous`` printed and returned."""
+    table = rows(output)
+    slower = [f"{name} ({ratio} times)" for mark, ratio, name in table if mark == "+"]
+    # n/a: it failed or was left out; x: the benchmark itself has changed.
+    measured = [name for mark, ratio, name in table if ratio != "n/a" and mark not in ("x", "!")]
+    if any(mark == "!" for mark, _, _ in table) or (status and not slower):
+        return 2, f"COULD NOT MEASURE: asv ended with status {status}, see above"
+    if not measured:
+        return 2, "COULD NOT MEASURE: no benchmark has a time for both commits"
+    of = f"of {len(measured)} benchmarks"
+    if slower:
+        lines = "\n  ".join(slower)
+        return 1, f"REGRESSION: {len(slower)} {of} slower by a factor over {factor}\n  {lines}"
+    left_out = len(table) - len(measured)
+    rest = f"; {left_out} could not be compared" if left_out else ""
+    return 0, f"NO REGRESSION: none {of} is slower by a factor over {factor}{rest}"
+
+
+def asv(*arguments: str) -> tuple[str, int]:
+    """Run asv here; return what it prints, which is shown as well, and its exit status."""
+    with subprocess.Popen(
+        [sys.executable, "-m", "asv", *arguments],
+        cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    ) as process:  # fmt: skip
+        lines = []
+        for line in process.stdout or ():
+            print(line, end="", flush=True)
+            lines.append(line)
+    return "".join(lines), process.returncode
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measure, print, and return the exit status."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("base", nargs="?", help="what to compare with; the commit before HEAD")
+    parser.add_argument("head", nargs="?", default="HEAD")
+    parser.add_argument("--factor", type=float, default=1.3, help="what counts as slower")
+    parser.add_argument("--bench", default=BENCH, help="a regular expression of benchmarks")
+    parser.add_argument("--rounds", type=int, default=2, help="turns of each commit")
+    options = parser.parse_args(arguments)
+    if options.factor <= 1:
+        parser.error(f"--factor: more than 1 is needed, got {options.factor}")
+    base = options.base or f"{options.head}~1"
+    # asv would ask for it.
+    if not Path("~/.asv-machine.json").expanduser().exists():
+        asv("machine", "--yes")
+    output, status = asv(
+        "continuous", "--factor", str(options.factor), "--no-only-changed", "--show-stderr",
+        "--interleave-rounds", "--attribute", f"rounds={options.rounds}",
+        "--bench", options.bench, base, options.head,
+    )  # fmt: skip
+    status, message = verdict(output, status, options.factor)
+    print(f"\n{message}")
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

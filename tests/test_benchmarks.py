@@ -1,0 +1,340 @@
+"""compare.py, the benchmarks of asv and their scripts: small, and nothing is timed in earnest."""
+
+import contextlib
+import importlib
+import inspect
+import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from reference import Naive, channel_statistic, statistic
+
+FOLDER = Path(__file__).parents[1] / "asv_benchmarks"
+MODULES = ("accuracy", "backward", "forward", "memory", "moments", "small", "startup")
+
+
+@pytest.fixture(scope="module")
+def load(tmp_path_factory):
+    """Import a script by its name; their cases.py is not the one of the tests."""
+    before = dict(sys.modules)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NUMBANORM_BENCH_SMALL", "1")
+        patch.setattr(sys, "path", [str(FOLDER), *sys.path])
+        # The benchmarks set it for their own children.
+        patch.setenv("NUMBA_CACHE_DIR", os.environ.get("NUMBA_CACHE_DIR", ""))
+        patch.delitem(sys.modules, "cases", raising=False)
+        yield importlib.import_module
+    for name in set(sys.modules) - set(before):
+        if name.split(".")[0] in ("cases", "compare", "plain", "benchmarks"):
+            del sys.modules[name]
+    if "cases" in before:
+        sys.modules["cases"] = before["cases"]
+
+
+@pytest.fixture(scope="module")
+def cases(load):
+    return load("cases")
+
+
+@pytest.fixture(scope="module")
+def compare(load, cases):
+    return load("compare")
+
+
+@pytest.fixture
+def regression(load):
+    return load("regression")
+
+
+@pytest.fixture
+def dashboard(load):
+    return load("dashboard")
+
+
+def tiny(cases, layer, layout="first", dtype="float32"):
+    if layer in ("layer", "rms"):
+        return cases.Case(layer, (3, 5, 24), layout, dtype)
+    return cases.Case(layer, (2, 32, 3, 4) if layout == "first" else (2, 3, 4, 32), layout, dtype)
+
+
+@pytest.mark.parametrize("layout", ["first", "last"])
+@pytest.mark.parametrize("layer", ["batch", "instance", "group", "switchable", "layer", "rms"])
+def test_plain_numpy_is_the_definition(load, cases, layer, layout):
+    case = tiny(cases, layer, layout, "float64")
+    x, dy, weight, bias = case.data()
+    axis, logits = case.axis, {}
+    if layer in ("layer", "rms"):
+        statistics = [statistic(x.shape, (axis,))]
+    else:
+        kinds = {"batch": ["bn"], "instance": ["in"], "group": ["gn"]}
+        kinds = kinds.get(layer, ["in", "ln", "bn"])
+        statistics = [channel_statistic(kind, x.shape, cases.GROUPS, axis) for kind in kinds]
+    if layer == "switchable":
+        logits = {"mean_weight": np.ones(3), "var_weight": np.ones(3)}
+    center = layer != "rms"
+    naive = Naive(
+        x, statistics, weight, bias if center else None, feature_axes=(axis,), center=center,
+        eps=1e-5 if center else np.finfo(x.dtype).eps, **logits,
+    )  # fmt: skip
+    exact = naive.backward(dy)
+    runner = load("plain").runner(case)
+    np.testing.assert_allclose(runner.train(), naive.y, atol=1e-12)
+    np.testing.assert_allclose(runner.backward(), exact["dx"], atol=1e-12)
+    names = ["weight", "bias", "mean_weight", "var_weight"]
+    for name, found in zip([n for n in names if n in exact], runner.gradients(), strict=True):
+        np.testing.assert_allclose(found, exact[name], atol=1e-10)
+
+
+def test_names_of_cases(cases):
+    Case = cases.Case
+    assert Case("batch", (2, 3), "last", "float64").name == "batch 2x3 last float64"
+    assert Case("layer", (2, 3)).name == "layer 2x3 first"
+    assert Case("batch", (2, 3), masked=True, offset=1e6).name == "batch 2x3 at 1e+06 masked"
+    names = [case.name for case in cases.CASES]
+    # With NUMBANORM_BENCH_SMALL several images come out alike; without, every name is one case.
+    code = "import cases; names = [c.name for c in cases.CASES]; assert len({*names}) == len(names)"
+    environment = {k: v for k, v in os.environ.items() if k != "NUMBANORM_BENCH_SMALL"}
+    subprocess.run([sys.executable, "-c", code], cwd=FOLDER, env=environment, check=True)
+    assert all(names)
+
+
+def results(value):
+    return {"y": [value], "dx": [1.0], "evaluated": [2.0], "parameters": [[3.0, 4.0]]}
+
+
+class TestCompare:
+    def test_agreement(self, compare, cases):
+        case = cases.Case("batch", (2, 3))
+        found = {"numbanorm": {"out": results(1.0), "fresh": results(1.0)}}
+        compare.check(case, {**found, "torch": {"fresh": results(1.0001)}, "jax": None})
+
+    def test_disagreement_names_case_library_and_what(self, compare, cases):
+        case = cases.Case("batch", (2, 3))
+        found = {"numbanorm": {"out": results(1.0)}, "torch": {"fresh": results(1.1)}}
+        with pytest.raises(AssertionError, match=r"batch 2x3, torch \(fresh\): y"):
+            compare.check(case, found)
+
+    @pytest.mark.parametrize("key", ["y", "dx", "evaluated"])
+    def test_each_result_is_compared(self, compare, key):
+        with pytest.raises(AssertionError, match=key):
+            compare.assert_same({**results(1.0), key: [9.0]}, results(1.0), "here")
+
+    def test_gradients_of_parameters_are_compared(self, compare):
+        wrong = {**results(1.0), "parameters": [[3.0, 4.1]]}
+        with pytest.raises(AssertionError, match="here: gradients of parameters"):
+            compare.assert_same(wrong, results(1.0), "here")
+        with pytest.raises(ValueError, match="longer"):
+            compare.assert_same({**results(1.0), "parameters": []}, results(1.0), "here")
+
+    def test_masked_cases_have_no_counterpart(self, compare, cases):
+        case = cases.Case("batch", (2, 3), masked=True)
+        compare.check(case, {"numbanorm": {"out": results(1.0)}, "torch": {"fresh": results(9.0)}})
+
+    def test_table_and_summary(self, compare):
+        seconds = {f"numbanorm {p} {v}": 1e-3 for p in compare.PHASES for v in ("out", "fresh")}
+        seconds |= {f"torch {phase} fresh": 4e-3 for phase in compare.PHASES}
+        row = {
+            "case": "batch 2x3",
+            "seconds": {**seconds, "numbanorm copy": 5e-4},
+            "bound": dict.fromkeys(compare.PHASES, 0.75),
+            "ratios": {"torch": {"out": 4.0, "fresh": 3.0, "evaluate": 2.0}},
+        }
+        masked = {**row, "case": "batch 2x3 masked", "ratios": {}}
+        head, first, second = compare.table([row, masked], ["torch"]).splitlines()
+        assert first.split() == ("batch 2x3 0.5 1 1 1 0.75/0.75/0.75 2 8 4.00 3.00 2.00".split())
+        assert second.split()[-4:] == ["-"] * 4
+        assert "torch t+b" in head
+        lines = compare.summary([row, {**row, "case": "other"}, masked], ["torch"]).splitlines()
+        assert lines[0] == "torch, out: geometric mean 4.00, least 4.00 (batch 2x3)"
+        assert len(lines) == 3
+
+    def test_sample_is_from_all_over(self, compare):
+        assert compare.sample(np.arange(3.0)) == [0, 1, 2]
+        assert compare.sample(np.arange(10_000.0))[-1] > 9980
+
+    def test_no_case_fits(self, compare, capsys):
+        with pytest.raises(SystemExit) as exit:
+            compare.main(["--case", "no such case"])
+        assert exit.value.code == 2
+        assert "none of" in capsys.readouterr().err
+
+    def test_one_case(self, tmp_path):
+        """Times are of no interest, agreement is checked on the way."""
+        file = tmp_path / "rows.json"
+        libraries = ["jax", "tuned"]
+        ran = subprocess.run(
+            [sys.executable, FOLDER / "compare.py", "--case", "batch 8x16x8x8", "--rounds", "1",
+             "--without", *libraries, "--json", file],
+            capture_output=True, text=True, timeout=120,
+        )  # fmt: skip
+        assert ran.returncode == 0, ran.stderr
+        assert "load of other processes" in ran.stdout
+        assert "batch 8x16x8x8" in ran.stdout
+        [row] = json.loads(file.read_text())
+        assert row["seconds"]["numbanorm train out"] > 0
+        assert set(row["ratios"]) <= {"torch"}
+
+
+def benchmarks_of(module):
+    """Yield the classes of a module that asv finds, and the names of their benchmarks."""
+    for name, found in vars(module).items():
+        if inspect.isclass(found) and not name.startswith("_"):
+            names = [n for n in dir(found) if n.split("_")[0] in ("time", "peakmem", "track")]
+            if names:
+                yield found, names
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_benchmarks_run_and_leave_out_nothing_of_numbanorm(load, name, tmp_path):
+    """One combination of parameters for each class and each layer; asv runs them all in CI."""
+    module = load(f"benchmarks.{name}")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(load("benchmarks.prepared"), "SCRATCH", tmp_path)
+        for found, names in benchmarks_of(module):
+            first, *rest = getattr(found, "params", [[]])
+            for params in itertools.product(first, *(values[:1] for values in rest)):
+                for benchmark in names:
+                    if benchmark == "track_compile":  # seconds, and CI runs it
+                        continue
+                    instance = found()
+                    instance.setup(*params)
+                    getattr(instance, benchmark)(*params)
+
+
+def test_setup_raises_where_a_result_is_wrong(load, cases, monkeypatch, tmp_path):
+    prepared = load("benchmarks.prepared")
+    monkeypatch.setattr(prepared, "SCRATCH", tmp_path)
+    wrong = cases.numbanorm_runner
+
+    def runner(case, fresh=False):
+        made = wrong(case, fresh)
+        return made._replace(train=lambda: made.train() + np.float32(0.01))
+
+    monkeypatch.setattr(prepared.cases, "numbanorm_runner", runner)
+    with pytest.raises(AssertionError, match="batch 3x4x2, numbanorm: y"):
+        prepared.runner(cases.Case("batch", (3, 4, 2)))
+
+
+def test_what_is_missing_is_left_out(load, monkeypatch):
+    prepared = load("benchmarks.prepared")
+    with pytest.raises(NotImplementedError, match="no_such_library"):
+        prepared.need("no_such_library")
+    with pytest.raises(NotImplementedError, match="has no NoSuchLayer"):
+        prepared.need("numbanorm", "NoSuchLayer")
+    # A commit of old that cannot be imported is left out, the checkout itself is an error.
+    monkeypatch.setitem(sys.modules, "numbanorm", None)
+    monkeypatch.delenv("ASV_COMMIT", raising=False)
+    with pytest.raises(ImportError):
+        prepared.need("numbanorm")
+    monkeypatch.setenv("ASV_COMMIT", "0" * 40)
+    with pytest.raises(NotImplementedError):
+        prepared.need("numbanorm")
+
+
+TABLE = """
+| Change | Before [a] <x> | After [b] <y> | Ratio | Benchmark (Parameter) |
+|--------|----------------|---------------|-------|-----------------------|
+|        | 1.00±0ms       | 1.01±0ms      | 1.01  | moments.time('a', 1)  |
+| {mark} | 1.00±0ms       | 2.00±0ms      | {ratio} | forward.time('b | c') |
+"""
+
+
+class TestRegression:
+    @pytest.mark.parametrize(
+        ("mark", "ratio", "asv_status", "status", "message"),
+        [
+            ("", "1.10", 0, 0, "NO REGRESSION: none of 2 benchmarks"),
+            ("-", "0.50", 0, 0, "NO REGRESSION"),
+            ("", "n/a", 0, 0, "; 1 could not be compared"),
+            ("x", "2.00", 0, 0, "; 1 could not be compared"),
+            ("+", "2.00", 1, 1, "forward.time('b | c') (2.00 times)"),
+            # A benchmark fails in the second commit, or in both: asv ends with 1 and 2.
+            ("!", "n/a", 1, 2, "COULD NOT MEASURE"),
+            ("", "1.10", 2, 2, "COULD NOT MEASURE"),
+        ],
+    )
+    def test_verdict(self, regression, mark, ratio, asv_status, status, message):
+        found, text = regression.verdict(TABLE.format(mark=mark, ratio=ratio), asv_status, 1.3)
+        assert found == status
+        assert message in text
+
+    def test_nothing_measured(self, regression):
+        assert regression.verdict("", 0, 1.3)[0] == 2
+        assert regression.verdict("Unknown commit", 1, 1.3)[0] == 2
+
+    def test_arguments(self, regression, monkeypatch, capsys):
+        asked = []
+
+        def asv(*arguments):
+            asked.append(arguments)
+            return TABLE.format(mark="+", ratio="2.00"), 1
+
+        monkeypatch.setattr(regression, "asv", asv)
+        assert regression.main(["--factor", "1.5", "--bench", "small"]) == 1
+        assert "REGRESSION: 1 of 2" in capsys.readouterr().out
+        assert asked[-1][0] == "continuous"
+        assert asked[-1][-2:] == ("HEAD~1", "HEAD")
+        assert asked[-1][asked[-1].index("--factor") + 1] == "1.5"
+        regression.main(["v1", "v2"])
+        assert asked[-1][-2:] == ("v1", "v2")
+
+    def test_factor_of_one(self, regression, capsys):
+        with pytest.raises(SystemExit):
+            regression.main(["--factor", "1"])
+        assert "more than 1 is needed" in capsys.readouterr().err
+
+
+class TestDashboard:
+    def test_scripts_become_local(self, dashboard):
+        page, names = dashboard.localize(
+            '<script src="https://a.b/c/jquery-3.3.1.min.js" integrity="sha" crossorigin="x" '
+            'onerror="f()"></script><link href="https://d/bootstrap.min.css"><a href="https://e/">'
+            '<script src="asv.js">'
+        )
+        assert names == ["jquery-3.3.1.min.js", "bootstrap.min.css"]
+        assert page == (
+            '<script src="scripts/jquery-3.3.1.min.js" onerror="f()"></script>'
+            '<link href="scripts/bootstrap.min.css"><a href="https://e/"><script src="asv.js">'
+        )
+
+    def test_a_script_that_is_new(self, dashboard):
+        with pytest.raises(ValueError, match=r"https://a\.b/new\.js"):
+            dashboard.localize('<script src="https://a.b/new.js">')
+
+    def test_the_pages_of_this_asv(self, dashboard):
+        asv = pytest.importorskip("asv")
+        page = (Path(asv.__file__).parent / "www" / "index.html").read_text()
+        local, names = dashboard.localize(page)
+        assert {name for name in names} == set(dashboard.SCRIPTS)
+        assert "integrity" not in local
+
+    def test_serves_a_folder(self, dashboard, tmp_path):
+        from urllib.request import urlopen
+
+        (tmp_path / "index.html").write_text("here")
+        with dashboard.served(tmp_path) as address, contextlib.closing(urlopen(address)) as page:
+            assert page.read() == b"here"
+
+    def test_arguments(self, dashboard, monkeypatch, tmp_path):
+        done = []
+        monkeypatch.setattr(dashboard, "HTML", tmp_path / "html")
+        monkeypatch.setattr(dashboard, "publish", lambda: done.append("publish"))
+        monkeypatch.setattr(dashboard, "make_offline", lambda html: done.append("offline"))
+
+        def look(address, benchmark, folder, browser):
+            done.append((benchmark, browser))
+            (folder / "plot.png").write_bytes(b"png")
+
+        monkeypatch.setattr(dashboard, "look", look)
+        (tmp_path / "html").mkdir()
+        assert dashboard.main([]) == 0
+        picture = tmp_path / "picture.png"
+        arguments = ["--offline", "--picture", str(picture), "--browser", "/b"]
+        assert dashboard.main(arguments) == 0
+        assert done == ["publish", "publish", "offline", (dashboard.BENCHMARK, "/b")]
+        assert picture.read_bytes() == b"png"
