@@ -27,7 +27,7 @@ class Offset:
         prepared.runner(self.case, library)
 
     def track_largest_error(self, _: str, library: str) -> float:
-        """Return it; around zero, a unit is that of 1."""
+        """Return it; around zero, a unit is that of 1. Not a number means that y has one."""
         case = self.case._replace(offset=OFFSET)
         make: dict[str, Any] = {
             "numbanorm": cases.numbanorm_runner,
@@ -37,4 +37,4 @@ class Offset:
         y = make[library](case).train()
         exact = plain.runner(case, "float64").train()
         ulp = np.spacing(np.maximum(np.abs(exact), 1).astype("float32"))
-        return float((np.abs(y - exact) / ulp).max())
+        return round(float((np.abs(y - exact) / ulp).max()), 1)

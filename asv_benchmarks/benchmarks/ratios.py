@@ -16,7 +16,7 @@ CASES = {
     "switchable": cases.Case("switchable", cases.IMAGES["resnet 56x56"]),
     "layer": cases.Case("layer", cases.ROWS["bert"], "last"),
 }
-ROUNDS = 1 if os.environ.get("NUMBANORM_BENCH_SMALL") else 5
+ROUNDS = 1 if os.environ.get("NUMBANORM_BENCH_SMALL") else 3
 
 
 class _Measured:
@@ -52,7 +52,7 @@ class Bound(_Measured):
 
     def track_share(self, rows: dict[str, Any], layer: str, phase: str) -> float:
         """Return the median share."""
-        return float(rows[layer]["bound"][phase])
+        return round(float(rows[layer]["bound"][phase]), 3)
 
 
 class PyTorch(_Measured):
@@ -70,4 +70,4 @@ class PyTorch(_Measured):
 
     def track_ratio(self, rows: dict[str, Any], layer: str, into: str) -> float:
         """Return the median of the ratios of pairs."""
-        return float(rows[layer]["ratios"]["torch"][into])
+        return round(float(rows[layer]["ratios"]["torch"][into]), 2)
