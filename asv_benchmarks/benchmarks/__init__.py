@@ -15,7 +15,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
 # Kept between processes: asv runs every benchmark in one of its own.
-SCRATCH = HERE.parents[1] / ".asv" / "scratch"
+SCRATCH = Path(os.environ.get("NUMBA_CACHE_DIR") or HERE.parents[1] / ".asv" / "scratch")
 
 
 def _digest_of_package() -> str:
@@ -27,11 +27,10 @@ def _digest_of_package() -> str:
     return digest.hexdigest()[:16]
 
 
-# All wheels have files of the same date, by which Numba's own cache, which early commits use,
-# would take the machine code of one commit for that of another.
-_caches = Path(os.environ.get("NUMBA_CACHE_DIR") or SCRATCH / "kernels")
-if _caches.name != _digest_of_package():
-    os.environ["NUMBA_CACHE_DIR"] = str(_caches / _digest_of_package())
+if "ASV_COMMIT" in os.environ:
+    # All wheels have files of the same date, by which Numba's own cache, which early commits use,
+    # would take the machine code of one commit for that of another.
+    os.environ["NUMBA_CACHE_DIR"] = str(SCRATCH / "kernels" / _digest_of_package())
 
 from numba.core.registry import cpu_target  # noqa: E402
 
