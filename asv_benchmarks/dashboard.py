@@ -25,7 +25,7 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 HTML = HERE.parent / ".asv" / "html"
-BENCHMARK = "small.Small.time_train_and_backward_100?x-axis-scale=even"
+BENCHMARK = "small.Small.time_train_and_backward_100?x-axis-scale=even&y-axis-scale=log"
 SIZE = {"width": 1280, "height": 760}
 # The address that asv writes ends thus; the package of npm, and the file in it.
 SCRIPTS = {
