@@ -8,12 +8,18 @@ turns, twice each, so that a machine that drifts drifts for both. The exit statu
 0   no benchmark is slower by the factor,
 1   at least one is,
 2   it could not be measured: a commit does not build, a benchmark fails, nothing is to compare.
+
+Measure on an idle machine: the load of other processes is printed before and after.
 """
 
 import argparse
+import os
 import subprocess
 import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+from compare import other_load
 
 HERE = Path(__file__).resolve().parent
 # All kernels by layout, dtype and what is written to, without other libraries: some minutes.
@@ -80,13 +86,17 @@ def main(arguments: list[str] | None = None) -> int:
     # asv would ask for it.
     if not Path("~/.asv-machine.json").expanduser().exists():
         asv("machine", "--yes")
+    loads = [other_load()]
     output, status = asv(
         "continuous", "--factor", str(options.factor), "--no-only-changed", "--show-stderr",
         "--interleave-rounds", "--attribute", f"rounds={options.rounds}",
         "--bench", options.bench, base, options.head,
     )  # fmt: skip
     status, message = verdict(output, status, options.factor)
-    print(f"\n{message}")
+    loads.append(other_load())
+    before, after = (f"{load:.2f}" for load in loads)
+    print(f"\nload of other processes: {before}, then {after} cores of {os.cpu_count()}")
+    print(message)
     return status
 
 

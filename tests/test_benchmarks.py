@@ -275,8 +275,11 @@ class TestRegression:
             return TABLE.format(mark="+", ratio="2.00"), 1
 
         monkeypatch.setattr(regression, "asv", asv)
+        monkeypatch.setattr(regression, "other_load", lambda: 0.25)
         assert regression.main(["--factor", "1.5", "--bench", "small"]) == 1
-        assert "REGRESSION: 1 of 2" in capsys.readouterr().out
+        printed = capsys.readouterr().out
+        assert "REGRESSION: 1 of 2" in printed
+        assert "load of other processes: 0.25, then 0.25 cores" in printed
         assert asked[-1][0] == "continuous"
         assert asked[-1][-2:] == ("HEAD~1", "HEAD")
         assert asked[-1][asked[-1].index("--factor") + 1] == "1.5"
