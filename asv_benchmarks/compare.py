@@ -112,7 +112,7 @@ def copier(x: np.ndarray) -> Any:
     """Return a function that copies x to memory of its size, in parallel."""
     import numba
 
-    @numba.njit(parallel=True, nogil=True)
+    @numba.njit(parallel=True, nogil=True, cache=True)
     def copy(source: Any, target: Any) -> None:
         n = source.shape[0]
         part = 1 << 15

@@ -164,9 +164,10 @@ class TestCompare:
         assert "none of" in capsys.readouterr().err
 
     def test_one_case(self, tmp_path):
-        """Times are of no interest, agreement is checked on the way."""
+        """Times are of no interest; asv's dry run in CI has the other libraries as well."""
         file = tmp_path / "rows.json"
-        libraries = ["jax", "tuned"]
+        # PyTorch's threads wait for one another where the cores are busy.
+        libraries = ["torch", "tuned", "jax"]
         ran = subprocess.run(
             [sys.executable, FOLDER / "compare.py", "--case", "batch 8x16x8x8", "--rounds", "1",
              "--without", *libraries, "--json", file],
@@ -177,7 +178,7 @@ class TestCompare:
         assert "batch 8x16x8x8" in ran.stdout
         [row] = json.loads(file.read_text())
         assert row["seconds"]["numbanorm train out"] > 0
-        assert set(row["ratios"]) <= {"torch"}
+        assert row["ratios"] == {}
 
 
 def benchmarks_of(module):
