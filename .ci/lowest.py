@@ -14,3 +14,5 @@ for line in project["dependencies"] + extras["examples"] + extras["test"]:
         if specifier.operator == ">=":
             marker = f"; {requirement.marker}" if requirement.marker else ""
             print(f"{requirement.name}=={specifier.version}{marker}")
+# It is matplotlib's: what 3.9 calls is deprecated since 3.3, and warnings are errors in the tests.
+print("pyparsing<3.3")

@@ -71,7 +71,8 @@ def test_a_mask_gives_the_truth_whatever_the_padding(masked):
     measured, _ = masked
     assert len(measured) == 3
     for shares, _, with_mask in measured.values():
-        assert len(shares) == len(with_mask) == 3
+        # How many batches there are is scikit-learn's to say, whose texts they are made of.
+        assert len(shares) == len(with_mask) >= 3
         for found, words in with_mask:
             assert found.mean < 1e-14
             assert found.std < 1e-14
