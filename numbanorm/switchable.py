@@ -57,9 +57,9 @@ class SwitchableNorm(Norm):
 
     Notes
     -----
-    A NaN or Inf in x makes y NaN wherever one of the statistics has it in: with "bn" its channel,
-    with "ln" its sample. As all of these take part in a mixture, dx of whatever shares a statistic
-    with them is NaN, and so are the logits' gradients. Running statistics of its channel stay NaN,
+    In training, a NaN or Inf in x makes y NaN wherever it is in one of the statistics: with "bn" in
+    its channel, with "ln" in its sample. dx is NaN for all that shares a statistic with one of
+    those, and so are the gradients of the logits. Running statistics of its channel stay NaN,
     unless ``skip_nonfinite``.
 
     References
