@@ -25,7 +25,11 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 HTML = HERE.parent / ".asv" / "html"
-BENCHMARK = "small.Small.time_train_and_backward_100?x-axis-scale=even&y-axis-scale=log"
+# As in the address of its page: p- is a parameter, which may stand there several times.
+BENCHMARK = (
+    "forward.Images.time_train?x-axis-scale=even&y-axis-scale=log&p-shape='resnet 56x56'"
+    "&p-library='numbanorm'&p-library='torch'"
+)
 SIZE = {"width": 1280, "height": 760}
 # The address that asv writes ends thus; the package of npm, and the file in it.
 SCRIPTS = {
