@@ -6,6 +6,7 @@ import inspect
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -284,8 +285,23 @@ class TestRegression:
         assert asked[-1][0] == "continuous"
         assert asked[-1][-2:] == ("HEAD~1", "HEAD")
         assert asked[-1][asked[-1].index("--factor") + 1] == "1.5"
+        # What seems slower is measured once more.
+        first, second = (call[call.index("--bench") + 1] for call in asked[-2:])
+        assert first == "small"
+        assert re.search(second, "forward.time('b | c')")
+        assert not re.search(second, "moments.time('a', 1)")
         regression.main(["v1", "v2"])
         assert asked[-1][-2:] == ("v1", "v2")
+
+    def test_what_is_slower_only_once_does_not_count(self, regression, monkeypatch):
+        answers = iter(
+            [(TABLE.format(mark="+", ratio="2.00"), 1), (TABLE.format(mark="", ratio="1.1"), 0)]
+        )
+        monkeypatch.setattr(
+            regression, "asv", lambda verb, *_: next(answers) if verb == "continuous" else ("", 0)
+        )
+        monkeypatch.setattr(regression, "other_load", lambda: 0.25)
+        assert regression.main([]) == 0
 
     def test_factor_of_one(self, regression, capsys):
         with pytest.raises(SystemExit):
