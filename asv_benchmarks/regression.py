@@ -8,9 +8,8 @@ once more, in twice as many turns, and counts if it is slower then as well. The 
 
 0   no benchmark is slower by the factor,
 1   at least one is,
-2   it could not be measured: a commit does not build, a benchmark fails, nothing is to compare.
-
-Measure on an idle machine: the load of other processes is printed before and after.
+2   it could not be measured: a commit does not build, a benchmark fails, nothing is to compare; or
+    something seems slower while other processes keep the cores busy.
 """
 
 import argparse
@@ -81,6 +80,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--factor", type=float, default=1.3, help="what counts as slower")
     parser.add_argument("--bench", default=BENCH, help="a regular expression of benchmarks")
     parser.add_argument("--rounds", type=int, default=2, help="turns of each commit")
+    parser.add_argument(
+        "--max-load", type=float, default=0.5, help="cores that others may keep busy"
+    )
     options = parser.parse_args(arguments)
     if options.factor <= 1:
         parser.error(f"--factor: more than 1 is needed, got {options.factor}")
@@ -105,6 +107,8 @@ def main(arguments: list[str] | None = None) -> int:
         exactly = "|".join(map(re.escape, suspects))
         status, message, _ = measure(f"^({exactly})$", 2 * options.rounds)
     loads.append(other_load())
+    if status == 1 and max(loads) > options.max_load:
+        status, message = 2, f"COULD NOT MEASURE, the machine is not idle (--max-load)\n{message}"
     before, after = (f"{load:.2f}" for load in loads)
     print(f"\nload of other processes: {before}, then {after} cores of {os.cpu_count()}")
     print(message)

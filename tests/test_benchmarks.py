@@ -293,6 +293,14 @@ class TestRegression:
         regression.main(["v1", "v2"])
         assert asked[-1][-2:] == ("v1", "v2")
 
+    def test_a_busy_machine_proves_nothing(self, regression, monkeypatch, capsys):
+        answer = TABLE.format(mark="+", ratio="2.00"), 1
+        monkeypatch.setattr(regression, "asv", lambda *_: answer)
+        monkeypatch.setattr(regression, "other_load", lambda: 1.5)
+        assert regression.main([]) == 2
+        assert "COULD NOT MEASURE, the machine is not idle" in capsys.readouterr().out
+        assert regression.main(["--max-load", "2"]) == 1
+
     def test_what_is_slower_only_once_does_not_count(self, regression, monkeypatch):
         answers = iter(
             [(TABLE.format(mark="+", ratio="2.00"), 1), (TABLE.format(mark="", ratio="1.1"), 0)]
