@@ -129,7 +129,9 @@ def groups(grid: Axes, order: Axes, kept_sizes: Iterable[Axes]) -> Groups:
         of_piece.append(np.broadcast_to(numbers, grid).transpose(order).ravel())
         slices.append(slice(first, first + n))
         first += n
-    return Groups(np.stack(of_piece), first, shapes, tuple(slices))
+    table = np.stack(of_piece)
+    table.flags.writeable = False
+    return Groups(table, first, shapes, tuple(slices))
 
 
 class Plan:
@@ -300,6 +302,7 @@ class Plan:
         n = len(groups.of_piece)
         of_piece = groups.of_piece.reshape(n, a, 1, b)
         of_part = np.broadcast_to(of_piece, (n, a, k, b)).reshape(n, a * k * b)
+        of_part.flags.writeable = False
         return groups._replace(of_piece=of_part)
 
     def _groups(self, reductions: Iterable[Axes]) -> Groups:

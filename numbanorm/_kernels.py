@@ -328,7 +328,7 @@ def merge(count, mean, rest, m2, merged_count, merged_mean, merged_rest, merged_
 ELEMENTS = 1024
 # Pieces of a task, and what each of them counts for where few elements go without threads.
 PIECES = 1024
-PIECE = 16
+PIECE = 4
 
 
 @cached_njit(**FLAGS)

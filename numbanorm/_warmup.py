@@ -1,5 +1,7 @@
 """Compile every kernel into the cache: which there are, and several at a time."""
 
+import contextlib
+import functools
 import itertools
 import multiprocessing
 from collections.abc import Iterable, Iterator
@@ -11,7 +13,12 @@ import numba
 import numpy as np
 
 from numbanorm import _kernels, _threads
-from numbanorm.layers import BatchNorm, LayerNorm
+from numbanorm.layers import BatchNorm, GroupNorm, LayerNorm
+from numbanorm.moments import moments
+from numbanorm.norm import Norm
+
+# The kernels without twins.
+ALGEBRA = ("merge", "merge_pieces", "group_gradients", "feature_gradients", "track")
 
 
 class Task(NamedTuple):
@@ -21,10 +28,16 @@ class Task(NamedTuple):
     signatures: list[tuple[Any, ...]]
 
     def compile(self) -> None:
-        """Compile both twins of the kernel, unless they are in the cache."""
+        """Compile the kernel, or both twins of it, unless they are in the cache."""
         for signature in self.signatures:
-            for twin in getattr(_kernels, self.kernel):
-                twin.compile(signature)
+            for kernel in kernels(self.kernel):
+                kernel.compile(signature)
+
+
+def kernels(name: str) -> tuple[Any, ...]:
+    """Return the twins of this name, or the kernel that has none."""
+    found = getattr(_kernels, name)
+    return found if isinstance(found, _kernels.Twins) else (found,)
 
 
 def tasks() -> list[Task]:
@@ -32,15 +45,25 @@ def tasks() -> list[Task]:
     names = {id(kernel): name for name, kernel in vars(_kernels).items()}
     found: dict[tuple[str, type], dict[tuple[Any, ...], None]] = {}
 
-    def note(kernel: Any, size: int, *args: object) -> None:
-        signature = tuple(map(numba.typeof, args))
-        found.setdefault((names[id(kernel)], dtype), {})[signature] = None
+    def note(kernel: Any, size: int, *args: object) -> bool:
+        name, signature = names[id(kernel)], tuple(map(numba.typeof, args))
+        # The algebra is the same for both types of x.
+        if not any(signature in others for (other, _), others in found.items() if other == name):
+            found.setdefault((name, dtype), {})[signature] = None
         for array in args:
             # Nothing is computed, but a layer goes on with the results.
             if isinstance(array, np.ndarray) and array.flags.writeable:
                 array.fill(1)
+        return False
 
-    with mock.patch.object(_threads, "run", note):
+    with contextlib.ExitStack() as stack:
+        # They are called as they are, not by _threads.run.
+        for name in ALGEBRA:
+            kernel = getattr(_kernels, name)
+            stack.enter_context(
+                mock.patch.object(_kernels, name, functools.partial(note, kernel, 0))
+            )
+        stack.enter_context(mock.patch.object(_threads, "run", note))
         for dtype, masked in itertools.product((np.float32, np.float64), (False, True)):
             x = np.ones((2, 2, 2), dtype)
             mask = x > 0 if masked else None
@@ -48,16 +71,19 @@ def tasks() -> list[Task]:
                 BatchNorm(2, dtype=dtype),
                 BatchNorm(2, axis=-1, dtype=dtype),
                 LayerNorm(2, dtype=dtype),
+                GroupNorm(1, 2, dtype=dtype),
+                Norm(1, dtype=dtype),
             ):
                 layer.forward(x, mask=mask)
                 layer.backward(x)
+            moments(x) + moments(x)
     todo = [Task(name, list(signatures)) for (name, _), signatures in found.items()]
     # The longest first, so that all processes end at about the same time.
     return sorted(todo, key=_length, reverse=True)
 
 
 def _length(task: Task) -> int:
-    return len(getattr(_kernels, task.kernel).serial.py_func.__code__.co_code)
+    return sum(len(kernel.py_func.__code__.co_code) for kernel in kernels(task.kernel))
 
 
 def warmup() -> int:
