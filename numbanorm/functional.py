@@ -50,7 +50,20 @@ __all__ = [
 
 
 class Gradients(NamedTuple):
-    """Gradients of the loss; None where there is no such parameter."""
+    """Gradients of the loss; None where there is no such parameter.
+
+    ``dx`` has the shape and dtype of x; ``dweight`` and ``dbias`` have the parameters' shape, in
+    float64.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import numbanorm.functional as F
+    >>> x = np.array([[1.0, 3.0]])
+    >>> y, saved = F.layer_norm_forward(x, 2, weight=np.ones(2), eps=0.0)
+    >>> F.layer_norm_backward(x, saved)
+    Gradients(dx=array([[0., 0.]]), dweight=array([-1.,  3.]), dbias=None)
+    """
 
     dx: Array
     dweight: Float64 | None
@@ -58,7 +71,20 @@ class Gradients(NamedTuple):
 
 
 class SwitchableGradients(NamedTuple):
-    """Gradients of the loss; None where there is no such parameter."""
+    """Gradients of the loss; None where there is no such parameter.
+
+    As in :class:`Gradients`; ``dmean_weight`` and ``dvar_weight`` have one value for each
+    statistic.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import numbanorm.functional as F
+    >>> x = np.array([[[1.0, 3.0]], [[3.0, 5.0]]])
+    >>> y, saved = F.switchable_norm_forward(x, [0.0, 0.0], [0.0, 0.0], over=("in", "bn"))
+    >>> F.switchable_norm_backward(x, saved)._fields
+    ('dx', 'dweight', 'dbias', 'dmean_weight', 'dvar_weight')
+    """
 
     dx: Array
     dweight: Float64 | None
@@ -175,6 +201,12 @@ def _with_running(
 def norm_backward(dy: ArrayLike, saved: Saved, *, out: Array | None = None) -> Gradients:
     """Return the gradients of a forward with respect to x, weight and bias.
 
+    All methods but SwitchableNorm share this function. With x_hat = (x - mean) / sqrt(var + eps)
+    and g = dy * weight, where means are those of the statistics' groups,
+    dx = (g - mean(g) - x_hat * mean(g * x_hat)) / sqrt(var + eps) (RMSNorm has no mean(g)),
+    dweight = sum(dy * x_hat), dbias = sum(dy). In evaluation the statistics are constants:
+    dx = g / sqrt(var + eps).
+
     Parameters
     ----------
     dy : array of the shape of x
@@ -195,6 +227,14 @@ def norm_backward(dy: ArrayLike, saved: Saved, *, out: Array | None = None) -> G
         If dy or out does not fit.
     RuntimeError
         If the forward wrote y over x.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import numbanorm.functional as F
+    >>> y, saved = F.layer_norm_forward(np.array([[1.0, 3.0]]), 2, np.ones(2), np.zeros(2), eps=0.0)
+    >>> F.layer_norm_backward(np.array([[1.0, 2.0]]), saved).dweight
+    array([-1.,  2.])
     """
     return Gradients(*backward(dy, saved, out)[:3])
 
@@ -213,7 +253,35 @@ def batch_norm_forward(
     mask: ArrayLike | None = None,
     out: Array | None = None,
 ) -> tuple[Array, Saved]:
-    """Return y of :func:`batch_norm` and what :func:`batch_norm_backward` needs."""
+    """Return y of :func:`batch_norm` and what :func:`batch_norm_backward` needs.
+
+    Parameters
+    ----------
+    x, running_mean, running_var, weight, bias, training, momentum, eps, axis, mask, out
+        As in :func:`batch_norm`. x must stay as it is until the backward.
+
+    Returns
+    -------
+    y : array
+        Of the shape and dtype of x.
+    saved : Saved
+        What backward needs; it holds x, not a copy of it.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As in :func:`batch_norm`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import numbanorm.functional as F
+    >>> x = np.array([[1.0, 5.0], [3.0, 5.0]])
+    >>> y, saved = F.batch_norm_forward(x, None, None, training=True, eps=0.0)
+    >>> F.batch_norm_backward(np.ones_like(x), saved).dx
+    array([[0., 0.],
+           [0., 0.]])
+    """
     array = float_array(x, "x")
     geometry = channel_geometry(array, channel_axis(array, axis), ("bn",))
     running = _running(running_mean, running_var, geometry.running_shape, training)
@@ -300,7 +368,34 @@ def instance_norm_forward(
     mask: ArrayLike | None = None,
     out: Array | None = None,
 ) -> tuple[Array, Saved]:
-    """Return y of :func:`instance_norm` and what :func:`instance_norm_backward` needs."""
+    """Return y of :func:`instance_norm` and what :func:`instance_norm_backward` needs.
+
+    Parameters
+    ----------
+    x, running_mean, running_var, weight, bias, use_input_stats, momentum, eps, axis, mask, out
+        As in :func:`instance_norm`. x must stay as it is until the backward.
+
+    Returns
+    -------
+    y : array
+        Of the shape and dtype of x.
+    saved : Saved
+        What backward needs; it holds x, not a copy of it.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As in :func:`instance_norm`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import numbanorm.functional as F
+    >>> y, saved = F.instance_norm_forward(np.array([[[1.0, 3.0], [10.0, 30.0]]]), eps=0.0)
+    >>> F.instance_norm_backward(np.ones_like(y), saved).dx
+    array([[[0., 0.],
+            [0., 0.]]])
+    """
     array = float_array(x, "x")
     geometry = channel_geometry(array, channel_axis(array, axis), ("in",))
     running = _running(running_mean, running_var, geometry.running_shape, use_input_stats)
@@ -328,6 +423,9 @@ def instance_norm(
     out: Array | None = None,
 ) -> Array:
     """Normalise each channel of each sample: the statistics span neither samples nor channels.
+
+    y = (x - mean) / sqrt(var + eps) * weight + bias, with mean and biased variance over all axes
+    but N and C.
 
     Parameters
     ----------
@@ -376,7 +474,33 @@ def group_norm_forward(
     mask: ArrayLike | None = None,
     out: Array | None = None,
 ) -> tuple[Array, Saved]:
-    """Return y of :func:`group_norm` and what :func:`group_norm_backward` needs."""
+    """Return y of :func:`group_norm` and what :func:`group_norm_backward` needs.
+
+    Parameters
+    ----------
+    x, num_groups, weight, bias, eps, axis, mask, out
+        As in :func:`group_norm`. x must stay as it is until the backward.
+
+    Returns
+    -------
+    y : array
+        Of the shape and dtype of x.
+    saved : Saved
+        What backward needs; it holds x, not a copy of it.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As in :func:`group_norm`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import numbanorm.functional as F
+    >>> y, saved = F.group_norm_forward(np.array([[1.0, 3.0, 10.0, 30.0]]), 2, eps=0.0)
+    >>> F.group_norm_backward(np.ones_like(y), saved).dx
+    array([[0., 0., 0., 0.]])
+    """
     array = float_array(x, "x")
     groups = check_count(num_groups, "num_groups")
     geometry = channel_geometry(array, channel_axis(array, axis), ("gn",), groups)
@@ -395,6 +519,9 @@ def group_norm(
     out: Array | None = None,
 ) -> Array:
     """Normalise each sample over groups of neighbouring channels.
+
+    y = (x - mean) / sqrt(var + eps) * weight + bias, with mean and biased variance over the C / G
+    channels of a group and all axes but N.
 
     Parameters
     ----------
@@ -436,7 +563,33 @@ def layer_norm_forward(
     mask: ArrayLike | None = None,
     out: Array | None = None,
 ) -> tuple[Array, Saved]:
-    """Return y of :func:`layer_norm` and what :func:`layer_norm_backward` needs."""
+    """Return y of :func:`layer_norm` and what :func:`layer_norm_backward` needs.
+
+    Parameters
+    ----------
+    x, normalized_shape, weight, bias, eps, mask, out
+        As in :func:`layer_norm`. x must stay as it is until the backward.
+
+    Returns
+    -------
+    y : array
+        Of the shape and dtype of x.
+    saved : Saved
+        What backward needs; it holds x, not a copy of it.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As in :func:`layer_norm`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import numbanorm.functional as F
+    >>> y, saved = F.layer_norm_forward(np.array([[1.0, 3.0]]), 2, eps=0.0)
+    >>> F.layer_norm_backward(np.ones_like(y), saved).dx
+    array([[0., 0.]])
+    """
     array = float_array(x, "x")
     geometry = trailing_geometry(array, check_shape(normalized_shape, "normalized_shape"))
     return _with_running(array, geometry, None, True, 0.0, weight, bias, eps, mask, out)
@@ -453,6 +606,9 @@ def layer_norm(
     out: Array | None = None,
 ) -> Array:
     """Normalise each sample over its trailing axes, with a weight for each element of them.
+
+    y = (x - mean) / sqrt(var + eps) * weight + bias, with mean and biased variance over the axes
+    of ``normalized_shape``.
 
     Parameters
     ----------
@@ -494,7 +650,33 @@ def rms_norm_forward(
     mask: ArrayLike | None = None,
     out: Array | None = None,
 ) -> tuple[Array, Saved]:
-    """Return y of :func:`rms_norm` and what :func:`rms_norm_backward` needs."""
+    """Return y of :func:`rms_norm` and what :func:`rms_norm_backward` needs.
+
+    Parameters
+    ----------
+    x, normalized_shape, weight, eps, mask, out
+        As in :func:`rms_norm`. x must stay as it is until the backward.
+
+    Returns
+    -------
+    y : array
+        Of the shape and dtype of x.
+    saved : Saved
+        What backward needs; it holds x, not a copy of it.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As in :func:`rms_norm`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import numbanorm.functional as F
+    >>> y, saved = F.rms_norm_forward(np.array([[3.0, 3.0]]), 2, eps=0.0)
+    >>> F.rms_norm_backward(y, saved).dx
+    array([[0., 0.]])
+    """
     array = float_array(x, "x")
     geometry = trailing_geometry(array, check_shape(normalized_shape, "normalized_shape"))
     return normalize(
@@ -582,7 +764,36 @@ def switchable_norm_forward(
     mask: ArrayLike | None = None,
     out: Array | None = None,
 ) -> tuple[Array, Saved]:
-    """Return y of :func:`switchable_norm` and what :func:`switchable_norm_backward` needs."""
+    """Return y of :func:`switchable_norm` and what :func:`switchable_norm_backward` needs.
+
+    Parameters
+    ----------
+    x, mean_weight, var_weight, weight, bias, running_mean, running_var
+        As in :func:`switchable_norm`. x must stay as it is until the backward.
+    training, momentum, eps, over, num_groups, axis, mask, out
+        As in :func:`switchable_norm`.
+
+    Returns
+    -------
+    y : array
+        Of the shape and dtype of x.
+    saved : Saved
+        What backward needs; it holds x, not a copy of it.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As in :func:`switchable_norm`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import numbanorm.functional as F
+    >>> x = np.array([[[1.0, 3.0]], [[3.0, 5.0]]])
+    >>> y, saved = F.switchable_norm_forward(x, [0.0, 0.0], [0.0, 0.0], over=("in", "bn"))
+    >>> F.switchable_norm_backward(np.ones_like(x), saved).dmean_weight
+    array([0., 0.])
+    """
     array = float_array(x, "x")
     names = check_over(over, num_groups)
     geometry = channel_geometry(array, channel_axis(array, axis), names, num_groups)
@@ -681,6 +892,15 @@ def switchable_norm_backward(
     ------
     TypeError, ValueError, RuntimeError
         As in :func:`batch_norm_backward`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import numbanorm.functional as F
+    >>> x = np.array([[[1.0, 3.0]], [[3.0, 5.0]]])
+    >>> y, saved = F.switchable_norm_forward(x, [0.0, 0.0], [0.0, 0.0], over=("in", "bn"))
+    >>> F.switchable_norm_backward(np.ones_like(x), saved).dmean_weight.round(4)
+    array([0., 0.])
     """
     return SwitchableGradients(*backward(dy, saved, out))
 

@@ -98,25 +98,58 @@ class BatchNorm(Norm):
 
 
 class BatchNorm1d(BatchNorm):
-    """:class:`BatchNorm` for x of shape (N, C) or (N, C, L)."""
+    """:class:`BatchNorm` for x of shape (N, C) or (N, C, L).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import numbanorm
+    >>> x = np.array([[1.0, 10.0], [3.0, 30.0]])
+    >>> numbanorm.BatchNorm1d(2, eps=0.0)(x)
+    array([[-1., -1.],
+           [ 1.,  1.]])
+    """
 
     ranks = (2, 3)
 
 
 class BatchNorm2d(BatchNorm):
-    """:class:`BatchNorm` for x of shape (N, C, H, W)."""
+    """:class:`BatchNorm` for x of shape (N, C, H, W).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import numbanorm
+    >>> x = np.random.default_rng(0).random((8, 3, 4, 4), np.float32)
+    >>> y = numbanorm.BatchNorm2d(3)(x)
+    >>> y.shape, bool(np.allclose(y.mean(axis=(0, 2, 3)), 0, atol=1e-6))
+    ((8, 3, 4, 4), True)
+    """
 
     ranks = (4,)
 
 
 class BatchNorm3d(BatchNorm):
-    """:class:`BatchNorm` for x of shape (N, C, D, H, W)."""
+    """:class:`BatchNorm` for x of shape (N, C, D, H, W).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import numbanorm
+    >>> x = np.random.default_rng(0).random((8, 3, 2, 4, 4), np.float32)
+    >>> y = numbanorm.BatchNorm3d(3)(x)
+    >>> y.shape, bool(np.allclose(y.mean(axis=(0, 2, 3, 4)), 0, atol=1e-6))
+    ((8, 3, 2, 4, 4), True)
+    """
 
     ranks = (5,)
 
 
 class InstanceNorm(Norm):
     """Normalise each channel of each sample, for x of any rank.
+
+    y = (x - mean) / sqrt(var + eps) * weight + bias, with the mean and the biased variance over
+    all axes but N and C.
 
     Parameters
     ----------
@@ -224,19 +257,48 @@ class _SampleOrBatch(InstanceNorm):
 
 
 class InstanceNorm1d(_SampleOrBatch):
-    """:class:`InstanceNorm` for x of shape (N, C, L) or (C, L)."""
+    """:class:`InstanceNorm` for x of shape (N, C, L) or (C, L).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import numbanorm
+    >>> numbanorm.InstanceNorm1d(2, eps=0.0)(np.array([[1.0, 3.0], [10.0, 30.0]]))
+    array([[-1.,  1.],
+           [-1.,  1.]])
+    """
 
     ranks = (3,)
 
 
 class InstanceNorm2d(_SampleOrBatch):
-    """:class:`InstanceNorm` for x of shape (N, C, H, W) or (C, H, W)."""
+    """:class:`InstanceNorm` for x of shape (N, C, H, W) or (C, H, W).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import numbanorm
+    >>> x = np.random.default_rng(0).random((8, 3, 4, 4), np.float32)
+    >>> y = numbanorm.InstanceNorm2d(3)(x)
+    >>> y.shape, bool(np.allclose(y.mean(axis=(2, 3)), 0, atol=1e-6))
+    ((8, 3, 4, 4), True)
+    """
 
     ranks = (4,)
 
 
 class InstanceNorm3d(_SampleOrBatch):
-    """:class:`InstanceNorm` for x of shape (N, C, D, H, W) or (C, D, H, W)."""
+    """:class:`InstanceNorm` for x of shape (N, C, D, H, W) or (C, D, H, W).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import numbanorm
+    >>> x = np.random.default_rng(0).random((8, 3, 2, 4, 4), np.float32)
+    >>> y = numbanorm.InstanceNorm3d(3)(x)
+    >>> y.shape, bool(np.allclose(y.mean(axis=(2, 3, 4)), 0, atol=1e-6))
+    ((8, 3, 2, 4, 4), True)
+    """
 
     ranks = (5,)
 
@@ -246,6 +308,9 @@ class GroupNorm(Norm):
 
     With one group it is LayerNorm over (C, ...) without its weight per element, with C groups
     it is InstanceNorm.
+
+    y = (x - mean) / sqrt(var + eps) * weight + bias, with the mean and the biased variance over the
+    C / G channels of a group and all axes but N.
 
     Parameters
     ----------
@@ -315,7 +380,8 @@ class GroupNorm(Norm):
 class LayerNorm(Norm):
     """Normalise each sample over its trailing axes, with a weight for each element of them.
 
-    Training and evaluation are the same.
+    y = (x - mean) / sqrt(var + eps) * weight + bias, with the mean and the biased variance over the
+    axes of ``normalized_shape``. Training and evaluation are the same.
 
     Parameters
     ----------

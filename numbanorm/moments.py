@@ -85,6 +85,11 @@ class Moments:
     def std(self, ddof: int = 0) -> NDArray[np.float64]:
         """Return the standard deviation, the root of :meth:`var`.
 
+        Parameters
+        ----------
+        ddof : int
+            As in :meth:`var`.
+
         Examples
         --------
         >>> import numbanorm

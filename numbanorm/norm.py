@@ -384,19 +384,37 @@ class Norm:
         return self.track_stats
 
     def begin_pooling(self, pool: Pool) -> tuple[bool, Saved | None]:
-        """Go to training mode and collect statistics; return what :meth:`end_pooling` needs."""
+        """Go to training mode and collect statistics; return what :meth:`end_pooling` needs.
+
+        Parameters
+        ----------
+        pool : Pool
+            Where :func:`numbanorm.recalibrate` collects them.
+        """
         state = self.training, self._saved
         self._pool = pool
         self.training = True
         return state
 
     def end_pooling(self, state: tuple[bool, Saved | None]) -> None:
-        """Go back to the mode and the pending backward of before."""
+        """Go back to the mode and the pending backward of before.
+
+        Parameters
+        ----------
+        state : tuple
+            What :meth:`begin_pooling` returned.
+        """
         self._pool = None
         self.training, self._saved = state
 
     def adopt_pool(self, pool: Pool) -> None:
-        """Take the pooled statistics as running statistics."""
+        """Take the pooled statistics as running statistics.
+
+        Parameters
+        ----------
+        pool : Pool
+            That of :meth:`begin_pooling`.
+        """
         statistics = pool.statistics()
         mean, var = self._running_or_new(statistics.mean.shape)
         self._buffers = {"running_mean": mean, "running_var": var, **self._buffers}
@@ -463,6 +481,11 @@ class Norm:
 
     def train(self, mode: bool = True) -> Self:
         """Use the batch's statistics and track them (or not, with False); return the layer.
+
+        Parameters
+        ----------
+        mode : bool
+            False is evaluation, as :meth:`eval`.
 
         Examples
         --------
