@@ -1,0 +1,84 @@
+"""Every public name says what it does, what it takes, and shows it."""
+
+import importlib
+import inspect
+import re
+
+import pytest
+
+import numbanorm
+
+# What recalibrate asks of a layer: their argument is the library's own.
+PROTOCOL = {"begin_pooling", "end_pooling", "adopt_pool"}
+
+
+def public(module):
+    """Yield name and object of the public functions and classes, and the methods of classes."""
+    for name in module.__all__:
+        found = getattr(module, name)
+        if inspect.ismodule(found):
+            continue
+        yield name, found
+        for method, value in vars(found).items() if inspect.isclass(found) else ():
+            function = getattr(value, "__func__", value)
+            if not method.startswith("_") and inspect.isfunction(function):
+                yield f"{name}.{method}", function
+
+
+def names(module):
+    return pytest.mark.parametrize(
+        ("name", "found"), [pytest.param(n, o, id=n) for n, o in public(module)]
+    )
+
+
+def check(name, found, example=True):
+    # Inspect would give a class without a docstring that of its parent.
+    doc = vars(found).get("__doc__") if inspect.isclass(found) else found.__doc__
+    assert doc, "no docstring"
+    assert doc.split("\n\n")[0].strip().endswith("."), "no sentence comes first"
+    if example and name.rpartition(".")[2] not in PROTOCOL:
+        assert ">>> " in doc, "no example"
+    function = vars(found).get("__init__") if inspect.isclass(found) else found
+    # BatchNorm2d and the like have the parameters of the class that they name.
+    if function is None or doc.startswith(":class:"):
+        return
+    arguments = set(inspect.signature(function).parameters) - {"self", "cls"}
+    described = doc.partition("Parameters\n")[2].partition("\n\n")[0]
+    assert arguments <= set(re.findall(r"\w+", described)), "parameters are missing"
+
+
+@names(numbanorm)
+def test_public(name, found):
+    check(name, found)
+
+
+@names(numbanorm.functional)
+def test_functional(name, found):
+    check(name, found)
+
+
+def test_methods_of_norm_are_looked_at():
+    looked_at = {name for name, _ in public(numbanorm)}
+    methods = (
+        "forward backward parameters gradients zero_grad train eval state_dict load_state_dict"
+    )
+    assert {f"Norm.{name}" for name in methods.split()} <= looked_at
+
+
+def test_torch():
+    pytest.importorskip("torch")
+    for name, found in public(importlib.import_module("numbanorm.torch")):
+        if "." not in name:
+            check(name, found, example=False)
+
+
+def test_the_module_names_all_that_is_public():
+    for name in numbanorm.__all__:
+        assert f"``{name}``" in numbanorm.__doc__ or f"``numbanorm.{name}``" in numbanorm.__doc__
+
+
+@pytest.mark.parametrize("layer", ["BatchNorm", "InstanceNorm", "GroupNorm", "LayerNorm"])
+def test_layers_have_formula_paper_and_errors(layer):
+    doc = getattr(numbanorm, layer).__doc__
+    for needed in "y = (x - mean) / sqrt(var + eps)", "Raises", "arXiv:":
+        assert needed in doc.replace("\n", "")
