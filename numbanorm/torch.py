@@ -674,11 +674,29 @@ class BatchNorm1d(_BatchNorm, nn.BatchNorm1d):
 
 
 class BatchNorm2d(_BatchNorm, nn.BatchNorm2d):
-    """:class:`torch.nn.BatchNorm2d`, computed by numbanorm."""
+    """:class:`torch.nn.BatchNorm2d`, computed by numbanorm.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import numbanorm.torch
+    >>> layer = numbanorm.torch.BatchNorm2d(3)
+    >>> layer(torch.rand(8, 3, 4, 4)).shape, isinstance(layer, torch.nn.BatchNorm2d)
+    (torch.Size([8, 3, 4, 4]), True)
+    """
 
 
 class BatchNorm3d(_BatchNorm, nn.BatchNorm3d):
-    """:class:`torch.nn.BatchNorm3d`, computed by numbanorm."""
+    """:class:`torch.nn.BatchNorm3d`, computed by numbanorm.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import numbanorm.torch
+    >>> layer = numbanorm.torch.BatchNorm3d(3)
+    >>> layer(torch.rand(8, 3, 2, 4, 4)).shape, isinstance(layer, torch.nn.BatchNorm3d)
+    (torch.Size([8, 3, 2, 4, 4]), True)
+    """
 
 
 class SyncBatchNorm(_BatchNorm, nn.SyncBatchNorm):
@@ -689,6 +707,14 @@ class SyncBatchNorm(_BatchNorm, nn.SyncBatchNorm):
     own samples. In evaluation, and in a single process, it is a BatchNorm.
     :meth:`torch.nn.SyncBatchNorm.convert_sync_batchnorm` followed by :func:`convert` puts it
     into a model.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import numbanorm.torch
+    >>> layer = numbanorm.torch.SyncBatchNorm(3)
+    >>> layer(torch.rand(8, 3, 4, 4)).shape  # in a single process
+    torch.Size([8, 3, 4, 4])
     """
 
     def _group_name(self) -> str:
@@ -727,19 +753,54 @@ class _InstanceNorm(_Tracking, _TorchInstanceNorm):
 
 
 class InstanceNorm1d(_InstanceNorm, nn.InstanceNorm1d):
-    """:class:`torch.nn.InstanceNorm1d`, computed by numbanorm."""
+    """:class:`torch.nn.InstanceNorm1d`, computed by numbanorm.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import numbanorm.torch
+    >>> numbanorm.torch.InstanceNorm1d(1, eps=0.0)(torch.tensor([[[1.0, 3.0]]]))
+    tensor([[[-1.,  1.]]])
+    """
 
 
 class InstanceNorm2d(_InstanceNorm, nn.InstanceNorm2d):
-    """:class:`torch.nn.InstanceNorm2d`, computed by numbanorm."""
+    """:class:`torch.nn.InstanceNorm2d`, computed by numbanorm.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import numbanorm.torch
+    >>> layer = numbanorm.torch.InstanceNorm2d(3)
+    >>> layer(torch.rand(8, 3, 4, 4)).shape, isinstance(layer, torch.nn.InstanceNorm2d)
+    (torch.Size([8, 3, 4, 4]), True)
+    """
 
 
 class InstanceNorm3d(_InstanceNorm, nn.InstanceNorm3d):
-    """:class:`torch.nn.InstanceNorm3d`, computed by numbanorm."""
+    """:class:`torch.nn.InstanceNorm3d`, computed by numbanorm.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import numbanorm.torch
+    >>> layer = numbanorm.torch.InstanceNorm3d(3)
+    >>> layer(torch.rand(8, 3, 2, 4, 4)).shape, isinstance(layer, torch.nn.InstanceNorm3d)
+    (torch.Size([8, 3, 2, 4, 4]), True)
+    """
 
 
 class GroupNorm(nn.GroupNorm):
-    """:class:`torch.nn.GroupNorm`, computed by numbanorm."""
+    """:class:`torch.nn.GroupNorm`, computed by numbanorm.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import numbanorm.torch
+    >>> x = torch.tensor([[1.0, 3.0, 10.0, 30.0]])
+    >>> numbanorm.torch.GroupNorm(2, 4, eps=0.0, affine=False)(x)
+    tensor([[-1.,  1., -1.,  1.]])
+    """
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalise each sample over groups of channels."""
@@ -756,7 +817,17 @@ class GroupNorm(nn.GroupNorm):
 
 
 class LayerNorm(nn.LayerNorm):
-    """:class:`torch.nn.LayerNorm`, computed by numbanorm."""
+    """:class:`torch.nn.LayerNorm`, computed by numbanorm.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import numbanorm.torch
+    >>> x = torch.tensor([[1.0, 3.0], [10.0, 30.0]])
+    >>> numbanorm.torch.LayerNorm(2, eps=0.0, elementwise_affine=False)(x)
+    tensor([[-1.,  1.],
+            [-1.,  1.]])
+    """
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalise over the trailing axes."""
@@ -773,7 +844,16 @@ class LayerNorm(nn.LayerNorm):
 
 
 class RMSNorm(nn.RMSNorm):
-    """:class:`torch.nn.RMSNorm`, computed by numbanorm."""
+    """:class:`torch.nn.RMSNorm`, computed by numbanorm.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import numbanorm.torch
+    >>> x = torch.tensor([[3.0, 3.0, -3.0]])
+    >>> numbanorm.torch.RMSNorm(3, eps=0.0, elementwise_affine=False)(x)
+    tensor([[ 1.,  1., -1.]])
+    """
 
     def forward(self, input: Tensor) -> Tensor:
         """Divide by the root mean square over the trailing axes."""
@@ -942,6 +1022,14 @@ class SwitchableNorm1d(_SwitchableNorm):
     """:class:`numbanorm.SwitchableNorm1d` as a Module, by default over LN and BN.
 
     It differs from it in having PyTorch's ``device`` and ``dtype``, and no ``skip_nonfinite``.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import numbanorm.torch
+    >>> layer = numbanorm.torch.SwitchableNorm1d(4)
+    >>> layer(torch.rand(8, 4)).shape, layer.over
+    (torch.Size([8, 4]), ('ln', 'bn'))
     """
 
     _ranks = (2, 3)
@@ -976,6 +1064,14 @@ class SwitchableNorm3d(_SwitchableNorm):
     """:class:`numbanorm.SwitchableNorm3d` as a Module.
 
     It differs from it in having PyTorch's ``device`` and ``dtype``, and no ``skip_nonfinite``.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import numbanorm.torch
+    >>> layer = numbanorm.torch.SwitchableNorm3d(4)
+    >>> layer(torch.rand(2, 4, 2, 3, 3)).shape
+    torch.Size([2, 4, 2, 3, 3])
     """
 
     _ranks = (5,)

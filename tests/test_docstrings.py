@@ -31,12 +31,12 @@ def names(module):
     )
 
 
-def check(name, found, example=True):
+def check(name, found):
     # Inspect would give a class without a docstring that of its parent.
     doc = vars(found).get("__doc__") if inspect.isclass(found) else found.__doc__
     assert doc, "no docstring"
     assert doc.split("\n\n")[0].strip().endswith("."), "no sentence comes first"
-    if example and name.rpartition(".")[2] not in PROTOCOL:
+    if name.rpartition(".")[2] not in PROTOCOL:
         assert ">>> " in doc, "no example"
     function = vars(found).get("__init__") if inspect.isclass(found) else found
     # BatchNorm2d and the like have the parameters of the class that they name.
@@ -69,7 +69,7 @@ def test_torch():
     pytest.importorskip("torch")
     for name, found in public(importlib.import_module("numbanorm.torch")):
         if "." not in name:
-            check(name, found, example=False)
+            check(name, found)
 
 
 def test_the_module_names_all_that_is_public():
