@@ -190,7 +190,7 @@ def numbanorm_runner(case: Case, fresh: bool = False) -> Runner:
 def torch_switchable(torch: Any, channels: int, dims: int) -> Any:
     """Return SwitchableNorm written plainly in PyTorch, as people write it."""
 
-    class SwitchableNorm(torch.nn.Module):  # type: ignore[misc,name-defined]
+    class SwitchableNorm(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
             shape = (1, channels, *(1,) * dims)
@@ -253,9 +253,11 @@ def torch_runner(case: Case) -> Runner:
         if getattr(layer, "bias", None) is not None:
             layer.bias.view(-1).copy_(bias)
     x.requires_grad_(True)
-    call = layer
-    if case.per_row_first:
-        call = lambda x: layer(x.movedim(1, -1)).movedim(-1, 1)  # noqa: E731
+
+    def call(x: Any) -> Any:
+        # PyTorch normalises over last axes only.
+        return layer(x.movedim(1, -1)).movedim(-1, 1) if case.per_row_first else layer(x)
+
     kept: dict[str, Any] = {}
 
     def train() -> Any:
@@ -292,7 +294,7 @@ def jax_runner(case: Case) -> Runner:
     import jax.numpy as jnp
 
     if case.layer not in ("batch", "instance", "group", "layer", "rms"):
-        raise NotImplementedError(case.layer)
+        raise NotImplementedError(f"{case.layer} is not written in JAX here")
     x, dy, weight, bias = (jnp.asarray(array) for array in case.data())
     axis, n = case.axis, len(case.shape)
     grid = tuple(-1 if a == axis else 1 for a in range(n))
@@ -326,5 +328,7 @@ def jax_runner(case: Case) -> Runner:
         _, dweight, dbias = kept["gradients"]
         return [np.asarray(dweight)] + ([] if case.layer == "rms" else [np.asarray(dbias)])
 
-    run = lambda: np.asarray(jax.block_until_ready(forward(x, weight, bias)))  # noqa: E731
+    def run() -> Any:
+        return np.asarray(jax.block_until_ready(forward(x, weight, bias)))
+
     return Runner(run, run, backward, gradients)

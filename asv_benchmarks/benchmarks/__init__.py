@@ -32,6 +32,7 @@ if "ASV_COMMIT" in os.environ:
     # would take the machine code of one commit for that of another.
     os.environ["NUMBA_CACHE_DIR"] = str(SCRATCH / "kernels" / _digest_of_package())
 
+# After NUMBA_CACHE_DIR is set, which Numba reads when it is imported.
 from numba.core.registry import cpu_target  # noqa: E402
 
 # Done once and not in every benchmark. Numba is slow to get ready for its first kernel.

@@ -9,7 +9,7 @@ class _Backward:
     runner: Any
 
     def setup(self, *params: Any) -> None:
-        super().setup(*params)  # type: ignore[misc]
+        super().setup(*params)
         self.runner.train()
 
     def time_backward(self, *_: Any) -> None:

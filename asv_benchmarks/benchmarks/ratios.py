@@ -36,7 +36,7 @@ class _Measured:
             library.process.communicate()
         return rows
 
-    setup_cache.timeout = 300  # type: ignore[attr-defined]
+    setup_cache.timeout = 300
 
     def setup(self, rows: dict[str, Any], layer: str, _: str) -> None:
         if layer not in rows:

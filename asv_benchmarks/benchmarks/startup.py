@@ -71,7 +71,7 @@ class FirstCall(by.Prepared):
         """Time it where nothing has been compiled."""
         return CALL, EMPTY_CACHE + _make(layer)
 
-    timeraw_cold_cache.repeat = 1  # type: ignore[attr-defined]
+    timeraw_cold_cache.repeat = 1
 
     def track_compile(self, layer: str) -> float:
         """Return how much of it Numba compiles for, with an empty cache."""
@@ -87,4 +87,4 @@ class FirstCall(by.Prepared):
         ran = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=os.environ)
         return float(ran.stdout)
 
-    track_compile.unit = "seconds"  # type: ignore[attr-defined]
+    track_compile.unit = "seconds"
