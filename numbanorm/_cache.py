@@ -32,7 +32,9 @@ _SETTINGS = ("BOUNDSCHECK", "DEBUGINFO_DEFAULT", "LOOP_VECTORIZE", "OPT", "SLP_V
 
 try:
     # Read while it is imported, and not again: it may be edited while the process runs.
-    _SOURCE = pkgutil.get_data("numbanorm", "_kernels.py") or b""
+    _SOURCE = b"".join(
+        pkgutil.get_data("numbanorm", file) or b"" for file in ("_kernels.py", "_launch.py")
+    )
 except OSError:
     # Nothing says which source a file is of, so that none must fit.
     _SOURCE = os.urandom(32)

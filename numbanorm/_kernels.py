@@ -1,5 +1,8 @@
 """Every compiled kernel, and their one set of flags.
 
+A kernel's first argument, ``threads``, says which share of its tasks a call does, or that the
+tasks are to be shared out between threads, see :mod:`numbanorm._launch`.
+
 Kernels see arrays of two or three axes and never an axis argument:
 
 rows
@@ -21,14 +24,13 @@ A long axis L is cut into parts, whose length depends on the shape alone, and ea
 place of its own in the result: the bits do not depend on the number of threads.
 """
 
-import types
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numba import njit, prange
 
 from numbanorm._cache import cached_njit
+from numbanorm._launch import call_share, share
 
 # With the numpy error model no division is tested for zero, which would keep loops scalar.
 FLAGS: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
@@ -39,19 +41,11 @@ CONTRACT: dict[str, Any] = {"fastmath": {"contract"}, **LEAF}
 REORDER: dict[str, Any] = {"fastmath": {"reassoc", "contract", "nsz", "arcp"}, **LEAF}
 
 
-class Twins(NamedTuple):
-    """One kernel compiled twice: for a single thread, and for all of them."""
-
-    serial: Any
-    parallel: Any
-
-
-def _twins(kernel: Callable[..., None]) -> Twins:
-    # The compile cache is keyed by the qualified name, hence a name for each twin.
-    serial = types.FunctionType(kernel.__code__, kernel.__globals__, kernel.__name__ + "_serial")
-    serial.__qualname__ = serial.__name__
-    serial.__module__ = kernel.__module__
-    return Twins(cached_njit(**FLAGS)(serial), cached_njit(parallel=True, **FLAGS)(kernel))
+@cached_njit(parallel=True, **FLAGS)
+def launch(function, n, args):
+    """Call the function at this address for shares 0 to n - 1, each in a thread."""
+    for i in prange(n):
+        call_share(function, i, n, args)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -141,11 +135,12 @@ def _tile(x, task, n_parts, part, block):
     return row.reshape(1, row.size)
 
 
-@_twins
-def moments_rows(x, mask, part, block, count, mean, rest, m2):
+@cached_njit(**FLAGS)
+def moments_rows(threads, x, mask, part, block, count, mean, rest, m2):
     """Moments of each part: x, mask or None (P, L) -> count, mean, rest, m2 (P, K, 1)."""
     n_parts = mean.shape[1]
-    for task in prange((mean.shape[0] + block - 1) // block * n_parts):
+    begin, end = share(threads, (mean.shape[0] + block - 1) // block * n_parts)
+    for task in range(begin, end):
         k = task % n_parts
         first = task // n_parts * block
         xs = _tile(x, task, n_parts, part, block)
@@ -229,8 +224,8 @@ def _merge(n_a, mean_a, rest_a, m2_a, n_b, mean_b, rest_b, m2_b):
     return n, mean, rest, m2_a + m2_b + delta * delta * (n_a * share)
 
 
-@_twins
-def moments_columns(x, mask, part, width, count, mean, rest, m2):
+@cached_njit(**FLAGS)
+def moments_columns(threads, x, mask, part, width, count, mean, rest, m2):
     """Moments of each part: x, mask or None (A, L, F * C) -> count, mean, rest, m2 (A, K, C).
 
     A row holds each column F times, once for each of the rows of x that are folded into it.
@@ -238,7 +233,8 @@ def moments_columns(x, mask, part, width, count, mean, rest, m2):
     n_outer, n_parts, n_columns = mean.shape
     length, n_folded = x.shape[1:]
     n_blocks = (n_folded + width - 1) // width
-    for task in prange(n_outer * n_parts * n_blocks):
+    begin, end = share(threads, n_outer * n_parts * n_blocks)
+    for task in range(begin, end):
         a = task // (n_parts * n_blocks)
         k = task // n_blocks - a * n_parts
         c0 = (task % n_blocks) * width
@@ -354,16 +350,33 @@ def _invert_roots(var, eps, rstd):
         rstd[i] = 0.0 if (rstd[i] == 0.0) | (v == 0.0) else 1.0 / np.sqrt(v)
 
 
-@_twins
+@cached_njit(**FLAGS)
 def coefficients(
-    group, feature, n, mean, var, p, q, eps, weight, bias, piece_mean, piece_var, rstd, m, s, t
+    threads,
+    group,
+    feature,
+    n,
+    mean,
+    var,
+    p,
+    q,
+    eps,
+    weight,
+    bias,
+    piece_mean,
+    piece_var,
+    rstd,
+    m,
+    s,
+    t,
 ):
     """Mix statistics (G,) with weights p, q (S,); write mean, var, rstd, m, s and t (P,).
 
     ``weight``, ``bias`` have one value for each feature. See _scale_shift about m, s and t.
     """
     n_pieces = group.shape[1]
-    for task in prange((n_pieces + PIECES - 1) // PIECES):
+    begin, end = share(threads, (n_pieces + PIECES - 1) // PIECES)
+    for task in range(begin, end):
         lo = task * PIECES
         hi = min(lo + PIECES, n_pieces)
         for i in range(lo, hi):
@@ -412,10 +425,10 @@ def group_gradients(
             dq[k] += q[k] * dv * (var[g] - piece_var[i])
 
 
-@_twins
+@cached_njit(**FLAGS)
 def gradient_coefficients(
-    group, feature, n, mean, dmean, dvar, center, ddof, fixed, own, own_n, own_mean, weight,
-    piece_mean, rstd, a, r, m, b, c,
+    threads, group, feature, n, mean, dmean, dvar, center, ddof, fixed, own, own_n, own_mean,
+    weight, piece_mean, rstd, a, r, m, b, c,
 ):  # fmt: skip
     """Write a, r, m, b, c (P,), see _input_gradient, from the gradients of groups (G,).
 
@@ -423,7 +436,8 @@ def gradient_coefficients(
     instances, ``own`` (P,) says which is a piece's, ``own_n`` and ``own_mean`` are theirs.
     """
     n_pieces = group.shape[1]
-    for task in prange((n_pieces + PIECES - 1) // PIECES):
+    begin, end = share(threads, (n_pieces + PIECES - 1) // PIECES)
+    for task in range(begin, end):
         for i in range(task * PIECES, min((task + 1) * PIECES, n_pieces)):
             m[i] = piece_mean[i]
             rounded = np.float64(m[i])
@@ -502,11 +516,12 @@ def _apply_in_place(ys, m, s, t):
         ys[i] = _scale_shift(ys[i], m, s, t)
 
 
-@_twins
-def apply_rows(x, part, block, m, s, t, in_place, y):
+@cached_njit(**FLAGS)
+def apply_rows(threads, x, part, block, m, s, t, in_place, y):
     """Scale and shift each piece: x (P, L), m, s, t (P, 1) -> y (P, L), x itself if in_place."""
     n_parts = max(1, (x.shape[1] + part - 1) // part)
-    for task in prange((x.shape[0] + block - 1) // block * n_parts):
+    begin, end = share(threads, (x.shape[0] + block - 1) // block * n_parts)
+    for task in range(begin, end):
         first = task // n_parts * block
         xs = _tile(x, task, n_parts, part, block)
         ys = _tile(y, task, n_parts, part, block)
@@ -530,13 +545,14 @@ def _apply_row_in_place(ys, m, s, t):
         ys[c] = _scale_shift(ys[c], m[c], s[c], t[c])
 
 
-@_twins
-def apply_columns(x, part, width, m, s, t, in_place, y):
+@cached_njit(**FLAGS)
+def apply_columns(threads, x, part, width, m, s, t, in_place, y):
     """Scale and shift each piece: x (A, L, C), m, s, t (A, C) -> y (A, L, C)."""
     n_outer, length, n_columns = x.shape
     n_parts = max(1, (length + part - 1) // part)
     n_blocks = (n_columns + width - 1) // width
-    for task in prange(n_outer * n_parts * n_blocks):
+    begin, end = share(threads, n_outer * n_parts * n_blocks)
+    for task in range(begin, end):
         a = task // (n_parts * n_blocks)
         lo = (task // n_blocks - a * n_parts) * part
         hi = min(length, lo + part)
@@ -591,11 +607,12 @@ def _masked_gradient_sums(dys, xs, counts, mean):
     return s0, s1
 
 
-@_twins
-def gradient_sums_rows(dy, x, mask, part, block, mean, s0, s1):
+@cached_njit(**FLAGS)
+def gradient_sums_rows(threads, dy, x, mask, part, block, mean, s0, s1):
     """Sum dy and dy (x - mean): dy, x, mask or None (P, L), mean (P, 1) -> s0, s1 (P, K, 1)."""
     n_parts = s0.shape[1]
-    for task in prange((s0.shape[0] + block - 1) // block * n_parts):
+    begin, end = share(threads, (s0.shape[0] + block - 1) // block * n_parts)
+    for task in range(begin, end):
         k = task % n_parts
         first = task // n_parts * block
         dys = _tile(dy, task, n_parts, part, block)
@@ -631,8 +648,8 @@ def _entering(dys, xs, counts, dys_in, xs_in):
         xs_in[i] = x if enters else 0.0
 
 
-@_twins
-def gradient_sums_columns(dy, x, mask, part, width, mean, s0, s1):
+@cached_njit(**FLAGS)
+def gradient_sums_columns(threads, dy, x, mask, part, width, mean, s0, s1):
     """Sum dy and dy (x - mean): dy, x, mask or None (A, L, F * C), mean (A, F * C).
 
     Writes s0, s1 (A, K, C); see moments_columns about F.
@@ -640,7 +657,8 @@ def gradient_sums_columns(dy, x, mask, part, width, mean, s0, s1):
     n_outer, n_parts, n_columns = s0.shape
     length, n_folded = x.shape[1:]
     n_blocks = (n_folded + width - 1) // width
-    for task in prange(n_outer * n_parts * n_blocks):
+    begin, end = share(threads, n_outer * n_parts * n_blocks)
+    for task in range(begin, end):
         a = task // (n_parts * n_blocks)
         k = task // n_blocks - a * n_parts
         c0 = (task % n_blocks) * width
@@ -692,11 +710,12 @@ def _masked_backward(dys, xs, counts, a, r, m, b, c, dxs):
         dxs[i] = _input_gradient(dys[i], xs[i], counts[i], a, r, m, b, c)
 
 
-@_twins
-def backward_rows(dy, x, mask, part, block, a, r, m, b, c, in_place, dx):
+@cached_njit(**FLAGS)
+def backward_rows(threads, dy, x, mask, part, block, a, r, m, b, c, in_place, dx):
     """Write dx: dy, x, mask or None (P, L), a, r, m, b, c (P, 1) -> dx (P, L)."""
     n_parts = max(1, (x.shape[1] + part - 1) // part)
-    for task in prange((x.shape[0] + block - 1) // block * n_parts):
+    begin, end = share(threads, (x.shape[0] + block - 1) // block * n_parts)
+    for task in range(begin, end):
         first = task // n_parts * block
         dys = _tile(dy, task, n_parts, part, block)
         xs = _tile(x, task, n_parts, part, block)
@@ -735,13 +754,14 @@ def _masked_backward_row(dys, xs, counts, a, r, m, b, c, dxs):
         dxs[i] = _input_gradient(dys[i], xs[i], counts[i], a[i], r[i], m[i], b[i], c[i])
 
 
-@_twins
-def backward_columns(dy, x, mask, part, width, a, r, m, b, c, in_place, dx):
+@cached_njit(**FLAGS)
+def backward_columns(threads, dy, x, mask, part, width, a, r, m, b, c, in_place, dx):
     """Write dx: dy, x, mask or None (A, L, C), a, r, m, b, c (A, C) -> dx (A, L, C)."""
     n_outer, length, n_columns = x.shape
     n_parts = max(1, (length + part - 1) // part)
     n_blocks = (n_columns + width - 1) // width
-    for task in prange(n_outer * n_parts * n_blocks):
+    begin, end = share(threads, n_outer * n_parts * n_blocks)
+    for task in range(begin, end):
         o = task // (n_parts * n_blocks)
         lo = (task // n_blocks - o * n_parts) * part
         hi = min(length, lo + part)
@@ -795,15 +815,16 @@ def _normalize_elements_in_place(ys, weight, bias, m, rstd, t):
         ys[i] = _scale_shift(ys[i], m, rstd, t) * weight[i] + bias[i]
 
 
-@_twins
+@cached_njit(**FLAGS)
 def forward_elements(
-    x, mask, weight, bias, eps, center, live, block, in_place, count, mean, var, y
+    threads, x, mask, weight, bias, eps, center, live, block, in_place, count, mean, var, y
 ):
     """Normalise rows: x, mask or None, y (M, D), weight, bias (D,), count, mean, var (M,).
 
     Statistics are taken and written if ``live``, else read.
     """
-    for task in prange((x.shape[0] + block - 1) // block):
+    begin, end = share(threads, (x.shape[0] + block - 1) // block)
+    for task in range(begin, end):
         first = task * block
         xs = x[first : first + block]
         ys = y[first : first + block]
@@ -831,9 +852,24 @@ def forward_elements(
                 _normalize_elements(xs[i], weight, bias, row[0], row[1], row[2], ys[i])
 
 
-@_twins
+@cached_njit(**FLAGS)
 def forward_groups(
-    x, mask, feature, n_rows, weight, bias, eps, center, live, block, in_place, count, mean, var, y
+    threads,
+    x,
+    mask,
+    feature,
+    n_rows,
+    weight,
+    bias,
+    eps,
+    center,
+    live,
+    block,
+    in_place,
+    count,
+    mean,
+    var,
+    y,
 ):
     """Normalise groups of R rows: x, mask or None, y (M, R * L), weight, bias (F,).
 
@@ -845,7 +881,8 @@ def forward_groups(
     length = x.shape[1] // n_rows
     x_rows = x.reshape(rows, length)
     y_rows = y.reshape(rows, length)
-    for task in prange((n_groups + block - 1) // block):
+    begin, end = share(threads, (n_groups + block - 1) // block)
+    for task in range(begin, end):
         first = task * block
         groups = x[first : first + block]
         xs = x_rows[first * n_rows : (first + block) * n_rows]
@@ -881,9 +918,9 @@ def forward_groups(
                     _apply(xs[j], row[0], row[1], row[2], ys[j])
 
 
-@_twins
+@cached_njit(**FLAGS)
 def backward_groups(
-    dy, x, mask, feature, weight, n_rows, eps, center, live, block, in_place,
+    threads, dy, x, mask, feature, weight, n_rows, eps, center, live, block, in_place,
     count, mean, var, dx, s0, s1,
 ):  # fmt: skip
     """Write dx of groups of R rows, and each row's sums of dy and dy * x_hat, s0, s1 (M * R,).
@@ -898,7 +935,8 @@ def backward_groups(
     dx_rows = dx.reshape(n_all, length)
     if mask is not None:
         mask_rows = mask.reshape(n_all, length)
-    for task in prange((n_groups + block - 1) // block):
+    begin, end = share(threads, (n_groups + block - 1) // block)
+    for task in range(begin, end):
         first = task * block
         lo, hi = first * n_rows, (first + block) * n_rows
         dys = dy_rows[lo:hi]
@@ -983,17 +1021,18 @@ def _block(unit, n_columns, width):
     return a, c0, min(c0 + width, n_columns)
 
 
-@_twins
+@cached_njit(**FLAGS)
 def forward_element_columns(
-    x, weight, bias, eps, center, live, width, in_place, count, mean, var, y
+    threads, x, weight, bias, eps, center, live, width, in_place, count, mean, var, y
 ):
     """Normalise columns: x, y (A, D, B), weight, bias (D,), count, mean, var (A, B).
 
     Statistics are taken and written if ``live``, else read.
     """
     n_outer, length, n_columns = x.shape
-    for unit in prange(n_outer * ((n_columns + width - 1) // width)):
-        a, c0, c1 = _block(unit, n_columns, width)
+    begin, end = share(threads, n_outer * ((n_columns + width - 1) // width))
+    for task in range(begin, end):
+        a, c0, c1 = _block(task, n_columns, width)
         if live:
             s1 = np.zeros(c1 - c0)
             s2 = np.zeros(c1 - c0)
@@ -1057,9 +1096,24 @@ def _apply_weight_row(dys, weight, rstd, dxs):
         dxs[c] = rstd[c] * (dys[c] * weight)
 
 
-@_twins
+@cached_njit(**FLAGS)
 def backward_element_columns(
-    dy, x, weight, eps, center, live, affine, width, in_place, count, mean, var, dx, dweight, dbias
+    threads,
+    dy,
+    x,
+    weight,
+    eps,
+    center,
+    live,
+    affine,
+    width,
+    in_place,
+    count,
+    mean,
+    var,
+    dx,
+    dweight,
+    dbias,
 ):
     """Write dx and parameter gradients of columns: dy, x, dx (A, D, B), weight (D,).
 
@@ -1069,7 +1123,8 @@ def backward_element_columns(
     n_outer, length, n_columns = x.shape
     n_tasks = dweight.shape[0]
     n_units = n_outer * ((n_columns + width - 1) // width)
-    for task in prange(n_tasks):
+    begin, end = share(threads, n_tasks)
+    for task in range(begin, end):
         for unit in range(task * n_units // n_tasks, (task + 1) * n_units // n_tasks):
             a, c0, c1 = _block(unit, n_columns, width)
             mu = mean[a, c0:c1]
@@ -1192,9 +1247,24 @@ def _apply_weight(dys, weight, rstd, dxs):
         dxs[i] = rstd * (dys[i] * weight[i])
 
 
-@_twins
+@cached_njit(**FLAGS)
 def backward_elements(
-    dy, x, mask, weight, eps, center, live, affine, in_place, count, mean, var, dx, dweight, dbias
+    threads,
+    dy,
+    x,
+    mask,
+    weight,
+    eps,
+    center,
+    live,
+    affine,
+    in_place,
+    count,
+    mean,
+    var,
+    dx,
+    dweight,
+    dbias,
 ):
     """Write dx and parameter gradients of rows: dy, x, mask or None, dx (M, D), weight (D,).
 
@@ -1203,7 +1273,8 @@ def backward_elements(
     """
     n_blocks = dweight.shape[0]
     block = (x.shape[0] + n_blocks - 1) // n_blocks
-    for task in prange(n_blocks):
+    begin, end = share(threads, n_blocks)
+    for task in range(begin, end):
         first = task * block
         dys = dy[first : first + block]
         xs = x[first : first + block]

@@ -1,25 +1,27 @@
-"""Threads: loads the threading layer, counts threads, and picks the serial or the parallel twin.
+"""Threads: loads the threading layer, counts threads, and runs kernels on one or on several.
 
 Python threads take turns at the parallel kernels, each of which has use for all cores: Numba's
 workqueue aborts the process otherwise, and a fork has a moment in which no kernel runs and
-nothing is being compiled. A forked child where Numba's threads are not to be had uses the serial
-kernels.
+nothing is being compiled. A forked child where Numba's threads are not to be had runs kernels on
+one.
 """
 
 import contextlib
 import ctypes
+import functools
 import importlib.metadata
 import os
 import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numba
 from numba.core.compiler_lock import global_compiler_lock
 from numba.np.ufunc import parallel as numba_threads
 
+from numbanorm import _kernels, _launch
 from numbanorm._cache import uninterrupted
 
 # Below this many elements a parallel launch (10 to 50 µs) costs more than it saves.
@@ -40,24 +42,12 @@ class _PythonThread(threading.local):
 _here = _PythonThread()
 
 
-class Twins(Protocol):
-    """One kernel compiled twice: for a single thread, and for all of them."""
-
-    @property
-    def serial(self) -> Any:
-        """The kernel for a single thread."""
-
-    @property
-    def parallel(self) -> Any:
-        """The kernel for all threads."""
-
-
-def run(kernel: Twins, size: int, *args: object) -> None:
-    """Call the twin of ``kernel`` that suits ``size`` elements; both give the same bits."""
+def run(kernel: Any, size: int, *args: object) -> None:
+    """Call a kernel, on several threads if its ``size`` elements are worth it."""
     global _only_user
     n = _here.num_threads or _num_threads
     if size < PARALLEL_FROM or n == 1 or _lost_threads:
-        kernel.serial(*args)
+        kernel(_launch.SERIAL, *args)
         return
     with _lock:
         this_thread = threading.get_ident()
@@ -66,17 +56,23 @@ def run(kernel: Twins, size: int, *args: object) -> None:
             uninterrupted(numba.get_num_threads)()  # starts them
         elif _only_user != this_thread:
             _only_user = None
-        if n is None:
-            kernel.parallel(*args)
-            return
         # Numba keeps one count per Python thread; the caller's is left as it was. A Ctrl-C in
         # numba.get_num_threads() would leave a lock behind that all other threads wait for.
         before = numba_threads._get_num_threads()
+        n = n or before
         numba_threads._set_num_threads(n)
         try:
-            kernel.parallel(*args)
+            kernel(_launch.in_threads(_address_of_launch(), n), *args)
         finally:
             numba_threads._set_num_threads(before)
+
+
+@functools.cache
+def _address_of_launch() -> int:
+    signature = (numba.intp,) * 3
+    _kernels.launch.compile(signature)
+    compiled = _kernels.launch.overloads[signature]
+    return int(compiled.library.get_pointer_to_function(compiled.fndesc.llvm_func_name))
 
 
 @contextlib.contextmanager

@@ -12,12 +12,12 @@ from unittest import mock
 import numba
 import numpy as np
 
-from numbanorm import _kernels, _threads
+from numbanorm import _kernels, _launch, _threads
 from numbanorm.layers import BatchNorm, GroupNorm, LayerNorm
 from numbanorm.moments import moments
 from numbanorm.norm import Norm
 
-# The kernels without twins.
+# The kernels that need no threads.
 ALGEBRA = ("merge", "merge_pieces", "group_gradients", "feature_gradients", "track")
 
 
@@ -28,16 +28,9 @@ class Task(NamedTuple):
     signatures: list[tuple[Any, ...]]
 
     def compile(self) -> None:
-        """Compile the kernel, or both twins of it, unless they are in the cache."""
+        """Compile the kernel, unless it is in the cache."""
         for signature in self.signatures:
-            for kernel in kernels(self.kernel):
-                kernel.compile(signature)
-
-
-def kernels(name: str) -> tuple[Any, ...]:
-    """Return the twins of this name, or the kernel that has none."""
-    found = getattr(_kernels, name)
-    return found if isinstance(found, _kernels.Twins) else (found,)
+            getattr(_kernels, self.kernel).compile(signature)
 
 
 def tasks() -> list[Task]:
@@ -45,7 +38,7 @@ def tasks() -> list[Task]:
     names = {id(kernel): name for name, kernel in vars(_kernels).items()}
     found: dict[tuple[str, type], dict[tuple[Any, ...], None]] = {}
 
-    def note(kernel: Any, size: int, *args: object) -> bool:
+    def note(kernel: Any, *args: object) -> bool:
         name, signature = names[id(kernel)], tuple(map(numba.typeof, args))
         # The algebra is the same for both types of x.
         if not any(signature in others for (other, _), others in found.items() if other == name):
@@ -56,14 +49,16 @@ def tasks() -> list[Task]:
                 array.fill(1)
         return False
 
+    def run(kernel: Any, size: int, *args: object) -> None:
+        note(kernel, _launch.SERIAL, *args)
+        note(_kernels.launch, 1, 1, 1)
+
     with contextlib.ExitStack() as stack:
         # They are called as they are, not by _threads.run.
         for name in ALGEBRA:
-            kernel = getattr(_kernels, name)
-            stack.enter_context(
-                mock.patch.object(_kernels, name, functools.partial(note, kernel, 0))
-            )
-        stack.enter_context(mock.patch.object(_threads, "run", note))
+            noted = functools.partial(note, getattr(_kernels, name))
+            stack.enter_context(mock.patch.object(_kernels, name, noted))
+        stack.enter_context(mock.patch.object(_threads, "run", run))
         for dtype, masked in itertools.product((np.float32, np.float64), (False, True)):
             x = np.ones((2, 2, 2), dtype)
             mask = x > 0 if masked else None
@@ -83,7 +78,7 @@ def tasks() -> list[Task]:
 
 
 def _length(task: Task) -> int:
-    return sum(len(kernel.py_func.__code__.co_code) for kernel in kernels(task.kernel))
+    return len(getattr(_kernels, task.kernel).py_func.__code__.co_code)
 
 
 def warmup() -> int:

@@ -16,7 +16,7 @@ from cases import CASES, DTYPES, FEW, LAYOUTS, by_id, normal
 from children import compiled, run
 
 import numbanorm as nn
-from numbanorm import _cache, _threads, _warmup
+from numbanorm import _cache, _kernels, _threads, _warmup
 from numbanorm.__main__ import main
 
 
@@ -96,7 +96,8 @@ def file_names():
     """Return the names of the files that the warm-up is to write."""
     names = set()
     for name, signatures in _warmup.tasks():
-        for kernel, signature in itertools.product(_warmup.kernels(name), signatures):
+        kernel = getattr(_kernels, name)
+        for signature in signatures:
             names.add(kernel._cache._file_name(signature, kernel.targetctx.codegen()))
     return names
 

@@ -2,14 +2,13 @@
 
 import copy
 import threading
-from types import SimpleNamespace
 
 import numba
 import pytest
 from cases import assert_close, normal
 
 import numbanorm
-from numbanorm import _threads
+from numbanorm import _launch, _threads
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed: pip install torch")
 ours = pytest.importorskip("numbanorm.torch")
@@ -285,11 +284,13 @@ def test_threads_are_those_of_pytorch(n, torch_threads, monkeypatch):
     seen = []
 
     def watch(kernel, *args):
-        def parallel(*args):
-            seen.append(numba.get_num_threads())
-            kernel.parallel(*args)
+        def watched(threads, *args):
+            if threads != _launch.SERIAL:
+                assert threads[2] == numba.get_num_threads()
+                seen.append(threads[2])
+            kernel(threads, *args)
 
-        run(SimpleNamespace(serial=kernel.serial, parallel=parallel), *args)
+        run(watched, *args)
 
     run = _threads.run
     monkeypatch.setattr(_threads, "run", watch)
