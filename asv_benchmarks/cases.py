@@ -122,14 +122,19 @@ CASES = [
     Case("switchable", (32, 64, 56, 56), dtype="float64"),
     Case("layer", (8192, 768), "last", dtype="float64"),
     *(
-        Case(layer, shape, layout, masked=True)
+        Case(layer, shape if layout == "first" else channels_last(shape), layout, masked=True)
         for layer, shape, layout in (
-            ("batch", (64, 64, 56, 56), "first"),
-            ("batch", (64, 56, 56, 64), "last"),
-            ("switchable", (64, 64, 56, 56), "first"),
-            ("layer", (16384, 768), "last"),
+            ("batch", IMAGES["resnet 56x56"], "first"),
+            ("batch", IMAGES["resnet 56x56"], "last"),
+            ("batch", (8192, 1024), "first"),
+            ("instance", IMAGES["resnet 28x28"], "first"),
+            ("group", IMAGES["resnet 7x7"], "first"),
+            ("group", IMAGES["resnet 28x28"], "last"),
+            ("switchable", IMAGES["resnet 56x56"], "first"),
+            ("switchable", IMAGES["resnet 56x56"], "last"),
         )
     ),
+    Case("layer", ROWS["bert"], "last", masked=True),
 ]
 
 

@@ -12,6 +12,8 @@ bound
     measured in the same rounds.
 torch, tuned
     PyTorch as installed, and with ``TUNED``, with which it never meets a fresh page.
+mask
+    A layer's time with a mask over that without one, which runs beside it.
 """
 
 import argparse
@@ -78,6 +80,8 @@ class Worker:
         self.runners = {"fresh": self._runner(case, True)}
         if self.library == "numbanorm":
             self.runners["out"] = self._runner(case, False)
+            if case.masked:
+                self.runners["unmasked"] = self._runner(case._replace(masked=False), False)
             x = case.data()[0]
             self.copy = copier(x)
         return {name: results_of(runner) for name, runner in self.runners.items()}
@@ -189,13 +193,15 @@ def check(case: cases.Case, results: dict[str, dict[str, Any] | None]) -> None:
     ours = results["numbanorm"]
     assert ours is not None
     for name, theirs in results.items():
-        # A masked case has no counterpart: its times stand beside those without a mask.
-        if theirs is None or (case.masked and name != "numbanorm"):
+        if theirs is None:
             continue
         for variant, found in theirs.items():
+            # Others have no masks.
+            no_mask = case.masked and (name != "numbanorm" or variant == "unmasked")
+            expected = ours["unmasked" if no_mask else "out"]
             # JAX has no running statistics here.
             keys = ("y", "dx") if name == "jax" else ("y", "dx", "evaluated")
-            assert_same(found, ours["out"], f"{case.name}, {name} ({variant})", keys)
+            assert_same(found, expected, f"{case.name}, {name} ({variant})", keys)
 
 
 def assert_same(
@@ -256,6 +262,7 @@ def measure(case: cases.Case, libraries: list[Library], rounds: int) -> dict[str
         )
         for phase, n in passes.items()
     }
+    row["mask"] = ratio(total("numbanorm", "unmasked"), out) if case.masked else None
     row["ratios"] = {}
     for library in able[1:]:
         theirs = total(library.name, "fresh")
@@ -291,7 +298,7 @@ def milliseconds(row: dict[str, Any], key: str) -> str:
 
 def table(rows: list[dict[str, Any]], names: list[str]) -> str:
     """Return all rows as text."""
-    head = ["case", "copy", "train", "eval", "back", "of bound t/e/b", "fresh t+b"]
+    head = ["case", "copy", "train", "eval", "back", "of bound t/e/b", "fresh t+b", "x mask"]
     for name in names:
         head += [f"{name} t+b", "x out", "x fresh", "x eval"]
     lines = [head]
@@ -300,7 +307,7 @@ def table(rows: list[dict[str, Any]], names: list[str]) -> str:
         fresh = sum(row["seconds"][f"numbanorm {phase} fresh"] for phase in ("train", "backward"))
         line = [row["case"], milliseconds(row, "numbanorm copy")]
         line += [milliseconds(row, f"numbanorm {phase} out") for phase in PHASES]
-        line += [bound, f"{fresh * 1e3:.3g}"]
+        line += [bound, f"{fresh * 1e3:.3g}", "-" if row["mask"] is None else f"{row['mask']:.2f}"]
         for name in names:
             ratios = row["ratios"].get(name)
             if ratios is None:
@@ -321,14 +328,14 @@ def table(rows: list[dict[str, Any]], names: list[str]) -> str:
 
 
 def summary(rows: list[dict[str, Any]], names: list[str]) -> str:
-    """Return geometric means of the ratios, and the smallest."""
+    """Return geometric means of the ratios, and the worst."""
     lines = []
     for name in names:
         for key in ("out", "fresh", "evaluate"):
             found = {
                 row["case"]: row["ratios"][name][key]
                 for row in rows
-                if name in row["ratios"] and "masked" not in row["case"]
+                if name in row["ratios"] and row["mask"] is None
             }
             if found:
                 mean = statistics.geometric_mean(found.values())
@@ -336,6 +343,10 @@ def summary(rows: list[dict[str, Any]], names: list[str]) -> str:
                 lines.append(
                     f"{name}, {key}: geometric mean {mean:.2f}, least {found[least]:.2f} ({least})"
                 )
+    masked = {row["case"]: row["mask"] for row in rows if row["mask"] is not None}
+    if masked:
+        mean, most = statistics.geometric_mean(masked.values()), max(masked, key=masked.__getitem__)
+        lines.append(f"mask: geometric mean {mean:.2f}, most {masked[most]:.2f} ({most})")
     return "\n".join(lines)
 
 
@@ -343,7 +354,7 @@ def plot(rows: list[dict[str, Any]], names: list[str], path: str) -> None:
     """Draw forward and backward of every case as bars, PyTorch's time over ours."""
     from matplotlib.figure import Figure
 
-    rows = [row for row in rows if "masked" not in row["case"]][::-1]
+    rows = [row for row in rows if row["mask"] is None][::-1]
     figure = Figure(figsize=(8, 0.9 + 0.24 * len(rows)), layout="constrained")
     axes = figure.subplots()
     height = 0.8 / len(names)
@@ -378,18 +389,16 @@ def main(arguments: list[str] | None = None) -> int:
     if options.serve:
         serve(options.serve)
         return 0
+    from tqdm import tqdm  # asv's environments have none
+
     chosen = [case for case in cases.CASES if fnmatch.fnmatch(case.name, options.case)]
     if not chosen:
         parser.error(f"--case: none of {len(cases.CASES)} cases fits {options.case!r}")
     names = [n for n in LIBRARIES if n not in options.without and installed(n)]
     print(f"load of other processes: {other_load():.2f} cores of {os.cpu_count()}")
     libraries = [Library(name) for name in names]
-    try:
-        from tqdm import tqdm as progress
-    except ImportError:
-        progress = lambda cases, **_: cases  # noqa: E731
     rows = []
-    for case in progress(chosen, unit="case"):
+    for case in tqdm(chosen, unit="case"):
         row = measure(case, libraries, options.rounds)
         if row is not None:
             rows.append(row)

@@ -150,10 +150,7 @@ class Naive:
             centred = 2 * (self.x - self.means[k][stat.ids])
             by_mean, by_var = self.p[k] * dmean, self.q[k] * dvar
             dx += np.where(self.counted, average(by_mean) + average(by_var) * centred, 0.0)
-            away = np.abs(centred)
-            if self.fixed:  # deviations are from the mixed mean, which may be far from this one
-                away = away + 2 * np.abs(self.mean - self.means[k][stat.ids])
-            size += average(np.abs(by_mean)) + average(np.abs(by_var)) * away
+            size += average(np.abs(by_mean)) + average(np.abs(by_var)) * np.abs(centred)
         gradients = {"dx": dx}
         self.scale = {"dx": size.max(initial=0)}
         if self.has_weight:

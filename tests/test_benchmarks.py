@@ -132,9 +132,13 @@ class TestCompare:
         with pytest.raises(ValueError, match="longer"):
             compare.assert_same({**results(1.0), "parameters": []}, results(1.0), "here")
 
-    def test_masked_cases_have_no_counterpart(self, compare, cases):
+    def test_others_have_no_masks(self, compare, cases):
         case = cases.Case("batch", (2, 3), masked=True)
-        compare.check(case, {"numbanorm": {"out": results(1.0)}, "torch": {"fresh": results(9.0)}})
+        ours = {"out": results(1.0), "fresh": results(1.0), "unmasked": results(9.0)}
+        compare.check(case, {"numbanorm": ours, "torch": {"fresh": results(9.0)}})
+        for wrong in {**ours, "fresh": results(9.0)}, {**ours, "unmasked": results(1.0)}:
+            with pytest.raises(AssertionError, match="batch 2x3 masked"):
+                compare.check(case, {"numbanorm": wrong, "torch": {"fresh": results(9.0)}})
 
     def test_table_and_summary(self, compare):
         seconds = {f"numbanorm {p} {v}": 1e-3 for p in compare.PHASES for v in ("out", "fresh")}
@@ -143,16 +147,18 @@ class TestCompare:
             "case": "batch 2x3",
             "seconds": {**seconds, "numbanorm copy": 5e-4},
             "bound": dict.fromkeys(compare.PHASES, 0.75),
+            "mask": None,
             "ratios": {"torch": {"out": 4.0, "fresh": 3.0, "evaluate": 2.0}},
         }
-        masked = {**row, "case": "batch 2x3 masked", "ratios": {}}
+        masked = {**row, "case": "batch 2x3 masked", "mask": 1.25, "ratios": {}}
         head, first, second = compare.table([row, masked], ["torch"]).splitlines()
-        assert first.split() == ("batch 2x3 0.5 1 1 1 0.75/0.75/0.75 2 8 4.00 3.00 2.00".split())
-        assert second.split()[-4:] == ["-"] * 4
+        assert first.split() == "batch 2x3 0.5 1 1 1 0.75/0.75/0.75 2 - 8 4.00 3.00 2.00".split()
+        assert second.split()[-5:] == ["1.25"] + ["-"] * 4
         assert "torch t+b" in head
         lines = compare.summary([row, {**row, "case": "other"}, masked], ["torch"]).splitlines()
         assert lines[0] == "torch, out: geometric mean 4.00, least 4.00 (batch 2x3)"
-        assert len(lines) == 3
+        assert len(lines) == 4
+        assert lines[-1] == "mask: geometric mean 1.25, most 1.25 (batch 2x3 masked)"
 
     def test_sample_is_from_all_over(self, compare):
         assert compare.sample(np.arange(3.0)) == [0, 1, 2]
@@ -164,22 +170,24 @@ class TestCompare:
         assert exit.value.code == 2
         assert "none of" in capsys.readouterr().err
 
-    def test_one_case(self, tmp_path):
+    @pytest.mark.parametrize("name", ["batch 8x16x8x8", "group 2x512x4x4 masked"])
+    def test_one_case(self, tmp_path, name):
         """Times are of no interest; asv's dry run in CI has the other libraries as well."""
         file = tmp_path / "rows.json"
         # PyTorch's threads wait for one another where the cores are busy.
         libraries = ["torch", "tuned", "jax"]
         ran = subprocess.run(
-            [sys.executable, FOLDER / "compare.py", "--case", "batch 8x16x8x8", "--rounds", "1",
+            [sys.executable, FOLDER / "compare.py", "--case", name, "--rounds", "1",
              "--without", *libraries, "--json", file],
             capture_output=True, text=True, timeout=120,
         )  # fmt: skip
         assert ran.returncode == 0, ran.stderr
         assert "load of other processes" in ran.stdout
-        assert "batch 8x16x8x8" in ran.stdout
+        assert name in ran.stdout
         [row] = json.loads(file.read_text())
         assert row["seconds"]["numbanorm train out"] > 0
         assert row["ratios"] == {}
+        assert (row["mask"] or 0) > 0 if "masked" in name else row["mask"] is None
 
 
 def benchmarks_of(module):
