@@ -704,6 +704,9 @@ def test_ctrl_c(name, layer):
 
 
 def press_ctrl_c_after(seconds, again=30):
+    # A process that was started in the background ignores Ctrl-C, and so do its children.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     # Again, since Python drops a KeyboardInterrupt that comes in a finaliser.
     signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(signal.SIGINT))
     signal.setitimer(signal.ITIMER_REAL, seconds, again)

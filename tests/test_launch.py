@@ -1,0 +1,65 @@
+"""A kernel calls itself for each share of its tasks: each task is done once, with its arguments."""
+
+import sys
+
+import numpy as np
+import pytest
+from numba import njit
+
+from numbanorm import _launch, _threads
+
+
+@njit(nogil=True)
+def fill(threads, nothing, scale, x, pair, flag, done, times):
+    """Do what a kernel does, with arguments of all kinds."""
+    begin, end = _launch.share(threads, done.shape[0])
+    for task in range(begin, end):
+        row = x[task, 1:]  # a view, whose owner is not counted
+        done[task] = (row.sum() * scale + pair[1]) if flag and nothing is None else -1.0
+        times[task] += 1
+
+
+@pytest.mark.parametrize("n_threads", [None, 1, 2, 3, 8])  # None: no shares
+@pytest.mark.parametrize("n_tasks", [0, 1, 2, 7, 100])
+def test_each_task_is_done_once(n_tasks, n_threads):
+    x = np.random.default_rng(0).standard_normal((n_tasks, 5))
+    done, times = np.full(n_tasks, np.nan), np.zeros(n_tasks, np.int64)
+    if n_threads is None:
+        threads = _launch.SERIAL
+    else:
+        threads = _launch.in_threads(_threads._address_of_launch(), n_threads)
+    fill(threads, None, 2.0, x, (1, 0.5), True, done, times)
+    np.testing.assert_array_equal(times, 1)
+    np.testing.assert_allclose(done, x[:, 1:].sum(1) * 2 + 0.5, atol=1e-12)
+
+
+@njit(nogil=True)
+def fail(threads, done):
+    begin, end = _launch.share(threads, done.shape[0])
+    for task in range(begin, end):
+        if task == 3:
+            raise ValueError("task 3")
+        done[task] = 1
+
+
+def test_exception():
+    with pytest.raises(ValueError, match="task 3"):
+        fail(_launch.SERIAL, np.zeros(10))
+
+
+@njit(nogil=True)
+def keep(threads, x, kept):
+    begin, end = _launch.share(threads, len(kept))
+    for task in range(begin, end):
+        kept[task] = x[task]
+
+
+def test_arguments_are_owned_as_before():
+    # References are not counted in the shares: none must be lost, nor one too many kept.
+    x, kept = np.arange(10.0), np.zeros(10)
+    before = sys.getrefcount(x), sys.getrefcount(kept)
+    for _ in range(100):
+        keep(_launch.SERIAL, x, kept)
+        keep(_launch.in_threads(_threads._address_of_launch(), 2), x, kept)
+    assert (sys.getrefcount(x), sys.getrefcount(kept)) == before
+    np.testing.assert_array_equal(kept, x)
