@@ -439,7 +439,17 @@ def gradient_coefficients(
     begin, end = share(threads, (n_pieces + PIECES - 1) // PIECES)
     for task in range(begin, end):
         for i in range(task * PIECES, min((task + 1) * PIECES, n_pieces)):
-            m[i] = piece_mean[i]
+            # The mean of the means that x is compared with, by their slopes, so that x - m and c
+            # are small. The mixture may be far away, where a part of it is fixed.
+            slopes, shift = 0.0, 0.0
+            for k in range(group.shape[0]):
+                if k != fixed:
+                    g = group[k, i]
+                    around = mean[g] if own is None else own_mean[own[i]]
+                    size = abs(dvar[g]) / max(n[g] - ddof, 1)
+                    slopes += size
+                    shift += size * (around - piece_mean[i])
+            m[i] = piece_mean[i] + (shift / slopes if slopes > 0.0 else 0.0)
             rounded = np.float64(m[i])
             slope, offset = 0.0, 0.0
             for k in range(group.shape[0]):

@@ -177,6 +177,18 @@ def test_a_batch_of_one_is_evaluated_with_the_tracked_statistics():
     case.check(layer, case.input(), normal(1, 4, 5, 6, seed=1))
 
 
+@every_over
+@pytest.mark.parametrize("shape", [(1, 4, 1, 1), (3, 4, 2, 3)], ids=["single values", "images"])
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+def test_float32_far_from_the_running_statistics(over, shape, training):
+    # The mixture is far from the batch's own means then, and they are what dx is made with.
+    case = over_case(over, shape)
+    for offset in (1e3, -1e5):
+        x = normal(*shape, dtype=np.float32, offset=offset)
+        layer = case.layer(np.float32).train(training)
+        case.check(layer, x, normal(*shape, seed=1, dtype=np.float32))
+
+
 @masks("full", "outer and inner", "padded lengths", "by sample")
 def test_the_mixture_is_of_what_the_mask_leaves(make_mask):
     case = over_case(("gn", "bn", "in", "ln"))
