@@ -25,7 +25,7 @@ import numpy as np
 import pytest
 from cases import DTYPES, Case, by_id, normal
 from children import ROOT, compiled, run
-from test_threads import BIG, same_rounding
+from test_threads import BIG
 
 import numbanorm as nn
 from numbanorm import _cache, _threads
@@ -373,7 +373,6 @@ def data_loader():
 # -- the same bits -------------------------------------------------------------------------------
 
 
-@same_rounding
 def test_the_same_bits_on_every_threading_layer():
     loaded = [layer for layer in LAYERS if problem_of(layer) is None]
     digests = {}

@@ -61,18 +61,11 @@ def check(case, dtype, masked):
                 assert value == expected[name], f"{name} is different for {n} threads"
 
 
-# Known of Numba 0.61 and not of 0.68: with bounds checked, one of the two products that dx adds up
-# is fused with the sum for one thread, and the other for several.
-same_rounding = pytest.mark.skipif(
-    bool(numba.config.BOUNDSCHECK) and numba.version_info.short < (0, 68),
-    reason="an old Numba fuses other products where it checks bounds",
-)
 needs_two = pytest.mark.skipif(MOST < 2, reason="NUMBA_NUM_THREADS allows one thread only")
 masked = pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
 
 
 @needs_two
-@same_rounding
 @pytest.mark.parametrize("name", BIG)
 @masked
 @pytest.mark.parametrize("dtype", [np.float32, np.float64], ids=lambda d: d.__name__)
