@@ -170,6 +170,13 @@ def _load_tbb() -> None:
             return
 
 
+def prefer_openmp() -> None:
+    """Have Numba take its OpenMP layer, unless a layer was asked for or runs already."""
+    asked_for = numba.config.THREADING_LAYER != "default"
+    if not asked_for and "NUMBA_THREADING_LAYER_PRIORITY" not in os.environ:
+        numba.config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]
+
+
 # A thread that compiles or starts Numba's threads has locks that nobody would release in a child.
 _fork_locks = _lock, global_compiler_lock
 

@@ -5,15 +5,15 @@ state dicts, checkpoints, hooks and ``isinstance`` are as before. All of them ca
 ``numbanorm::normalize``, whose derivative is another, ``numbanorm::normalize_backward``. Tensors
 are seen as arrays, without a copy and in their own order in memory (``channels_last``).
 
+Numba's threads are then those of PyTorch, where it brings GNU OpenMP with it.
+
 Other devices and types, forward-mode and second derivatives are left to PyTorch's own code.
 """
 
-import ctypes
 import functools
 import math
-import mmap
-import sys
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -51,6 +51,11 @@ __all__ = [
     "convert_switchable",
 ]
 
+# PyTorch for Linux brings GNU OpenMP with it, which Numba's OpenMP layer finds as well: the threads
+# that wait for PyTorch's next operation, and keep the cores busy with it, are those that run ours.
+if any(Path(torch.__file__).parent.glob("lib/libgomp*")):
+    _threads.prefer_openmp()
+
 # ---------------------------------------------------------------------------------------------
 # Two operators. Beside tensors they take `over`, the statistics' names joined by commas ("rows"
 # and "rms" are those of LayerNorm and RMSNorm); `number`, how many groups "gn" has, or how many
@@ -59,13 +64,6 @@ __all__ = [
 # ---------------------------------------------------------------------------------------------
 
 ROWS = ("rows", "rms")
-
-# NumPy asks for huge pages from this many bytes on, PyTorch does not.
-HUGE_PAGES_FROM = 1 << 22
-_madvise: Any = None
-if sys.platform == "linux":
-    _madvise = ctypes.CDLL(None).madvise
-    _madvise.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
 
 
 def _array(tensor: Tensor) -> Array:
@@ -88,16 +86,6 @@ def _empty_like(x: Tensor, over: str) -> Tensor:
     # Rows are made contiguous, as PyTorch does; channels stay where they are in memory.
     form = torch.contiguous_format if over in ROWS else torch.preserve_format
     return torch.empty_like(x, memory_format=form)
-
-
-def _fresh_like(x: Tensor, over: str) -> Tensor:
-    """Return memory for y or dx."""
-    fresh = _empty_like(x, over)
-    if _madvise is not None and fresh.nbytes >= HUGE_PAGES_FROM:
-        # A page that is touched for the first time takes as long as the work on it.
-        at = fresh.data_ptr() + -fresh.data_ptr() % mmap.PAGESIZE
-        _madvise(at, fresh.data_ptr() + fresh.nbytes - at, mmap.MADV_HUGEPAGE)
-    return fresh
 
 
 def _feature_shape(x: Tensor, over: str, number: int) -> torch.Size:
@@ -179,7 +167,7 @@ def _forward(
     process_group: str,
 ) -> tuple[Tensor, Tensor, Saved | None]:
     """Return y, the statistics, and what backward needs beside x, if they are x's own."""
-    y = _fresh_like(x, over)
+    y = _empty_like(x, over)
     array = _array(x)
     fixed, shared = None, None
     if running_mean is not None and running_var is not None:
@@ -226,7 +214,7 @@ def _backward(
     saved: Saved | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Return the gradients of x, weight, bias and logits."""
-    dx, array = _fresh_like(x, over), _array(x)
+    dx, array = _empty_like(x, over), _array(x)
     if saved is not None:
         saved.x = saved.plan.to_view(array.reshape(saved.geometry.shape))
     else:

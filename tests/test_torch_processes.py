@@ -1,7 +1,13 @@
 """SyncBatchNorm in several real processes, and layers in the workers of a DataLoader."""
 
+import importlib.metadata
+from pathlib import Path
+
 import pytest
 from cases import assert_close, normal
+from children import run
+
+from numbanorm import _threads
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed: pip install torch")
 ours = pytest.importorskip("numbanorm.torch")
@@ -184,3 +190,30 @@ def test_data_loader(start):
         assert threads == 1
     # The parent goes on.
     assert ours.BatchNorm2d(4)(torch.rand(8, 4, 96, 96)).isfinite().all()
+
+
+# -- Threading layer -----------------------------------------------------------------------------
+
+
+BRINGS_OPENMP = any(Path(torch.__file__).parent.glob("lib/libgomp*"))
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, "omp" if BRINGS_OPENMP else "tbb"),
+        ({"NUMBA_THREADING_LAYER": "tbb"}, "tbb"),
+        ({"NUMBA_THREADING_LAYER_PRIORITY": "tbb omp workqueue"}, "tbb"),
+    ],
+    ids=["PyTorch's", "asked for", "order asked for"],
+)
+def test_threading_layer(environment, expected):
+    if expected == "tbb" and not any(d.name == "tbb" for d in importlib.metadata.distributions()):
+        pytest.skip("tbb is not installed")
+    assert run(print_threading_layer, **environment).strip() == expected
+
+
+def print_threading_layer():
+    torch.set_num_threads(2)
+    ours.BatchNorm2d(3)(torch.rand(8, 3, 64, 64))
+    print(_threads.threading_layer())
