@@ -7,7 +7,7 @@ from packaging.requirements import Requirement
 
 project = tomllib.loads(Path(__file__).parents[1].joinpath("pyproject.toml").read_text())["project"]
 extras = project["optional-dependencies"]
-# Not torch: the newest has a build for the CPU on PyPI, older ones come with those of a GPU.
+# Not torch: it is claimed from the version on that the newest of the others are tested with.
 for line in project["dependencies"] + extras["examples"] + extras["test"]:
     requirement = Requirement(line)
     for specifier in requirement.specifier:
