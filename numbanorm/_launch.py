@@ -8,6 +8,7 @@ tasks. Called from Python it has itself called for each share, and has no tasks 
 
 from typing import Any
 
+import numba
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
@@ -106,3 +107,11 @@ def _share_of_kernel(context: Any, builder: Any) -> tuple[Any, Any]:
 
     at = cgutils.alloca_once_value(builder, given)
     return builder.ptrtoint(function, i.type), builder.ptrtoint(at, i.type)
+
+
+if numba.config.DISABLE_JIT:
+    # Kernels are Python functions then.
+
+    def share(threads: tuple[int, int, int], n_tasks: int) -> tuple[int, int]:
+        """Return the first task, and the one after the last."""
+        return 0, n_tasks

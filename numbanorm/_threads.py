@@ -46,7 +46,7 @@ def run(kernel: Any, size: int, *args: object) -> None:
     """Call a kernel, on several threads if its ``size`` elements are worth it."""
     global _only_user
     n = _here.num_threads or _num_threads
-    if size < PARALLEL_FROM or n == 1 or _lost_threads:
+    if size < PARALLEL_FROM or n == 1 or _lost_threads or numba.config.DISABLE_JIT:
         kernel(_launch.SERIAL, *args)
         return
     with _lock:

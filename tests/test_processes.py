@@ -676,6 +676,21 @@ def use_filled_cache():
     assert (misses, hits > 0) == (0, True)
 
 
+# -- not compiled --------------------------------------------------------------------------------
+
+
+def test_kernels_as_python_functions():
+    # As a debugger wants them.
+    run(check_a_few, NUMBA_DISABLE_JIT="1", NUMBA_NUM_THREADS="2")
+
+
+def check_a_few():
+    _threads.PARALLEL_FROM = 1
+    for name in ("BatchNorm2d", "BatchNorm2d-last", "LayerNorm", "GroupNorm", "SwitchableNorm2d"):
+        case = by_id[name]
+        case.check(case.layer(), case.input(), normal(*case.shape, seed=1))
+
+
 # -- bad input -----------------------------------------------------------------------------------
 
 
