@@ -258,9 +258,10 @@ def test_batch_norm(call, words):
 
 @pytest.mark.parametrize("name", ["mean_weight", "var_weight"])
 def test_loading_logits(name):
-    missing = lambda m: m.load_state_dict(without(m, name))  # noqa: E731
-    ill_shaped = lambda m: m.load_state_dict(m.state_dict() | {name: np.ones(3)})  # noqa: E731
-    for call in (missing, ill_shaped):
+    for call in (
+        lambda m: m.load_state_dict(without(m, name)),
+        lambda m: m.load_state_dict(m.state_dict() | {name: np.ones(3)}),
+    ):
         check_unchanged(LAYERS["SwitchableNorm1d"], call, [name])
 
 

@@ -12,8 +12,7 @@ import pytest
 import numbanorm as nn
 
 matplotlib = pytest.importorskip("matplotlib")
-
-from matplotlib.figure import Figure  # noqa: E402
+Figure = pytest.importorskip("matplotlib.figure").Figure
 
 
 def learned(make=nn.SwitchableNorm2d, seed=0, **options):
