@@ -40,6 +40,7 @@ TUNED = {
 }
 LIBRARIES: dict[str, dict[str, str]] = {"numbanorm": {}, "torch": {}, "tuned": TUNED, "jax": {}}
 PHASES = ("train", "evaluate", "backward")
+TICKS = (0.5, 1, 2, 5, 10, 20, 50)  # of the figure
 
 
 # ---------------------------------------------------------------------------------------------
@@ -359,16 +360,21 @@ def plot(rows: list[dict[str, Any]], names: list[str], path: str) -> None:
     axes = figure.subplots()
     height = 0.8 / len(names)
     for i, name in enumerate(names):
-        values = [row["ratios"].get(name, {}).get("out", 0.0) for row in rows]
+        # A case that a library does not have has no bar.
+        values = [row["ratios"].get(name, {}).get("out", 1.0) for row in rows]
         labels = {"torch": "PyTorch as installed", "tuned": "PyTorch tuned", "jax": "JAX"}
         positions = [r + 0.4 - (i + 0.5) * height for r in range(len(rows))]
-        axes.barh(positions, values, height, label=labels[name])
+        axes.barh(positions, [v - 1 for v in values], height, left=1, label=labels[name])
     axes.axvline(1, color="black", linewidth=0.8)
     axes.set_yticks(range(len(rows)), [row["case"] for row in rows], fontsize=7)
     axes.set(
-        xscale="log", xlabel="times faster, forward and backward in training, into out=",
+        xlabel="times faster, forward and backward in training, into out=",
+        xscale="log",
+        xlim=(TICKS[0], TICKS[-1]),
         ylim=(-0.6, len(rows) - 0.4),
-    )  # fmt: skip
+    )
+    axes.set_xticks(TICKS, TICKS)
+    axes.minorticks_off()
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside upper center", ncols=len(names), frameon=False)
     figure.savefig(path, dpi=120)

@@ -160,6 +160,20 @@ class TestCompare:
         assert len(lines) == 4
         assert lines[-1] == "mask: geometric mean 1.25, most 1.25 (batch 2x3 masked)"
 
+    def test_plot(self, compare, tmp_path):
+        row = {"case": "batch 2x3", "mask": None, "ratios": {"torch": {"out": 0.8}}}
+        masked = {**row, "case": "batch 2x3 masked", "mask": 1.25}
+        bars = []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("matplotlib.axes.Axes.barh", lambda *a, **k: bars.append((a[2], k)))
+            patch.setattr("matplotlib.figure.Figure.legend", lambda *_, **__: None)
+            compare.plot([row, masked], ["torch", "jax"], tmp_path / "bars.png")
+        assert (tmp_path / "bars.png").stat().st_size > 0
+        (torch, jax) = bars
+        assert torch[0] == pytest.approx([-0.2])
+        assert torch[1]["left"] == jax[1]["left"] == 1
+        assert jax[0] == [0]  # nothing to compare with
+
     def test_sample_is_from_all_over(self, compare):
         assert compare.sample(np.arange(3.0)) == [0, 1, 2]
         assert compare.sample(np.arange(10_000.0))[-1] > 9980
