@@ -352,24 +352,9 @@ def _invert_roots(var, eps, rstd):
 
 @cached_njit(**FLAGS)
 def coefficients(
-    threads,
-    group,
-    feature,
-    n,
-    mean,
-    var,
-    p,
-    q,
-    eps,
-    weight,
-    bias,
-    piece_mean,
-    piece_var,
-    rstd,
-    m,
-    s,
-    t,
-):
+    threads, group, feature, n, mean, var, p, q, eps, weight, bias,
+    piece_mean, piece_var, rstd, m, s, t,
+):  # fmt: skip
     """Mix statistics (G,) with weights p, q (S,); write mean, var, rstd, m, s and t (P,).
 
     ``weight``, ``bias`` have one value for each feature. See _scale_shift about m, s and t.
@@ -864,23 +849,9 @@ def forward_elements(
 
 @cached_njit(**FLAGS)
 def forward_groups(
-    threads,
-    x,
-    mask,
-    feature,
-    n_rows,
-    weight,
-    bias,
-    eps,
-    center,
-    live,
-    block,
-    in_place,
-    count,
-    mean,
-    var,
-    y,
-):
+    threads, x, mask, feature, n_rows, weight, bias, eps, center, live, block, in_place,
+    count, mean, var, y,
+):  # fmt: skip
     """Normalise groups of R rows: x, mask or None, y (M, R * L), weight, bias (F,).
 
     ``feature`` (M * R,) says which weight a row has; count, mean, var (M,) are taken and written
@@ -1108,23 +1079,9 @@ def _apply_weight_row(dys, weight, rstd, dxs):
 
 @cached_njit(**FLAGS)
 def backward_element_columns(
-    threads,
-    dy,
-    x,
-    weight,
-    eps,
-    center,
-    live,
-    affine,
-    width,
-    in_place,
-    count,
-    mean,
-    var,
-    dx,
-    dweight,
-    dbias,
-):
+    threads, dy, x, weight, eps, center, live, affine, width, in_place,
+    count, mean, var, dx, dweight, dbias,
+):  # fmt: skip
     """Write dx and parameter gradients of columns: dy, x, dx (A, D, B), weight (D,).
 
     ``count, mean, var`` (A, B) are those of forward; ``dweight, dbias`` (T, D), a row for each
@@ -1259,23 +1216,9 @@ def _apply_weight(dys, weight, rstd, dxs):
 
 @cached_njit(**FLAGS)
 def backward_elements(
-    threads,
-    dy,
-    x,
-    mask,
-    weight,
-    eps,
-    center,
-    live,
-    affine,
-    in_place,
-    count,
-    mean,
-    var,
-    dx,
-    dweight,
-    dbias,
-):
+    threads, dy, x, mask, weight, eps, center, live, affine, in_place,
+    count, mean, var, dx, dweight, dbias,
+):  # fmt: skip
     """Write dx and parameter gradients of rows: dy, x, mask or None, dx (M, D), weight (D,).
 
     ``count, mean, var`` (M,) are those of forward; ``dweight, dbias`` (T, D), one row for each

@@ -24,7 +24,7 @@ from numba.np.ufunc import parallel as numba_threads
 from numbanorm import _kernels, _launch
 from numbanorm._cache import uninterrupted
 
-# Below this many elements a parallel launch (10 to 50 µs) costs more than it saves.
+# Below this many elements it costs more to wake threads than they save.
 PARALLEL_FROM = 1 << 16
 
 _num_threads: int | None = 1 if numba.config.NUMBA_NUM_THREADS == 1 else None

@@ -40,7 +40,7 @@ def run(function, *args, root=ROOT, **env):
 
 def compiled():
     """Count the kernels that this process compiled, and those that it had from the cache."""
-    kernels = [k for v in vars(_kernels).values() for k in (v if isinstance(v, tuple) else (v,))]
+    kernels = vars(_kernels).values()
     stats = [k.stats for k in kernels if isinstance(getattr(k, "_cache", None), KernelCache)]
     return (
         sum(sum(s.cache_misses.values()) for s in stats),
