@@ -1,4 +1,4 @@
-"""Shape algebra: from axes of any array to the plain two or three axes of a kernel.
+"""Shape algebra: from axes of any array to the plain two to four axes of a kernel.
 
 A :class:`Geometry` says what a layer normalises over, for one shape of x. It knows the axes that
 each statistic reduces, and the axes that the parameters span. An axis that every statistic
@@ -8,11 +8,12 @@ and make up a *piece*. In (N, C, H, W) with channel parameters a piece is an ins
 A :class:`Plan` is a geometry for one order of the axes in memory. The kernels see the last run
 of inner axes as one axis of length L; all that stands before or after it counts pieces:
 
-    rows      (P, L)      the inner axes come last            N, C, (H, W)
-    columns   (A, L, C)   other axes follow the inner ones    N, (H, W), C
-    elements  (M, D)      a row is a group of a single statistic, with a weight for each element
-              (A, D, B)   a column is, and a row of it has a weight
-    groups    (M, R * L)  a row is a group of a single statistic, of R pieces, and fits in cache
+    rows      (P, L)         the inner axes come last            N, C, (H, W)
+    columns   (A, L, C)      other axes follow the inner ones    N, (H, W), C
+    elements  (M, D)         a row is a group of a single statistic, with a weight for each element
+              (A, D, B)      a column is, and a row of it has a weight
+    groups    (A, R, B, L)   R rows are a group of a single statistic, and fit in cache
+              (A, L, C)      some columns are
 
 It is made once for a shape and kept.
 """
@@ -34,12 +35,22 @@ ROW_PART = 1 << 15
 COLUMN_PART = 1 << 12
 COLUMN_BLOCK = 1 << 10
 COLUMN_FOLD = 256
+COLUMN_WIDTH = 256
 
-# Elements of a group that is read again from a core's own cache: 256 KiB of float32.
+# Elements of a column group that is read again from a core's own cache: 256 KiB of float32.
 CACHED_GROUP = 1 << 16
+# Elements that one task reads twice, the second time from a cache: 1 MiB of float32.
+SLAB = 1 << 18
+# Elements of rows next to each other that a task reads where the rows of a group are apart, and of
+# a task whose rows are parts of longer ones.
+ROW_RUN = 1 << 14
+RUN = 1 << 16
+SHORT_ROW, MANY_ROWS = 256, 16
 # Elements of a task and tasks of a call: enough for many cores, few enough to cost nothing.
 TASK = 1 << 14
 TASKS = 64
+# Elements from which on the parameters' gradients of rows have parts, for more than one thread.
+SEVERAL_PARTS = 1 << 16
 
 
 class AllBut(NamedTuple):
@@ -76,10 +87,14 @@ def normalize_axes(axes: int | Iterable[int] | AllBut, ndim: int, name: str = "a
     return tuple(sorted(found))
 
 
-def memory_order(x: Array) -> Axes | None:
-    """Return the axes of x from the slowest to the fastest in memory, or None if x has gaps."""
+def memory_order(x: Array, shape: Axes) -> Axes | None:
+    """Return the axes of x from the slowest to the fastest in memory, or None if x has gaps.
+
+    The axes are those of ``shape``, in which an axis of x may be two.
+    """
     if x.flags.c_contiguous:
-        return tuple(range(x.ndim))
+        return tuple(range(len(shape)))
+    x = x.reshape(shape)
     order = sorted(range(x.ndim), key=lambda axis: (x.strides[axis] == 0, -x.strides[axis], axis))
     return tuple(order) if x.transpose(order).flags.c_contiguous else None
 
@@ -142,12 +157,14 @@ class Plan:
     order : tuple of int
         The axes from the slowest to the fastest in memory; kernels work in this order.
     view : tuple of int
-        (P, L) for rows, (A, L, C) for columns, (M, D) or (A, D, B) for elements, (M, R * L)
-        for groups.
+        (P, L) for rows, (A, L, C) for columns, (M, D) or (A, D, B) for elements, (A, R, B, L) or
+        (A, L, C) for groups.
     elements : bool
         Whether each row, or column, is a group with a parameter for each element.
-    rows_of_group : int
-        R where each row of the view is a group, else 0.
+    groups_shape : tuple of int
+        Where whole groups are handled at once, their shape as the kernels see them, else ().
+    span : int
+        This many columns next to each other share a weight, where groups are columns.
     tiles : Tiles
         How the kernels cut the view.
     instance, instance_size : tuple of int, int
@@ -177,39 +194,21 @@ class Plan:
             )
         self.order = order
         self.inverse_order = tuple(int(axis) for axis in np.argsort(order))
+        self.in_order = order == self.inverse_order == tuple(range(len(shape)))
         self.elements = per_element
-        self.rows_of_group = 0
-        self.fold = 1
+        self.groups_shape: tuple[int, ...] = ()
+        self.fold = self.span = 1
         self.instance = geometry.inner(affine)
-        self.instance_size = math.prod(shape[axis] for axis in self.instance)
-        self.tiles = Tiles(1, 1, 1)
-        inner = set(self.instance)
-        d = math.prod(shape[axis] for axis in reduced)
-        m = math.prod(shape[axis] for axis in range(len(shape)) if axis not in reduced)
-        self.view: tuple[int, ...] = (m, d)
-        if per_element and not trailing and in_columns:
-            self.grid = geometry.kept_sizes(reduced)
-            outer, within = wide[:first], wide[first + n_axes :]
-            a, b = (math.prod(shape[axis] for axis in axes) for axes in (outer, within))
-            self.view = (a, d, b)
-            width = max(1, min(b, max(64, CACHED_GROUP // max(d, 1))))
-            self.tiles = Tiles(1, d, width)
-            self.gradient_parts = (min(a * -(-b // width), TASKS), d)
-            return
+        self.instance_size = self._size(self.instance)
+        self.view: tuple[int, ...]
         if per_element:
             self.grid = geometry.kept_sizes(reduced)
-            self.tiles = Tiles(1, d, max(1, TASK // max(d, 1)))
-            # Each part has its own sums of the parameters' gradients, so that they need room.
-            self.gradient_parts = (min(max(m // 16, min(m, 2), 1), TASKS), d)
+            if trailing or not in_columns:
+                self._see_element_rows(kept, reduced)
+            else:
+                self._see_element_columns(wide[:first], reduced, wide[first + n_axes :])
             return
-        rows = [axis for axis in wide if axis in reduced and axis not in inner]
-        grouped = wide == kept + rows + [axis for axis in wide if axis in inner]
-        n_rows = math.prod(shape[axis] for axis in rows)
-        if single and grouped and n_rows > 0 and d <= CACHED_GROUP:
-            self.grid = geometry.kept_sizes(self.instance)
-            self.rows_of_group = n_rows
-            self.tiles = Tiles(1, d, max(1, TASK // max(d, 1)))
-            return
+        inner = set(self.instance)
         end = len(wide)
         while end > 0 and wide[end - 1] not in inner:
             end -= 1
@@ -219,19 +218,40 @@ class Plan:
         if start == end:  # nothing is inner: each element is a piece
             start = end = len(wide)
         outer, run, columns = wide[:start], wide[start:end], wide[end:]
-        grid = tuple(1 if axis in run else n for axis, n in enumerate(shape))
-        a, length, c = (math.prod(shape[axis] for axis in part) for part in (outer, run, columns))
+        self.grid = tuple(1 if axis in run else n for axis, n in enumerate(shape))
+        if not (single and 0 not in shape and self._see_groups(outer, run, columns)):
+            self._see_pieces(outer, run, columns)
+
+    def _size(self, axes: Iterable[int]) -> int:
+        """Return the number of elements along some axes."""
+        return math.prod(self.geometry.shape[axis] for axis in axes)
+
+    def _see_element_rows(self, kept: Iterable[int], reduced: Iterable[int]) -> None:
+        m, d = self._size(kept), self._size(reduced)
+        self.view, self.groups_shape = (m, d), (m,)
+        self.tiles = Tiles(1, d, max(1, TASK // max(d, 1)))
+        # Each part has its own sums of the parameters' gradients, which takes room and time.
+        several = 1 if m * d < SEVERAL_PARTS else min(m, 2)
+        self.gradient_parts = (min(max(m // 64, several), TASKS), d)
+
+    def _see_element_columns(
+        self, outer: Iterable[int], reduced: Iterable[int], within: Iterable[int]
+    ) -> None:
+        a, d, b = self._size(outer), self._size(reduced), self._size(within)
+        self.view, self.groups_shape = (a, d, b), (a, b)
+        width = max(1, min(b, max(64, CACHED_GROUP // max(d, 1))))
+        self.tiles = Tiles(1, d, width)
+        self.gradient_parts = (min(a * -(-b // width), TASKS), d)
+
+    def _see_pieces(self, outer: list[int], run: list[int], columns: list[int]) -> None:
+        a, length, c = self._size(outer), self._size(run), self._size(columns)
         if not columns:
-            self.grid = grid
             self.view = (a, length)
             n_parts = max(1, -(-length // ROW_PART))
             part = max(1, -(-length // n_parts))
             self.tiles = Tiles(n_parts, part, max(1, TASK // part) if n_parts == 1 else 1)
             return
-        # Short rows, say of three channels, cost more to start than to run; several are one.
-        most = max(1, min(COLUMN_FOLD // max(c, 1), length // 16))
-        self.fold = max(k for k in range(1, most + 1) if length % k == 0)
-        self.grid = grid
+        self.fold = _fold(length, c)
         length, c = length // self.fold, c * self.fold
         self.view = (a, length, c)
         block = min(max(c, 1), COLUMN_BLOCK)
@@ -242,20 +262,61 @@ class Plan:
         part = max(1, -(-length // n_parts))
         self.tiles = Tiles(max(1, -(-length // part)), part, block)
 
+    def _see_groups(self, outer: list[int], run: list[int], columns: list[int]) -> bool:
+        """Handle whole groups at once where they fit in cache; tell whether they do.
+
+        The axes are ``outer``, then the ``run`` of inner ones, then ``columns``.
+        """
+        size, reduced = self._size, self.geometry.reductions[0]
+        before, rows, after = _around(columns or outer, reduced)
+        scattered = any(axis in reduced for axis in (outer if columns else after))
+        if scattered or (columns and after):
+            return False
+        span, grid = 1, self.grid
+        one_weight = after and not set(rows) - set(self.instance)
+        if not columns and one_weight and size(run) < SHORT_ROW and size(rows) >= MANY_ROWS:
+            # Across the rows: each would take longer to start than to run.
+            span, grid = size(run), tuple(1 if axis in rows else n for axis, n in enumerate(grid))
+            outer, rows, run, columns = before, run, rows, after + run
+        length = size(run)
+        if columns:
+            a, r, c = size(outer), size(rows), size(columns)
+            # Narrow rows are slow to read, as each is on a memory page of its own.
+            width = COLUMN_BLOCK if a > 1 else max(COLUMN_WIDTH, min(COLUMN_BLOCK, RUN // length))
+            width = min(c, r * max(1, width // r))
+            if length * width > SLAB:
+                return False
+            self.fold = _fold(length, c) if width == c else 1
+            self.view = (a, length // self.fold, self.fold * c)
+            self.tiles = Tiles(1, length, width * self.fold)
+        else:
+            a, r, b = size(before), size(rows), size(after)
+            if r == 1:
+                a, b = a * b, 1
+            d = r * length
+            if d > SLAB:
+                return False
+            self.view = (a, r, b, length)
+            self.tiles = Tiles(1, length, max(1, TASK // d if b == 1 else ROW_RUN // length))
+        self.span, self.grid = span, grid
+        self.groups_shape = (size(axis for axis in (*outer, *columns) if axis not in reduced),)
+        return True
+
     @property
     def by_group(self) -> bool:
-        """Whether each row of the view, or each column, is a group."""
-        return self.elements or self.rows_of_group > 0
+        """Whether whole groups are handled at once."""
+        return len(self.groups_shape) > 0
+
+    @property
+    def cut(self) -> tuple[int, ...]:
+        """How the kernels of whole groups cut the view."""
+        block = self.tiles.block
+        return (block, self.span) if self.columns and not self.elements else (block,)
 
     @property
     def columns(self) -> bool:
-        """Whether pieces, or groups with a weight for each element, are columns of the view."""
+        """Whether pieces, or groups, are columns of the view."""
         return len(self.view) == 3
-
-    @property
-    def groups_shape(self) -> tuple[int, ...]:
-        """The shape of groups as the kernels see them, where they are rows or columns."""
-        return self.view[:1] + self.view[2:]
 
     @functools.cached_property
     def parts(self) -> tuple[int, int, int]:
@@ -317,7 +378,9 @@ class Plan:
 
     def to_view(self, x: Array) -> Array:
         """Return x as the kernels see it: read-only, and copied only if its order differs."""
-        view = np.ascontiguousarray(x.transpose(self.order)).reshape(self.view)
+        if not x.flags.c_contiguous or not self.in_order:
+            x = np.ascontiguousarray(x.reshape(self.geometry.shape).transpose(self.order))
+        view = x.reshape(self.view)
         # Read-only arrays are a type of their own for Numba: with all inputs of that type,
         # there is one machine code for them and for those that the user may write to.
         view.flags.writeable = False
@@ -325,7 +388,9 @@ class Plan:
 
     def to_target(self, y: Array) -> tuple[Array, Array | None]:
         """Return where the kernels write y, and if that is not y itself, y as it is to be set."""
-        in_memory = y.transpose(self.order)
+        if self.in_order and y.flags.c_contiguous and y.flags.aligned:
+            return y.reshape(self.view), None
+        in_memory = y.reshape(self.geometry.shape).transpose(self.order)
         if in_memory.flags.c_contiguous and in_memory.flags.aligned:
             return in_memory.reshape(self.view), None
         return np.empty(self.view, y.dtype), in_memory
@@ -411,6 +476,19 @@ class Geometry:
         if plan is None:
             plan = self._plans[key] = Plan(self, *key)
         return plan
+
+
+def _fold(length: int, n_columns: int) -> int:
+    """Return how many rows are seen as one: short ones cost more to start than to run."""
+    most = max(1, min(COLUMN_FOLD // max(n_columns, 1), length // 16))
+    return max(k for k in range(1, most + 1) if length % k == 0)
+
+
+def _around(axes: list[int], reduced: Axes) -> tuple[list[int], list[int], list[int]]:
+    """Return the axes before the first run of reduced ones, that run, and what follows it."""
+    start = next((i for i, axis in enumerate(axes) if axis in reduced), len(axes))
+    end = next((i for i in range(start, len(axes)) if axes[i] not in reduced), len(axes))
+    return axes[:start], axes[start:end], axes[end:]
 
 
 def _split(axes: Iterable[int], axis: int, both: bool = True) -> Axes:

@@ -3,7 +3,7 @@
 A kernel's first argument, ``threads``, says which share of its tasks a call does, or that the
 tasks are to be shared out between threads, see :mod:`numbanorm._launch`.
 
-Kernels see arrays of two or three axes and never an axis argument:
+Kernels see arrays of two to four axes and never an axis argument:
 
 rows
     ``x`` is (P, L): piece p is the contiguous row p.
@@ -14,7 +14,9 @@ elements
 element columns
     ``x`` is (A, D, B): each column is a statistics group, and row i of its D has weight i.
 groups
-    ``x`` is (M, R * L): row i is a statistics group of R pieces of L elements.
+    ``x`` is (A, R, B, L): the R rows of each of A * B statistics groups have a weight each.
+group columns
+    ``x`` is (A, L, C): some columns next to each other are a statistics group.
 
 Statistics are taken around the first element of a piece and accumulated in float64, in one
 pass. The shift bounds the cancellation (it is an element of the data, so m2 >= (x0 - mean)**2)
@@ -195,8 +197,31 @@ def _find_first(xs, counts, found, shift):
 
 
 @njit(**LEAF)
+def _add_rows(x, mask, a, lo, hi, c0, c1, shift, n, s1, s2):
+    """Add rows lo to hi of x[a], columns c0 to c1, to their counts and shifted sums."""
+    if mask is None:
+        for i in range(lo, hi):
+            _add_row(x[a, i, c0:c1], shift, s1, s2)
+        n += hi - lo
+    else:
+        kept = np.empty(c1 - c0, x.dtype)
+        # What does not count is the shift, which adds nothing.
+        other = shift.astype(x.dtype)
+        for i in range(lo, hi):
+            _keep(x[a, i, c0:c1], mask[a, i, c0:c1], other, kept)
+            _add_row(kept, shift, s1, s2)
+            if (i - lo) % 4 == 3:
+                _add_counts(mask[a, i - 3 : i + 1, c0:c1], n)
+        for i in range(hi - (hi - lo) % 4, hi):
+            n += mask[a, i, c0:c1]
+
+
+@njit(**LEAF)
 def _first_of_columns(x, counts, shift):
-    """Write the first element of each column of x (L, C) that counts, or 0, to shift (C,)."""
+    """Write the first element of each column of x (L, C) that counts, or 0, to shift (C,).
+
+    Return where there is one.
+    """
     found = np.zeros(shift.shape[0], np.bool_)
     n_rows = min(4, x.shape[0])
     for i in range(n_rows):
@@ -204,6 +229,8 @@ def _first_of_columns(x, counts, shift):
     for c in range(shift.shape[0]):
         if not found[c]:
             shift[c] = _first(x[n_rows:, c], counts[n_rows:, c])
+            found[c] = np.any(counts[n_rows:, c])
+    return found
 
 
 @njit(**LEAF)
@@ -245,26 +272,11 @@ def moments_columns(threads, x, mask, part, width, count, mean, rest, m2):
         s1 = np.zeros(c1 - c0)
         s2 = np.zeros(c1 - c0)
         shifts = np.zeros(c1 - c0)
-        if mask is None:
-            n[:] = hi - lo
-            if lo < hi:
-                shifts[:] = x[a, lo, c0:c1]
-        else:
-            kept = np.empty(c1 - c0, x.dtype)
-            _first_of_columns(x[a, lo:hi, c0:c1], mask[a, lo:hi, c0:c1], shifts)
-            # What does not count is the shift, which adds nothing.
-            other = shifts.astype(x.dtype)
-        for i in range(lo, hi):
-            if mask is None:
-                _add_row(x[a, i, c0:c1], shifts, s1, s2)
-            else:
-                _keep(x[a, i, c0:c1], mask[a, i, c0:c1], other, kept)
-                _add_row(kept, shifts, s1, s2)
-                if (i - lo) % 4 == 3:
-                    _add_counts(mask[a, i - 3 : i + 1, c0:c1], n)
         if mask is not None:
-            for i in range(hi - (hi - lo) % 4, hi):
-                n += mask[a, i, c0:c1]
+            _first_of_columns(x[a, lo:hi, c0:c1], mask[a, lo:hi, c0:c1], shifts)
+        elif lo < hi:
+            shifts[:] = x[a, lo, c0:c1]
+        _add_rows(x, mask, a, lo, hi, c0, c1, shifts, n, s1, s2)
         # Folded rows are one block; what they have of the same column is merged here.
         for c in range(c0, min(c1, n_columns)):
             count[a, k, c] = n[c - c0]
@@ -540,6 +552,16 @@ def _apply_row_in_place(ys, m, s, t):
         ys[c] = _scale_shift(ys[c], m[c], s[c], t[c])
 
 
+@njit(**LEAF)
+def _apply_rows(x, a, lo, hi, c0, c1, m, s, t, in_place, y):
+    """Scale and shift rows lo to hi of x[a], columns c0 to c1: m, s, t (c1 - c0,)."""
+    for i in range(lo, hi):
+        if in_place:
+            _apply_row_in_place(y[a, i, c0:c1], m, s, t)
+        else:
+            _apply_row(x[a, i, c0:c1], m, s, t, y[a, i, c0:c1])
+
+
 @cached_njit(**FLAGS)
 def apply_columns(threads, x, part, width, m, s, t, in_place, y):
     """Scale and shift each piece: x (A, L, C), m, s, t (A, C) -> y (A, L, C)."""
@@ -553,11 +575,7 @@ def apply_columns(threads, x, part, width, m, s, t, in_place, y):
         hi = min(length, lo + part)
         c0 = (task % n_blocks) * width
         c1 = min(n_columns, c0 + width)
-        for i in range(lo, hi):
-            if in_place:
-                _apply_row_in_place(y[a, i, c0:c1], m[a, c0:c1], s[a, c0:c1], t[a, c0:c1])
-            else:
-                _apply_row(x[a, i, c0:c1], m[a, c0:c1], s[a, c0:c1], t[a, c0:c1], y[a, i, c0:c1])
+        _apply_rows(x, a, lo, hi, c0, c1, m[a, c0:c1], s[a, c0:c1], t[a, c0:c1], in_place, y)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -643,6 +661,19 @@ def _entering(dys, xs, counts, dys_in, xs_in):
         xs_in[i] = x if enters else 0.0
 
 
+@njit(**LEAF)
+def _add_gradient_rows(dy, x, mask, a, lo, hi, c0, c1, mean, s0, s1):
+    """Add rows lo to hi of dy[a] and x[a], columns c0 to c1, to the sums of _add_gradient_row."""
+    if mask is not None:
+        entering = np.empty((2, c1 - c0), x.dtype)
+    for i in range(lo, hi):
+        if mask is None:
+            _add_gradient_row(dy[a, i, c0:c1], x[a, i, c0:c1], mean, s0, s1)
+        else:
+            _entering(dy[a, i, c0:c1], x[a, i, c0:c1], mask[a, i, c0:c1], entering[0], entering[1])
+            _add_gradient_row(entering[0], entering[1], mean, s0, s1)
+
+
 @cached_njit(**FLAGS)
 def gradient_sums_columns(threads, dy, x, mask, part, width, mean, s0, s1):
     """Sum dy and dy (x - mean): dy, x, mask or None (A, L, F * C), mean (A, F * C).
@@ -660,15 +691,8 @@ def gradient_sums_columns(threads, dy, x, mask, part, width, mean, s0, s1):
         c1 = min(n_folded, c0 + width)
         sums = np.zeros((2, c1 - c0))
         mu = mean[a, c0:c1]
-        entering = np.empty((2, c1 - c0), x.dtype)
-        for i in range(k * part, min(length, (k + 1) * part)):
-            if mask is None:
-                _add_gradient_row(dy[a, i, c0:c1], x[a, i, c0:c1], mu, sums[0], sums[1])
-            else:
-                _entering(
-                    dy[a, i, c0:c1], x[a, i, c0:c1], mask[a, i, c0:c1], entering[0], entering[1]
-                )
-                _add_gradient_row(entering[0], entering[1], mu, sums[0], sums[1])
+        lo, hi = k * part, min(length, (k + 1) * part)
+        _add_gradient_rows(dy, x, mask, a, lo, hi, c0, c1, mu, sums[0], sums[1])
         for c in range(c0, min(c1, n_columns)):
             s0[a, k, c] = sums[0, c - c0]
             s1[a, k, c] = sums[1, c - c0]
@@ -749,6 +773,20 @@ def _masked_backward_row(dys, xs, counts, a, r, m, b, c, dxs):
         dxs[i] = _input_gradient(dys[i], xs[i], counts[i], a[i], r[i], m[i], b[i], c[i])
 
 
+@njit(**LEAF)
+def _backward_rows(dy, x, mask, o, lo, hi, c0, c1, a, r, m, b, c, in_place, dx):
+    """Write rows lo to hi of dx[o], columns c0 to c1: a, r, m, b, c (c1 - c0,)."""
+    for i in range(lo, hi):
+        if mask is not None:
+            _masked_backward_row(
+                dy[o, i, c0:c1], x[o, i, c0:c1], mask[o, i, c0:c1], a, r, m, b, c, dx[o, i, c0:c1]
+            )
+        elif in_place:
+            _backward_row_in_place(dx[o, i, c0:c1], x[o, i, c0:c1], a, r, m, b, c)
+        else:
+            _backward_row(dy[o, i, c0:c1], x[o, i, c0:c1], a, r, m, b, c, dx[o, i, c0:c1])
+
+
 @cached_njit(**FLAGS)
 def backward_columns(threads, dy, x, mask, part, width, a, r, m, b, c, in_place, dx):
     """Write dx: dy, x, mask or None (A, L, C), a, r, m, b, c (A, C) -> dx (A, L, C)."""
@@ -764,16 +802,7 @@ def backward_columns(threads, dy, x, mask, part, width, a, r, m, b, c, in_place,
         c1 = min(n_columns, c0 + width)
         ao, ro, mo = a[o, c0:c1], r[o, c0:c1], m[o, c0:c1]
         bo, co = b[o, c0:c1], c[o, c0:c1]
-        for i in range(lo, hi):
-            if mask is not None:
-                _masked_backward_row(
-                    dy[o, i, c0:c1], x[o, i, c0:c1], mask[o, i, c0:c1],
-                    ao, ro, mo, bo, co, dx[o, i, c0:c1],
-                )  # fmt: skip
-            elif in_place:
-                _backward_row_in_place(dx[o, i, c0:c1], x[o, i, c0:c1], ao, ro, mo, bo, co)
-            else:
-                _backward_row(dy[o, i, c0:c1], x[o, i, c0:c1], ao, ro, mo, bo, co, dx[o, i, c0:c1])
+        _backward_rows(dy, x, mask, o, lo, hi, c0, c1, ao, ro, mo, bo, co, in_place, dx)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -796,6 +825,26 @@ def _rstds(count, var, eps):
     rstd = count.astype(np.float64)
     _invert_roots(var, eps, rstd)
     return rstd
+
+
+@njit(**LEAF)
+def _write_statistics(g, n, mu, m2, center, count, mean, var):
+    """Write those of group g; if not ``center``, var is the mean square, and the mean is 0."""
+    v = m2 / max(n, 1)
+    count[g] = n
+    mean[g] = mu if center else 0.0
+    var[g] = v if center else v + mu * mu
+
+
+@njit(**LEAF)
+def _statistics_of_rows(x, mask, first, last, center, count, mean, var):
+    """Write the statistics of rows first to last of x, mask or None (M, D)."""
+    for g in range(first, last):
+        if mask is None:
+            n, mu, _, m2 = _row_moments(x[g], None)
+        else:
+            n, mu, _, m2 = _row_moments(x[g], mask[g])
+        _write_statistics(g, n, mu, m2, center, count, mean, var)
 
 
 @njit(**CONTRACT)
@@ -823,20 +872,9 @@ def forward_elements(
         first = task * block
         xs = x[first : first + block]
         ys = y[first : first + block]
-        if mask is not None:
-            counts = mask[first : first + block]
         # Three loops: a short row waits longer for a root than for its sums.
-        for i in range(xs.shape[0]):
-            p = first + i
-            if live:
-                if mask is None:
-                    n, mu, _, m2 = _row_moments(xs[i], None)
-                else:
-                    n, mu, _, m2 = _row_moments(xs[i], counts[i])
-                v = m2 / max(n, 1)
-                count[p] = n
-                mean[p] = mu if center else 0.0
-                var[p] = v if center else v + mu * mu
+        if live:
+            _statistics_of_rows(x, mask, first, first + xs.shape[0], center, count, mean, var)
         rstd = _rstds(count[first : first + block], var[first : first + block], eps)
         row = np.empty(3, y.dtype)
         for i in range(xs.shape[0]):
@@ -847,127 +885,332 @@ def forward_elements(
                 _normalize_elements(xs[i], weight, bias, row[0], row[1], row[2], ys[i])
 
 
+@njit(**LEAF)
+def _block(unit, n_columns, width):
+    """Return the outer index and the columns of a unit of work."""
+    n_blocks = (n_columns + width - 1) // width
+    a = unit // n_blocks
+    c0 = (unit - a * n_blocks) * width
+    return a, c0, min(c0 + width, n_columns)
+
+
+@njit(**LEAF)
+def _next_groups(first, end, shape, block):
+    """Return how many groups come next, where their rows start, and how these follow.
+
+    Row j of run i is row ``start + i * step + j``, for ``n_runs`` runs of ``n_in_run`` rows. A run
+    has the rows of one group where B is 1, else a row of each group.
+    """
+    n_rows, n_inner = shape[1:3]
+    if n_inner == 1:
+        n_here = min(block, end - first)
+        return n_here, first * n_rows, n_rows, n_here, n_rows
+    a, b = first // n_inner, first % n_inner
+    n_here = min(block, end - first, n_inner - b)
+    return n_here, a * n_rows * n_inner + b, n_inner, n_rows, n_here
+
+
 @cached_njit(**FLAGS)
 def forward_groups(
-    threads, x, mask, feature, n_rows, weight, bias, eps, center, live, block, in_place,
+    threads, x, mask, feature, weight, bias, eps, center, live, block, in_place,
     count, mean, var, y,
 ):  # fmt: skip
-    """Normalise groups of R rows: x, mask or None, y (M, R * L), weight, bias (F,).
+    """Normalise groups of R rows: x, mask or None, y (A, R, B, L), weight, bias (F,).
 
-    ``feature`` (M * R,) says which weight a row has; count, mean, var (M,) are taken and written
-    if ``live``, else read.
+    ``feature`` (A * R * B,) says which weight a row has; count, mean, var (A * B,) are taken and
+    written if ``live``, else read. Up to ``block`` groups are handled at once.
     """
-    n_groups = x.shape[0]
-    rows = n_groups * n_rows
-    length = x.shape[1] // n_rows
-    x_rows = x.reshape(rows, length)
-    y_rows = y.reshape(rows, length)
-    begin, end = share(threads, (n_groups + block - 1) // block)
-    for task in range(begin, end):
-        first = task * block
-        groups = x[first : first + block]
-        xs = x_rows[first * n_rows : (first + block) * n_rows]
-        ys = y_rows[first * n_rows : (first + block) * n_rows]
-        if mask is not None:
-            counts = mask[first : first + block]
-        # Three loops, as in forward_elements.
-        for i in range(groups.shape[0]):
-            g = first + i
-            if live:
-                if mask is None:
-                    n, mu, _, m2 = _row_moments(groups[i], None)
-                else:
-                    n, mu, _, m2 = _row_moments(groups[i], counts[i])
-                v = m2 / max(n, 1)
-                count[g] = n
-                mean[g] = mu if center else 0.0
-                var[g] = v if center else v + mu * mu
-        rstd = _rstds(count[first : first + block], var[first : first + block], eps)
+    n_outer, n_rows, n_inner, length = x.shape
+    apart = n_inner > 1
+    groups = x.reshape(n_outer * n_inner, n_rows * length)
+    x_rows = x.reshape(n_outer * n_rows * n_inner, length)
+    y_rows = y.reshape(x_rows.shape)
+    if mask is not None:
+        mask_groups = mask.reshape(groups.shape)
+        mask_rows = mask.reshape(x_rows.shape)
+    first, end = share(threads, n_outer * n_inner)
+    # A thread's groups are next to each other: the longer a run is, the faster it is read.
+    while first < end:
+        n_here, start, step, n_runs, n_in_run = _next_groups(first, end, x.shape, block)
+        last = first + n_here
+        if live and apart:
+            n = np.zeros(n_here, np.int64)
+            shift = np.zeros(n_here)
+            s1 = np.zeros(n_here)
+            s2 = np.zeros(n_here)
+            for i in range(n_runs):
+                for j in range(n_in_run):
+                    p = start + i * step + j
+                    if mask is None:
+                        if i == 0:
+                            shift[j] = x_rows[p, 0]
+                        sum_1, sum_2 = _shifted_sums(x_rows[p], shift[j])
+                        k = length
+                    else:
+                        if n[j] == 0:
+                            shift[j] = _first(x_rows[p], mask_rows[p])
+                        k, sum_1, sum_2 = _masked_shifted_sums(x_rows[p], mask_rows[p], shift[j])
+                    n[j] += k
+                    s1[j] += sum_1
+                    s2[j] += sum_2
+            for j in range(n_here):
+                mu, _, m2 = _unshift(n[j], shift[j], s1[j], s2[j])
+                _write_statistics(first + j, n[j], mu, m2, center, count, mean, var)
+        elif live:
+            if mask is None:
+                _statistics_of_rows(groups, None, first, last, center, count, mean, var)
+            else:
+                _statistics_of_rows(groups, mask_groups, first, last, center, count, mean, var)
+        rstd = _rstds(count[first:last], var[first:last], eps)
         row = np.empty(3, y.dtype)
-        for i in range(groups.shape[0]):
-            mu = mean[first + i]
-            row[0] = mu
-            rest = np.float64(row[0]) - mu
-            for j in range(i * n_rows, (i + 1) * n_rows):
-                f = feature[first * n_rows + j]
-                scale = rstd[i] * weight[f]
+        for i in range(n_runs):
+            for j in range(n_in_run):
+                p = start + i * step + j
+                g = j if apart else i
+                f = feature[p]
+                scale = rstd[g] * weight[f]
+                mu = mean[first + g]
+                row[0] = mu
                 row[1] = scale
-                row[2] = rest * scale + bias[f]
+                row[2] = (np.float64(row[0]) - mu) * scale + bias[f]
                 if in_place:
-                    _apply_in_place(ys[j], row[0], row[1], row[2])
+                    _apply_in_place(y_rows[p], row[0], row[1], row[2])
                 else:
-                    _apply(xs[j], row[0], row[1], row[2], ys[j])
+                    _apply(x_rows[p], row[0], row[1], row[2], y_rows[p])
+        first = last
+
+
+@njit(**LEAF)
+def _group_coefficients(count, mean, rstd, g0, g1, center, row):
+    """Write r, m, b, c, see _input_gradient, from a group's sums of dy * weight (* (x - mean))."""
+    # The slope is -rstd**3 * g1 / n, and r is rstd.
+    n = max(count, 1)
+    slope = -(rstd * g1) * rstd / n
+    row[0] = rstd
+    row[1] = mean
+    row[2] = slope
+    row[3] = slope * (np.float64(row[1]) - mean) - (g0 / n if center else 0.0)
 
 
 @cached_njit(**FLAGS)
 def backward_groups(
-    threads, dy, x, mask, feature, weight, n_rows, eps, center, live, block, in_place,
+    threads, dy, x, mask, feature, weight, eps, center, live, block, in_place,
     count, mean, var, dx, s0, s1,
 ):  # fmt: skip
-    """Write dx of groups of R rows, and each row's sums of dy and dy * x_hat, s0, s1 (M * R,).
+    """Write dx of groups of R rows, and each row's sums of dy and dy * x_hat, s0, s1 (A * R * B,).
 
     The other arguments are as in forward_groups.
     """
-    n_groups = x.shape[0]
-    n_all = n_groups * n_rows
-    length = x.shape[1] // n_rows
-    dy_rows = dy.reshape(n_all, length)
-    x_rows = x.reshape(n_all, length)
-    dx_rows = dx.reshape(n_all, length)
+    n_outer, n_rows, n_inner, length = x.shape
+    apart = n_inner > 1
+    x_rows = x.reshape(n_outer * n_rows * n_inner, length)
+    dy_rows = dy.reshape(x_rows.shape)
+    dx_rows = dx.reshape(x_rows.shape)
     if mask is not None:
-        mask_rows = mask.reshape(n_all, length)
-    begin, end = share(threads, (n_groups + block - 1) // block)
-    for task in range(begin, end):
-        first = task * block
-        lo, hi = first * n_rows, (first + block) * n_rows
-        dys = dy_rows[lo:hi]
-        xs = x_rows[lo:hi]
-        dxs = dx_rows[lo:hi]
-        if mask is not None:
-            counts = mask_rows[lo:hi]
-        n_here = min(block, n_groups - first)
-        for i in range(n_here):
-            for j in range(i * n_rows, (i + 1) * n_rows):
+        counts = mask.reshape(x_rows.shape)
+    first, end = share(threads, n_outer * n_inner)
+    # A thread's groups are next to each other: the longer a run is, the faster it is read.
+    while first < end:
+        n_here, start, step, n_runs, n_in_run = _next_groups(first, end, x.shape, block)
+        g0 = np.zeros(n_here)
+        g1 = np.zeros(n_here)
+        for i in range(n_runs):
+            for j in range(n_in_run):
+                p = start + i * step + j
+                g = j if apart else i
+                mu = mean[first + g]
                 if mask is None:
-                    sums = _gradient_sums(dys[j], xs[j], mean[first + i])
+                    sum_1, sum_x = _gradient_sums(dy_rows[p], x_rows[p], mu)
                 else:
-                    sums = _masked_gradient_sums(dys[j], xs[j], counts[j], mean[first + i])
-                s0[lo + j] = sums[0]
-                s1[lo + j] = sums[1]
+                    sum_1, sum_x = _masked_gradient_sums(dy_rows[p], x_rows[p], counts[p], mu)
+                s0[p] = sum_1
+                s1[p] = sum_x
+                g0[g] += weight[feature[p]] * sum_1
+                g1[g] += weight[feature[p]] * sum_x
         rstd = _rstds(count[first : first + n_here], var[first : first + n_here], eps)
-        row = np.empty(5, dx.dtype)
-        for i in range(n_here):
-            g = first + i
-            g0, g1 = 0.0, 0.0
-            for p in range(g * n_rows, (g + 1) * n_rows):
-                g0 += weight[feature[p]] * s0[p]
-                g1 += weight[feature[p]] * s1[p]
-                s1[p] *= rstd[i]
-            # See _input_gradient; here the slope is -rstd**3 * g1 / n, and r is rstd.
-            n = max(count[g], 1)
-            slope = -(rstd[i] * g1) * rstd[i] / n
-            row[1] = rstd[i]
-            row[2] = mean[g]
-            row[3] = slope
-            row[4] = slope * (np.float64(row[2]) - mean[g]) - (g0 / n if center else 0.0)
-            for j in range(i * n_rows, (i + 1) * n_rows):
-                row[0] = rstd[i] * weight[feature[lo + j]]
+        rows = np.empty((n_here, 4), dx.dtype)
+        for g in range(n_here):
+            _group_coefficients(
+                count[first + g], mean[first + g], rstd[g], g0[g], g1[g], center, rows[g]
+            )
+        row = np.empty(1, dx.dtype)
+        for i in range(n_runs):
+            for j in range(n_in_run):
+                p = start + i * step + j
+                g = j if apart else i
+                s1[p] *= rstd[g]
+                row[0] = rstd[g] * weight[feature[p]]
+                a, r, m, b, c = row[0], rows[g, 0], rows[g, 1], rows[g, 2], rows[g, 3]
                 if not live:
-                    _scale(dys[j], row[0], dxs[j])
+                    _scale(dy_rows[p], a, dx_rows[p])
                 elif mask is not None:
-                    _masked_backward(
-                        dys[j], xs[j], counts[j], row[0], row[1], row[2], row[3], row[4], dxs[j]
-                    )
+                    _masked_backward(dy_rows[p], x_rows[p], counts[p], a, r, m, b, c, dx_rows[p])
                 elif in_place:
-                    _backward_in_place(dxs[j], xs[j], row[0], row[1], row[2], row[3], row[4])
+                    _backward_in_place(dx_rows[p], x_rows[p], a, r, m, b, c)
                 else:
-                    _backward(dys[j], xs[j], row[0], row[1], row[2], row[3], row[4], dxs[j])
+                    _backward(dy_rows[p], x_rows[p], a, r, m, b, c, dx_rows[p])
+        first += n_here
 
 
 @njit(**CONTRACT)
 def _scale(dys, a, dxs):
     for i in range(dys.shape[0]):
         dxs[i] = a * dys[i]
+
+
+# Group columns: the same where a row has columns of many groups.
+
+
+@njit(**LEAF)
+def _shifts_of_groups(x, mask, a, c0, c1, n_columns, size):
+    """Return an element of its group that counts, or 0, for columns c0 to c1 of x[a]."""
+    shift = np.zeros(c1 - c0)
+    if mask is None:
+        for c in range(0, c1 - c0, size):
+            shift[c] = x[a, 0, c0 + c]
+    else:
+        found = _first_of_columns(x[a, :, c0:c1], mask[a, :, c0:c1], shift)
+        for c in range(0, c1 - c0, size):
+            for k in range(c + size - 1, c - 1, -1):
+                if found[k]:
+                    shift[c] = shift[k]
+            found[c] = np.any(found[c : c + size])
+        for c in range(n_columns, c1 - c0, size):
+            if found[c] and not found[c % n_columns]:
+                found[c % n_columns] = True
+                shift[c % n_columns] = shift[c]
+    for lo in range(0, c1 - c0, n_columns):
+        for c in range(lo, min(lo + n_columns, c1 - c0), size):
+            shift[c : c + size] = shift[c - lo]
+    return shift
+
+
+@njit(**LEAF)
+def _fill_columns(first, span, n_columns, row, rows):
+    """Write row (n,) to rows (n, F * C): to a span of columns from the first on, F times."""
+    for lo in range(first, rows.shape[1], n_columns):
+        for k in range(len(row)):
+            for c in range(lo, lo + span):
+                rows[k, c] = row[k]
+
+
+@cached_njit(**FLAGS)
+def forward_group_columns(
+    threads, x, mask, feature, weight, bias, eps, center, live, width, span, in_place,
+    count, mean, var, y,
+):  # fmt: skip
+    """Normalise groups of columns: x, mask or None, y (A, L, F * C), weight, bias (F,).
+
+    A row holds each column F times, as in moments_columns. ``span`` columns next to each other
+    share a weight, and ``feature`` (A * C / span,) says which; some more are one of the groups,
+    whose count, mean, var (G,) are taken and written if ``live``, else read. A task has ``width``
+    columns.
+    """
+    n_outer, length, n_folded = x.shape
+    n_spans, n_groups = len(feature) // n_outer, len(count) // n_outer
+    n_columns = n_spans * span
+    size = n_columns // n_groups
+    begin, end = share(threads, n_outer * ((n_folded + width - 1) // width))
+    for task in range(begin, end):
+        a, c0, c1 = _block(task, n_folded, width)
+        n_here = (min(c1, n_columns) - c0) // size
+        first = a * n_groups + c0 // size
+        last = first + n_here
+        if live:
+            n = np.zeros(c1 - c0, np.int64)
+            s1 = np.zeros(c1 - c0)
+            s2 = np.zeros(c1 - c0)
+            shift = _shifts_of_groups(x, mask, a, c0, c1, n_columns, size)
+            _add_rows(x, mask, a, 0, length, c0, c1, shift, n, s1, s2)
+            for g in range(n_here):
+                n_all, sum_1, sum_2 = 0, 0.0, 0.0
+                for lo in range(g * size, c1 - c0, n_columns):
+                    for c in range(lo, lo + size):
+                        n_all += n[c]
+                        sum_1 += s1[c]
+                        sum_2 += s2[c]
+                mu, _, m2 = _unshift(n_all, shift[g * size], sum_1, sum_2)
+                _write_statistics(first + g, n_all, mu, m2, center, count, mean, var)
+        rstd = _rstds(count[first:last], var[first:last], eps)
+        rows = np.empty((3, c1 - c0), y.dtype)
+        row = np.empty(3, y.dtype)
+        p = a * n_spans + c0 // span
+        for g in range(n_here):
+            mu = mean[first + g]
+            for c in range(g * size, (g + 1) * size, span):
+                scale = rstd[g] * weight[feature[p]]
+                row[0] = mu
+                row[1] = scale
+                row[2] = (np.float64(row[0]) - mu) * scale + bias[feature[p]]
+                _fill_columns(c, span, n_columns, row, rows)
+                p += 1
+        _apply_rows(x, a, 0, length, c0, c1, rows[0], rows[1], rows[2], in_place, y)
+
+
+@cached_njit(**FLAGS)
+def backward_group_columns(
+    threads, dy, x, mask, feature, weight, eps, center, live, width, span, in_place,
+    count, mean, var, dx, s0, s1,
+):  # fmt: skip
+    """Write dx of groups of columns, and the sums of dy and dy * x_hat over each span.
+
+    ``s0, s1`` (A * C / span,) are written; the other arguments are as in forward_group_columns.
+    """
+    n_outer, length, n_folded = x.shape
+    n_spans, n_groups = len(feature) // n_outer, len(count) // n_outer
+    n_columns = n_spans * span
+    size = n_columns // n_groups
+    begin, end = share(threads, n_outer * ((n_folded + width - 1) // width))
+    for task in range(begin, end):
+        a, c0, c1 = _block(task, n_folded, width)
+        n_here = (min(c1, n_columns) - c0) // size
+        first = a * n_groups + c0 // size
+        means = np.empty((1, c1 - c0))
+        for g in range(n_here):
+            _fill_columns(g * size, size, n_columns, mean[first + g : first + g + 1], means)
+        s = np.zeros((2, c1 - c0))
+        _add_gradient_rows(dy, x, mask, a, 0, length, c0, c1, means[0], s[0], s[1])
+        for lo in range(n_columns, c1 - c0, n_columns):
+            for c in range(n_columns):
+                s[0, c] += s[0, lo + c]
+                s[1, c] += s[1, lo + c]
+        rstd = _rstds(count[first : first + n_here], var[first : first + n_here], eps)
+        rows = np.empty((5, c1 - c0), dx.dtype)
+        row = np.empty(5, dx.dtype)
+        p = a * n_spans + c0 // span
+        for g in range(n_here):
+            p_of_group = p
+            g0, g1 = 0.0, 0.0
+            for lo in range(g * size, (g + 1) * size, span):
+                sum_1, sum_x = 0.0, 0.0
+                for c in range(lo, lo + span):
+                    sum_1 += s[0, c]
+                    sum_x += s[1, c]
+                s0[p] = sum_1
+                s1[p] = sum_x * rstd[g]
+                g0 += weight[feature[p]] * sum_1
+                g1 += weight[feature[p]] * sum_x
+                p += 1
+            _group_coefficients(count[first + g], mean[first + g], rstd[g], g0, g1, center, row[1:])
+            p = p_of_group
+            for c in range(g * size, (g + 1) * size, span):
+                row[0] = rstd[g] * weight[feature[p]]
+                _fill_columns(c, span, n_columns, row, rows)
+                p += 1
+        if live:
+            _backward_rows(
+                dy, x, mask, a, 0, length, c0, c1,
+                rows[0], rows[1], rows[2], rows[3], rows[4], in_place, dx,
+            )  # fmt: skip
+        else:
+            for i in range(length):
+                _scale_row(dy[a, i, c0:c1], rows[0], dx[a, i, c0:c1])
+
+
+@njit(**CONTRACT)
+def _scale_row(dys, a, dxs):
+    for c in range(dxs.shape[0]):
+        dxs[c] = a[c] * dys[c]
 
 
 @cached_njit(**FLAGS)
@@ -993,15 +1236,6 @@ def _normalize_row_in_place(ys, m, rstd, t, weight, bias):
         ys[c] = _scale_shift(ys[c], m[c], rstd[c], t[c]) * weight + bias
 
 
-@njit(**LEAF)
-def _block(unit, n_columns, width):
-    """Return the outer index and the columns of a unit of work."""
-    n_blocks = (n_columns + width - 1) // width
-    a = unit // n_blocks
-    c0 = (unit - a * n_blocks) * width
-    return a, c0, min(c0 + width, n_columns)
-
-
 @cached_njit(**FLAGS)
 def forward_element_columns(
     threads, x, weight, bias, eps, center, live, width, in_place, count, mean, var, y
@@ -1024,10 +1258,7 @@ def forward_element_columns(
                 _add_row(x[a, i, c0:c1], shift, s1, s2)
             for c in range(c0, c1):
                 mu, _, m2 = _unshift(length, shift[c - c0], s1[c - c0], s2[c - c0])
-                v = m2 / max(length, 1)
-                count[a, c] = length
-                mean[a, c] = mu if center else 0.0
-                var[a, c] = v if center else v + mu * mu
+                _write_statistics((a, c), length, mu, m2, center, count, mean, var)
         rstds = _rstds(count[a, c0:c1], var[a, c0:c1], eps)
         rows = np.empty((c1 - c0, 3), y.dtype)
         for c in range(c0, c1):

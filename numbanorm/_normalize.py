@@ -4,8 +4,8 @@ A :class:`~numbanorm._axes.Geometry` says over which axes. A first kernel takes 
 the smallest pieces of x; algebra on small arrays merges them into the groups of each statistic,
 mixes those and makes one multiplier and one offset for each piece; a last kernel applies them.
 Backward is the same road: sums of dy and of dy * (x - mean) over each piece, algebra, and a
-kernel that writes dx = a * dy + r * ((x - m) * b + c). Rows with a weight for each element have
-kernels of their own, which do all of it while a row is in cache.
+kernel that writes dx = a * dy + r * ((x - m) * b + c). Where all there is is one statistic, and its
+groups fit in cache, one kernel does all of this for some groups before it goes on to the next.
 """
 
 import math
@@ -93,12 +93,11 @@ class Saved:
         self.has_weight, self.has_bias = affine
         self.mixture, self.sample_variance = mixture, sample_variance
         # y gives the order in memory; x is copied if its own differs.
-        x_split = x.reshape(geometry.shape)
-        order = memory_order(y.reshape(geometry.shape)) or memory_order(x_split)
-        order = order or tuple(range(x_split.ndim))
+        order = memory_order(y, geometry.shape) or memory_order(x, geometry.shape)
+        order = order or tuple(range(len(geometry.shape)))
         self.plan = geometry.plan(order, any(affine), fused, mask is not None)
-        self.x = self.plan.to_view(x_split)
-        self.mask = None if mask is None else self.plan.to_view(mask.reshape(geometry.shape))
+        self.x = self.plan.to_view(x)
+        self.mask = None if mask is None else self.plan.to_view(mask)
         self.instances = None
         self.fixed = False
 
@@ -128,6 +127,18 @@ class Saved:
     def batch(self) -> Statistic:
         """The statistic that has running averages."""
         return self.statistic(self.geometry.tracked)
+
+    @property
+    def tracked(self) -> tuple[NDArray[np.int64], Float64, Float64]:
+        """Count, mean and variance of that, (G,), in the C order of its kept axes."""
+        plan = self.plan
+        if not plan.by_group:
+            where = plan.groups.slices[self.geometry.tracked]
+            return self.n[where], self.mean[where], self.var[where]
+        if plan.in_order:
+            return self.n.reshape(-1), self.mean.reshape(-1), self.var.reshape(-1)
+        n, mean, var = (plan.to_grid(array).reshape(-1) for array in (self.n, self.mean, self.var))
+        return n, mean, var
 
 
 def normalize(
@@ -173,12 +184,13 @@ def normalize(
     affine = weight is not None, bias is not None
     saved = Saved(x, y, geometry, affine, eps, mixture, center, sample_variance, counts)
     plan = saved.plan
-    target, unset = plan.to_target(y.reshape(geometry.shape))
+    target, unset = plan.to_target(y)
+    in_place = saved.x_is_lost and unset is None
     saved.fixed = fixed is not None
     if plan.by_group:
-        _forward_groups(saved, weight, bias, fixed, target)
+        _forward_groups(saved, weight, bias, fixed, in_place, target)
     else:
-        _forward_pieces(saved, weight, bias, fixed, target)
+        _forward_pieces(saved, weight, bias, fixed, in_place, target)
     if unset is not None:
         unset[...] = target.reshape(unset.shape)
     return y, saved
@@ -232,6 +244,7 @@ def _forward_groups(
     weight: Array | None,
     bias: Array | None,
     fixed: tuple[Array, Array] | None,
+    in_place: bool,
     y: Array,
 ) -> None:
     plan, shape = saved.plan, saved.plan.groups_shape
@@ -244,12 +257,13 @@ def _forward_groups(
         saved.mean, saved.var = plan.from_grid(mean), plan.from_grid(var)
     parameters = saved.weight, _parameter(saved, bias, 0.0, y.dtype)
     rest = (
-        saved.eps, saved.center, fixed is None, plan.tiles.block, np.may_share_memory(saved.x, y),
+        saved.eps, saved.center, fixed is None, *plan.cut, in_place,
         saved.n, saved.mean, saved.var, y,
     )  # fmt: skip
     args: tuple[Any, ...]
     if not plan.elements:
-        kernel, args = _kernels.forward_groups, (saved.mask, plan.features, plan.rows_of_group)
+        kernel = _kernels.forward_group_columns if plan.columns else _kernels.forward_groups
+        args = saved.mask, plan.features
     elif plan.columns:
         kernel, args = _kernels.forward_element_columns, ()
     else:
@@ -261,11 +275,13 @@ def _parameter(saved: Saved, value: Array | None, default: float, dtype: Any) ->
     """Return a parameter (or its default) for each element of a row, or for each feature."""
     if not saved.plan.elements:
         return _feature_parameter(saved, value, default)
-    d = saved.plan.view[1]
+    plan = saved.plan
+    d = plan.view[1]
     if value is None:
         return np.full(d, default, dtype)
-    grid = value.reshape(saved.geometry.param_grid).transpose(saved.plan.order)
-    return np.array(grid, dtype, order="C").reshape(d)
+    if not plan.in_order:
+        value = value.reshape(saved.geometry.param_grid).transpose(plan.order)
+    return np.array(value, dtype, order="C").reshape(d)
 
 
 def _forward_pieces(
@@ -273,6 +289,7 @@ def _forward_pieces(
     weight: Array | None,
     bias: Array | None,
     fixed: tuple[Array, Array] | None,
+    in_place: bool,
     y: Array,
 ) -> None:
     geometry, plan = saved.geometry, saved.plan
@@ -295,7 +312,7 @@ def _forward_pieces(
             array[where].reshape(shape)[...] = running.reshape(geometry.running_grid)
     saved.weight = _feature_parameter(saved, weight, 1.0)
     m, s, t = _coefficients(saved, _feature_parameter(saved, bias, 0.0), y.dtype)
-    _apply(plan, saved.x, m, s, t, y)
+    _apply(plan, saved.x, m, s, t, in_place, y)
 
 
 @np.errstate(all="ignore")  # NaN and Inf are the user's, and reach what they should
@@ -328,11 +345,11 @@ def _coefficients(saved: Saved, bias: Float64, dtype: Any) -> Iterable[Array]:
     return plan.fold_pieces(found)
 
 
-def _apply(plan: Plan, x: Array, m: Array, s: Array, t: Array, y: Array) -> None:
+def _apply(plan: Plan, x: Array, m: Array, s: Array, t: Array, in_place: bool, y: Array) -> None:
     """Write y = (x - m) * s + t."""
     kernel = _kernels.apply_columns if plan.columns else _kernels.apply_rows
     _, part, block = plan.tiles
-    _threads.run(kernel, y.size, x, part, block, m, s, t, np.may_share_memory(x, y), y)
+    _threads.run(kernel, y.size, x, part, block, m, s, t, in_place, y)
 
 
 def backward(
@@ -355,15 +372,16 @@ def backward(
         with np.errstate(over="ignore"):
             gradient = gradient.astype(saved.x.dtype)
     dx = output_array(out, gradient, gradient, saved.x)
-    plan, shape = saved.plan, saved.geometry.shape
-    dy_view = plan.to_view(gradient.reshape(shape))
-    target, unset = plan.to_target(dx.reshape(shape))
+    plan = saved.plan
+    dy_view = plan.to_view(gradient)
+    target, unset = plan.to_target(dx)
+    in_place = unset is None and same_memory(gradient, dx)
     differentiate = (
         _backward_elements if plan.elements
-        else _backward_groups if plan.rows_of_group
+        else _backward_groups if plan.by_group
         else _backward_pieces
     )  # fmt: skip
-    parameters = differentiate(saved, dy_view, target)
+    parameters = differentiate(saved, dy_view, in_place, target)
     if unset is not None:
         unset[...] = target.reshape(unset.shape)
     return dx, *parameters
@@ -372,16 +390,16 @@ def backward(
 Parameters = tuple[Float64 | None, Float64 | None, Float64, Float64]
 
 
-def _backward_elements(saved: Saved, dy: Array, dx: Array) -> Parameters:
+def _backward_elements(saved: Saved, dy: Array, in_place: bool, dx: Array) -> Parameters:
     plan, geometry = saved.plan, saved.geometry
     affine = saved.has_weight or saved.has_bias
     dweight, dbias = np.zeros((2, *(plan.gradient_parts if affine else (TASKS, 0))))
-    rest = np.may_share_memory(dy, dx), saved.n, saved.mean, saved.var, dx, dweight, dbias
+    rest = in_place, saved.n, saved.mean, saved.var, dx, dweight, dbias
     options = saved.eps, saved.center, not saved.fixed, affine
     if plan.columns:
         _threads.run(
             _kernels.backward_element_columns, dy.size,
-            dy, saved.x, saved.weight, *options, plan.tiles.block, *rest,
+            dy, saved.x, saved.weight, *options, *plan.cut, *rest,
         )  # fmt: skip
     else:
         _threads.run(
@@ -389,9 +407,10 @@ def _backward_elements(saved: Saved, dy: Array, dx: Array) -> Parameters:
             dy, saved.x, saved.mask, saved.weight, *options, *rest,
         )  # fmt: skip
 
-    @np.errstate(all="ignore")  # as above
     def unfold(blocks: Array) -> Array:
-        total: Array = blocks.sum(0)
+        total: Array = blocks[0] if len(blocks) == 1 else _sum(blocks)
+        if plan.in_order:
+            return total.reshape(geometry.param_shape)
         in_memory = total.reshape([geometry.param_grid[axis] for axis in plan.order])
         return in_memory.transpose(plan.inverse_order).reshape(geometry.param_shape)
 
@@ -403,13 +422,20 @@ def _backward_elements(saved: Saved, dy: Array, dx: Array) -> Parameters:
     )
 
 
-def _backward_groups(saved: Saved, dy: Array, dx: Array) -> Parameters:
+@np.errstate(all="ignore")  # as above
+def _sum(blocks: Array) -> Array:
+    total: Array = blocks.sum(0)
+    return total
+
+
+def _backward_groups(saved: Saved, dy: Array, in_place: bool, dx: Array) -> Parameters:
     plan, geometry = saved.plan, saved.geometry
     s0, s1 = np.empty((2, len(plan.features)))
+    kernel = _kernels.backward_group_columns if plan.columns else _kernels.backward_groups
     _threads.run(
-        _kernels.backward_groups, dy.size,
-        dy, saved.x, saved.mask, plan.features, saved.weight, plan.rows_of_group,
-        saved.eps, saved.center, not saved.fixed, plan.tiles.block, np.may_share_memory(dy, dx),
+        kernel, dy.size,
+        dy, saved.x, saved.mask, plan.features, saved.weight, saved.eps, saved.center,
+        not saved.fixed, *plan.cut, in_place,
         saved.n, saved.mean, saved.var, dx, s0, s1,
     )  # fmt: skip
     dweight, dbias = np.zeros((2, len(saved.weight)))
@@ -435,7 +461,7 @@ def _gradient_sums(saved: Saved, dy: Array) -> tuple[Float64, Float64]:
     return s0, s1
 
 
-def _backward_pieces(saved: Saved, dy: Array, dx: Array) -> Parameters:
+def _backward_pieces(saved: Saved, dy: Array, in_place: bool, dx: Array) -> Parameters:
     geometry, plan, groups = saved.geometry, saved.plan, saved.plan.groups
     s0, s1 = _gradient_sums(saved, dy)
     p, q = saved.mixture or ALONE
@@ -463,13 +489,13 @@ def _backward_pieces(saved: Saved, dy: Array, dx: Array) -> Parameters:
     coefficients = plan.fold_pieces(coefficients)
     if saved.fixed and len(groups.slices) == 1:
         zero = np.zeros_like(coefficients[0])
-        _apply(plan, dy, zero, coefficients[0], zero, dx)
+        _apply(plan, dy, zero, coefficients[0], zero, in_place, dx)
     else:
         kernel = _kernels.backward_columns if plan.columns else _kernels.backward_rows
         _, part, block = plan.tiles
         _threads.run(
             kernel, dy.size,
-            dy, saved.x, saved.mask, part, block, *coefficients, np.may_share_memory(dy, dx), dx,
+            dy, saved.x, saved.mask, part, block, *coefficients, in_place, dx,
         )  # fmt: skip
     return (
         dweight.reshape(geometry.param_shape) if saved.has_weight else None,

@@ -23,17 +23,20 @@ def track(
     Means and unbiased variances are averaged over axis 0 where it is kept. ``momentum`` weights
     the batch. With ``skip_nonfinite``, NaN or Inf in the batch's leaves all of them alone.
     """
-    _, n, mean, var = saved.batch
-    assert n is not None
-    flat = [np.ascontiguousarray(array).reshape(-1) for array in (running_mean, running_var)]
+    flat = [_flat(array) for array in (running_mean, running_var)]
     skipped: bool = _kernels.track(
-        n.reshape(-1), mean.reshape(-1), var.reshape(-1), _ddof(saved), saved.ddof,
-        momentum, skip_nonfinite, *flat,
-    )  # fmt: skip
+        *saved.tracked, _ddof(saved), saved.ddof, momentum, skip_nonfinite, *flat
+    )
     for array, values in zip((running_mean, running_var), flat, strict=True):
-        if not np.may_share_memory(array, values):
+        if values is not array:
             array[...] = values.reshape(array.shape)
     return skipped
+
+
+def _flat(array: Array) -> Array:
+    """Return an array (R,) for the kernel, the same one where it can be."""
+    one_run = array.ndim == 1 and array.flags.c_contiguous
+    return array if one_run else np.ascontiguousarray(array).reshape(-1)
 
 
 def is_finite(saved: Saved) -> bool:

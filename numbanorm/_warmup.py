@@ -13,9 +13,10 @@ import numba
 import numpy as np
 
 from numbanorm import _kernels, _launch, _threads
-from numbanorm.layers import BatchNorm, GroupNorm, LayerNorm
+from numbanorm.layers import BatchNorm, LayerNorm
 from numbanorm.moments import moments
 from numbanorm.norm import Norm
+from numbanorm.switchable import SwitchableNorm
 
 # The kernels that need no threads.
 ALGEBRA = ("merge", "merge_pieces", "group_gradients", "feature_gradients", "track")
@@ -66,8 +67,9 @@ def tasks() -> list[Task]:
                 BatchNorm(2, dtype=dtype),
                 BatchNorm(2, axis=-1, dtype=dtype),
                 LayerNorm(2, dtype=dtype),
-                GroupNorm(1, 2, dtype=dtype),
                 Norm(1, dtype=dtype),
+                SwitchableNorm(2, dtype=dtype),
+                SwitchableNorm(2, axis=-1, dtype=dtype),
             ):
                 layer.forward(x, mask=mask)
                 layer.backward(x)

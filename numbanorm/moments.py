@@ -264,7 +264,7 @@ def moments(
     everything = tuple(range(array.ndim))
     reduced = everything if axes is None else normalize_axes(axes, array.ndim)
     counts = bool_mask(mask, array.shape)
-    order = memory_order(array) or everything
+    order = memory_order(array, array.shape) or everything
     plan = geometry(array.shape, (reduced,), ()).plan(order, affine=False, fused=False)
     counts_view = None if counts is None else plan.to_view(counts)
     parts = piece_moments(plan, plan.to_view(array), counts_view)

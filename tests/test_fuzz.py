@@ -31,6 +31,7 @@ from hypothesis import strategies as st
 
 import numbanorm as nn
 from numbanorm import _threads
+from numbanorm._axes import Geometry
 
 EXAMPLES = int(os.environ.get("NUMBANORM_FUZZ", "0"))
 thorough = settings(
@@ -197,13 +198,23 @@ class Call:
     dy: np.ndarray
     mask: np.ndarray | None
     parallel: bool
+    pieces: bool
 
     def layer(self, **options):
         return self.case.layer(self.layer_dtype, **options).train(self.training)
 
     @contextmanager
-    def threads(self):
-        with mock.patch.object(_threads, "PARALLEL_FROM", 0 if self.parallel else 1 << 16):
+    def ways(self):
+        """Let the kernels run on several threads or on one, on pieces or on whole groups."""
+
+        def plan(geometry, order, affine, fused=True, masked=False):
+            return any_plan(geometry, order, affine, fused and not self.pieces, masked)
+
+        any_plan, parallel_from = Geometry.plan, 0 if self.parallel else 1 << 16
+        with (
+            mock.patch.object(_threads, "PARALLEL_FROM", parallel_from),
+            mock.patch.object(Geometry, "plan", plan),
+        ):
             yield
 
 
@@ -238,6 +249,7 @@ def calls(draw):
         dy=draw(layouts(x.ndim))(dy.astype(draw(st.sampled_from(DTYPES)))),
         mask=mask,
         parallel=draw(option),
+        pieces=draw(option),
     )
 
 
@@ -273,7 +285,7 @@ def test_like_the_definition(call, data, steps):
         assert out is None or dx is out
         return dx
 
-    with call.threads():
+    with call.ways():
         for _ in range(steps):
             call.case.check(layer, x, dy, mask, forward, backward)
         assert (x.tobytes(), dy.tobytes()) == before
@@ -307,7 +319,7 @@ def test_nan_and_inf_stay_in_their_groups(call, bad, index, skip):
     options = {} if call.case.tracked is None else {"skip_nonfinite": skip}
     layer, clean_layer = call.layer(**options), call.layer(**options)
     old = {k: v.copy() for k, v in clean_layer.state_dict().items()}
-    with call.threads(), np.errstate(all="ignore"):
+    with call.ways(), np.errstate(all="ignore"):
         naive = call.case.naive(layer, spoiled if counts else clean, call.mask)
         expected = {"y": naive.y, **naive.backward(dy)}
         tracking = call.training and call.case.tracked is not None

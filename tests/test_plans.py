@@ -1,0 +1,83 @@
+"""Whatever view of x a plan takes, the results are those of the definition.
+
+Which one it takes depends on sizes. Small arrays take them all here, as the limits are others.
+"""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from cases import CASES, by_id, cases, normal
+
+from numbanorm import _axes
+
+# For each, the limits, a case and a shape that then take the view.
+PLANS = {
+    "pieces": ({"SLAB": 0}, "BatchNorm2d", (3, 4, 5, 6), (12, 30)),
+    "pieces that are columns": ({"SLAB": 0}, "BatchNorm2d-last", (3, 5, 6, 4), (1, 18, 20)),
+    "rows next to each other": ({"TASK": 50}, "GroupNorm", (3, 6, 4, 5), (6, 3, 1, 20)),
+    "rows apart": (
+        {"SHORT_ROW": 0, "ROW_RUN": 60}, "BatchNorm2d", (3, 4, 5, 6), (1, 3, 4, 30)
+    ),
+    "rows apart, several times": (
+        {"SHORT_ROW": 0, "ROW_RUN": 60}, "Norm-apart", (3, 4, 5, 6), (3, 4, 5, 6)
+    ),
+    "across rows": (
+        {"MANY_ROWS": 1, "COLUMN_WIDTH": 70}, "BatchNorm2d", (3, 4, 5, 6), (1, 3, 120)
+    ),
+    "columns": (
+        {"COLUMN_FOLD": 1, "COLUMN_WIDTH": 2, "RUN": 1},
+        "BatchNorm2d-last", (3, 5, 6, 4), (1, 90, 4),
+    ),
+    "columns, folded": ({"COLUMN_FOLD": 12}, "BatchNorm2d-last", (3, 5, 6, 4), (1, 30, 12)),
+    "groups of columns": ({"COLUMN_FOLD": 1}, "GroupNorm-last", (3, 8, 8, 6), (3, 64, 6)),
+    "groups of columns, folded": ({}, "GroupNorm-last", (3, 8, 8, 6), (3, 16, 24)),
+}  # fmt: skip
+MASKABLE = [case.id for case in CASES if case.id != "LayerNorm-no-batch"]
+
+
+@pytest.fixture(params=PLANS)
+def plan(request, monkeypatch):
+    """Set the limits, for all shapes anew."""
+    limits, case, shape, view = PLANS[request.param]
+    for name, value in limits.items():
+        assert hasattr(_axes, name)
+        monkeypatch.setattr(_axes, name, value)
+    _axes.geometry.cache_clear()
+    yield replace(by_id[case], shape=shape), view
+    _axes.geometry.cache_clear()
+
+
+def check(case, masked, offset=0.0):
+    x = normal(*case.shape, dtype=np.float32, offset=offset)
+    dy = normal(*case.shape, seed=1, dtype=np.float32)
+    mask = None
+    if masked:
+        # Some groups have nothing, or nothing in their first rows or columns.
+        mask = normal(*case.shape, seed=2) < 0.0
+        mask[:, 0] = mask[..., 0] = False
+    layer = case.layer(np.float32)
+    case.check(layer, x, dy, mask)
+    if not offset:
+        case.check(layer.eval(), x, dy, mask)
+    y = layer.train()(x, mask=mask)
+    in_place = x.copy()
+    np.testing.assert_array_equal(layer(in_place, mask=mask, out=in_place), y)
+    return layer._saved.plan.view
+
+
+masked = pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
+
+
+@masked
+@pytest.mark.parametrize("offset", [0.0, 1e6])
+def test_the_view_is_taken(plan, masked, offset):
+    case, view = plan
+    assert check(case, masked, offset) == view
+
+
+@cases(*MASKABLE)
+@masked
+@pytest.mark.usefixtures("plan")
+def test_definition(case, masked):
+    check(case, masked)
