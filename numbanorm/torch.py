@@ -30,7 +30,7 @@ import numbanorm
 from numbanorm import _checks, _threads, functional
 from numbanorm._axes import Array, Axes, Geometry
 from numbanorm._normalize import Mixture, Saved, Statistic, backward, normalize, restore
-from numbanorm._running import Pool
+from numbanorm._running import Pool, track
 from numbanorm.moments import Moments
 
 __all__ = [
@@ -127,12 +127,17 @@ def _geometry(shape: Axes, over: str, number: int, sample_variance: bool) -> Geo
 
 
 @np.errstate(all="ignore")
-def _pack(statistics: list[Statistic], ddof: int) -> Tensor:
+def _pack(saved: Saved, shared: Statistic | None = None) -> Tensor:
     """Return mean, variance for running statistics, variance and count of all groups, (4, S)."""
+    statistics = saved.statistics if shared is None else [shared]
+    if saved.sample_variance and math.prod(saved.shape[2:]) > 1:
+        own = saved.instances or Moments.empty((*saved.shape[:2], 1))
+        of_each = np.full(own.mean.shape, own.count)
+        statistics = [*statistics, Statistic((), of_each, own.mean, own.var())]
     first, packed = 0, np.empty((4, sum(statistic.mean.size for statistic in statistics)))
     for _, n, mean, var in statistics:
-        count = np.zeros(1) if n is None else n
-        unbiased = var * (count / np.maximum(count - ddof, 1))
+        count: Any = np.zeros(1) if n is None else n
+        unbiased = var * (count / np.maximum(count - (0 if saved.sample_variance else 1), 1))
         last = first + mean.size
         for row, values in zip(packed, (mean, unbiased, var, count), strict=True):
             row[first:last] = values.ravel()
@@ -165,8 +170,8 @@ def _forward(
     eps: float,
     sample_variance: bool,
     process_group: str,
-) -> tuple[Tensor, Tensor, Saved | None]:
-    """Return y, the statistics, and what backward needs beside x, if they are x's own."""
+) -> tuple[Tensor, Saved, Statistic | None]:
+    """Return y, what backward needs beside x, and the statistic that processes share."""
     y = _empty_like(x, over)
     array = _array(x)
     fixed, shared = None, None
@@ -188,13 +193,8 @@ def _forward(
             sample_variance=sample_variance,
             out=y.numpy(),
         )
-    found = saved.statistics if shared is None else [shared]
-    if _has_instances(x, sample_variance):
-        own = saved.instances or Moments.empty((*x.shape[:2], 1))
-        count = np.full(own.mean.shape, own.count)
-        found = [*found, Statistic((), count, own.mean, own.var())]
     del saved.x  # autograd keeps it, and knows when not to
-    return y, _pack(found, 0 if sample_variance else 1), saved if shared is None else None
+    return y, saved, shared
 
 
 def _backward(
@@ -203,7 +203,7 @@ def _backward(
     weight: Tensor | None,
     mean_weight: Tensor | None,
     var_weight: Tensor | None,
-    statistics: Tensor,
+    found: Tensor | Saved,
     has_bias: bool,
     live: bool,
     over: str,
@@ -211,21 +211,21 @@ def _backward(
     eps: float,
     sample_variance: bool,
     process_group: str,
-    saved: Saved | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Return the gradients of x, weight, bias and logits."""
+    """Return the gradients of x, weight, bias and logits, from the statistics or what was saved."""
     dx, array = _empty_like(x, over), _array(x)
-    if saved is not None:
-        saved.x = saved.plan.to_view(array.reshape(saved.geometry.shape))
+    if isinstance(found, Saved):
+        saved = found
+        saved.x = saved.plan.to_view(array)
     else:
         geometry = _geometry(array.shape, over, number, sample_variance)
         axes, instances = geometry.reductions, None
         if _has_instances(x, sample_variance):
-            *unpacked, own = _unpack(statistics, geometry, (*axes, geometry.inner(True)))
+            *unpacked, own = _unpack(found, geometry, (*axes, geometry.inner(True)))
             assert own.n is not None
             instances = Moments(own.n, own.mean, own.var * own.n)
         else:
-            unpacked = _unpack(statistics, geometry, axes)
+            unpacked = _unpack(found, geometry, axes)
         if not live:
             unpacked[geometry.tracked] = unpacked[geometry.tracked]._replace(n=None)
         saved = restore(
@@ -247,7 +247,9 @@ def _backward(
     del saved.x
     there = weight is not None, has_bias, mean_weight is not None, var_weight is not None
     dweight, dbias, dmean_weight, dvar_weight = (
-        torch.as_tensor(gradient, dtype=x.dtype) if is_there else None
+        torch.from_numpy(gradient.astype(array.dtype))
+        if is_there and gradient is not None
+        else None
         for gradient, is_there in zip(gradients, there, strict=True)
     )
     return dx, dweight, dbias, dmean_weight, dvar_weight
@@ -261,10 +263,11 @@ def _normalize_op(
     over: str, number: int, eps: float, sample_variance: bool, process_group: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return y and the statistics; running ones, where given, take the place of "bn"."""
-    return _forward(
+    y, saved, shared = _forward(
         x, weight, bias, mean_weight, var_weight, running_mean, running_var,
         over, number, eps, sample_variance, process_group,
-    )[:2]  # fmt: skip
+    )  # fmt: skip
+    return y, _pack(saved, shared)
 
 
 @_normalize_op.register_fake
@@ -346,19 +349,25 @@ def _process_group(name: str) -> Any:
 # -- Derivatives ---------------------------------------------------------------------------------
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _keep(ctx: Any, inputs: tuple[Any, ...], *statistics: Tensor) -> None:
     x, weight, bias, mean_weight, var_weight, running_mean, _, *method = inputs
-    ctx.save_for_backward(x, weight, mean_weight, var_weight, output[1])
+    ctx.save_for_backward(x, weight, mean_weight, var_weight, *statistics)
     ctx.rest = bias is not None, running_mean is None, *method
     ctx.there = [tensor is not None for tensor in inputs[:5]]
-    ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
 
 
-def _differentiate(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    _keep(ctx, inputs, output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _differentiate(
+    ctx: Any, dy: Tensor | None, _: None, *statistics: Tensor
+) -> tuple[Tensor | None, ...]:
     if dy is None:
         return (None,) * 12
-    gradients = _normalize_backward(dy, *ctx.saved_tensors, *ctx.rest)
+    gradients = _normalize_backward(dy, *ctx.saved_tensors, *statistics, *ctx.rest)
     return *_where(ctx.there, gradients), *[None] * 7
 
 
@@ -438,19 +447,22 @@ _normalize_anyhow = _differentiable(_normalize_op, _save, _differentiate)
 
 
 class _Normalize(torch.autograd.Function):
-    """The operator without PyTorch's dispatcher, which takes as long as a small layer."""
+    """The operator without PyTorch's dispatcher, which takes as long as a small layer.
+
+    What the operator packs into a tensor stays as it is, unless a second derivative wants it.
+    """
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
-        y, statistics, ctx.saved = _forward(*inputs)
-        _save(ctx, inputs, (y, statistics))
-        return y, statistics
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Saved]:
+        y, ctx.saved, _ = _forward(*inputs)
+        _keep(ctx, inputs)
+        return y, ctx.saved
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         if dy is None or torch.is_grad_enabled() or not _is_eager(dy):
-            return _differentiate(ctx, dy, None)
-        kept: tuple[Any, ...] = *ctx.saved_tensors, *ctx.rest, ctx.saved
+            return _differentiate(ctx, dy, None, _pack(ctx.saved))
+        kept: tuple[Any, ...] = *ctx.saved_tensors, ctx.saved, *ctx.rest
         return *_backward(dy, *kept), *[None] * 7
 
 
@@ -465,15 +477,16 @@ def _is_eager(x: Tensor) -> bool:
     )
 
 
-def _normalize(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    """Return y and the statistics."""
-    if not _is_eager(x):
-        y, statistics = _normalize_anyhow(x, *rest)
+def _normalize(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor | Saved]:
+    """Return y and the statistics, which are what was saved where nothing else needs a tensor."""
+    *_, process_group = rest
+    if process_group or not _is_eager(x):
+        y, found = _normalize_anyhow(x, *rest)
     elif torch.is_grad_enabled():
-        y, statistics = _Normalize.apply(x, *rest)
+        y, found = _Normalize.apply(x, *rest)
     else:
-        y, statistics, _ = _forward(x, *rest)
-    return y, statistics
+        y, found, _ = _forward(x, *rest)
+    return y, found
 
 
 # -- The definition ------------------------------------------------------------------------------
@@ -558,16 +571,14 @@ def _definition(
 
 def _takes(x: Tensor, *others: Tensor | None) -> bool:
     """Tell whether numbanorm can do it: float32 or float64 on the CPU, one type for all."""
-    return (
-        x.dtype in (torch.float32, torch.float64)
-        and all(
-            t is None
-            or (t.device.type == "cpu" and t.dtype == x.dtype and t.layout == torch.strided)
-            for t in (x, *others)
-        )
-        # PyTorch is not in a forward-mode derivative.
-        and forward_ad._current_level < 0
-    )
+    dtype = x.dtype
+    if dtype is not torch.float32 and dtype is not torch.float64:
+        return False
+    for t in (x, *others):
+        if t is not None and not (t.is_cpu and t.dtype is dtype and t.layout is torch.strided):
+            return False
+    # PyTorch is not in a forward-mode derivative.
+    return bool(forward_ad._current_level < 0)
 
 
 class _Tracking(nn.Module):
@@ -613,11 +624,19 @@ class _Tracking(nn.Module):
             return 1 / self.num_batches_tracked.to(self.running_mean.dtype)
         return self.momentum
 
-    def _track(self, statistics: Tensor, samples: int | None = None) -> None:
+    def _track(self, statistics: Tensor | Saved, samples: int | None = None) -> None:
         """Move the running statistics towards those of a batch, or the mean of its samples'.
 
-        ``statistics`` are (4, C), or (4, samples * C).
+        ``statistics`` are what was saved, or (4, C), or (4, samples * C).
         """
+        if isinstance(statistics, Saved):
+            if self._pool is not None:
+                self._pool.add(statistics)
+                return
+            mean, var = self.running_mean.detach(), self.running_var.detach()
+            track(statistics, mean.numpy(), var.numpy(), float(self._momentum()))
+            torch.autograd.graph.increment_version((mean, var))
+            return
         if self._pool is not None:
             shape = (4, *([] if samples is None else [samples]), self.num_features)
             mean, _, var, n = statistics.numpy(force=True).reshape(shape)
@@ -650,7 +669,7 @@ class _BatchNorm(_Tracking, _TorchBatchNorm):
         values = input.numel() // max(self.num_features, 1)
         # What is wrong here PyTorch says in its own words.
         if (
-            not _takes(input, self.weight, self.bias, *running)
+            not _takes(input, self.weight, self.bias, self.running_mean, self.running_var)
             or input.shape[1] != self.num_features
             or (values < (2 if live else 1) and not group)
         ):
@@ -739,7 +758,7 @@ class _InstanceNorm(_Tracking, _TorchInstanceNorm):
         live = self.training or not self.track_running_stats
         running = (None, None) if live else (self.running_mean, self.running_var)
         if (
-            not _takes(x, self.weight, self.bias, *running)
+            not _takes(x, self.weight, self.bias, self.running_mean, self.running_var)
             or x.shape[1] != self.num_features
             or x.numel() < (2 if live else 1) * x.shape[0] * x.shape[1]
             or x.numel() == 0
@@ -977,12 +996,15 @@ class _SwitchableNorm(_Tracking):
         tensors = x, self.weight, self.bias, self.mean_weight, self.var_weight
         over, number = ",".join(self.over), self.num_groups or 1
         method: tuple[Any, ...] = over, number, self.eps, self.sample_variance
-        if _takes(*tensors, *running):
+        statistics: Tensor | Saved
+        if _takes(*tensors, self.running_mean, self.running_var):
             y, statistics = _normalize(*tensors, *running, *method, "")
         else:
             y, statistics = _definition(*_fill(*tensors, over, number), *running, *method)
         if self.training and self.tracks and x.numel():
-            self._track(_batch(statistics, x, over, number))
+            if isinstance(statistics, Tensor):
+                statistics = _batch(statistics, x, over, number)
+            self._track(statistics)
         return y.movedim(1, self.axis)
 
     def importance(self) -> dict[str, dict[str, float]]:

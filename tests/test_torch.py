@@ -242,6 +242,15 @@ def test_changing_x_before_backward_is_noticed():
     assert_close(dx, expected, scale=10)
 
 
+@pytest.mark.parametrize("name", ["BatchNorm2d", "SwitchableNorm2d"])
+def test_autograd_is_told_that_running_statistics_move(name):
+    layer = getattr(ours, name)(4)
+    running = layer.running_mean, layer.running_var
+    before = [t._version for t in running]
+    layer(torch.rand(3, 4, 5, 6))
+    assert all(t._version > version for t, version in zip(running, before, strict=True))
+
+
 def test_retained_graph_and_partial_gradients():
     layer, x = ours.GroupNorm(2, 4).double(), tensor(3, 4, 5)
     y = layer(x.requires_grad_())
