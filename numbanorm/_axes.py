@@ -41,16 +41,15 @@ COLUMN_WIDTH = 256
 CACHED_GROUP = 1 << 16
 # Elements that one task reads twice, the second time from a cache: 1 MiB of float32.
 SLAB = 1 << 18
-# Elements of rows next to each other that a task reads where the rows of a group are apart, and of
-# a task whose rows are parts of longer ones.
+# Elements of rows next to each other that are read in one run where those of a group are apart.
 ROW_RUN = 1 << 14
-RUN = 1 << 16
+# Where rows are apart, shorter and at least so many, their elements are seen as columns.
 SHORT_ROW, MANY_ROWS = 256, 16
 # Elements of a task and tasks of a call: enough for many cores, few enough to cost nothing.
 TASK = 1 << 14
 TASKS = 64
-# Elements from which on the parameters' gradients of rows have parts, for more than one thread.
-SEVERAL_PARTS = 1 << 16
+# Elements of a task whose sums are to be added to others', or which has a part of each row only.
+LONG_TASK = 1 << 16
 
 
 class AllBut(NamedTuple):
@@ -231,7 +230,7 @@ class Plan:
         self.view, self.groups_shape = (m, d), (m,)
         self.tiles = Tiles(1, d, max(1, TASK // max(d, 1)))
         # Each part has its own sums of the parameters' gradients, which takes room and time.
-        several = 1 if m * d < SEVERAL_PARTS else min(m, 2)
+        several = 1 if m * d < LONG_TASK else min(m, 2)
         self.gradient_parts = (min(max(m // 64, several), TASKS), d)
 
     def _see_element_columns(
@@ -257,7 +256,9 @@ class Plan:
         block = min(max(c, 1), COLUMN_BLOCK)
         n_tasks = max(1, a * -(-c // block))
         n_parts = max(
-            min(-(-TASKS // n_tasks), max(1, length * block // TASK)), -(-length // COLUMN_PART), 1
+            min(-(-TASKS // n_tasks), max(1, length * block // LONG_TASK)),
+            -(-length // COLUMN_PART),
+            1,
         )
         part = max(1, -(-length // n_parts))
         self.tiles = Tiles(max(1, -(-length // part)), part, block)
@@ -282,7 +283,8 @@ class Plan:
         if columns:
             a, r, c = size(outer), size(rows), size(columns)
             # Narrow rows are slow to read, as each is on a memory page of its own.
-            width = COLUMN_BLOCK if a > 1 else max(COLUMN_WIDTH, min(COLUMN_BLOCK, RUN // length))
+            narrow = max(COLUMN_WIDTH, min(COLUMN_BLOCK, LONG_TASK // length))
+            width = COLUMN_BLOCK if a > 1 else narrow
             width = min(c, r * max(1, width // r))
             if length * width > SLAB:
                 return False

@@ -26,7 +26,7 @@ PLANS = {
         {"MANY_ROWS": 1, "COLUMN_WIDTH": 70}, "BatchNorm2d", (3, 4, 5, 6), (1, 3, 120)
     ),
     "columns": (
-        {"COLUMN_FOLD": 1, "COLUMN_WIDTH": 2, "RUN": 1},
+        {"COLUMN_FOLD": 1, "COLUMN_WIDTH": 2, "LONG_TASK": 1},
         "BatchNorm2d-last", (3, 5, 6, 4), (1, 90, 4),
     ),
     "columns, folded": ({"COLUMN_FOLD": 12}, "BatchNorm2d-last", (3, 5, 6, 4), (1, 30, 12)),
