@@ -171,12 +171,14 @@ def _add_row(xs, shift, s1, s2):
 
 
 @njit(**CONTRACT)
-def _keep(xs, counts, other, kept):
-    """Write x where counts is True, else ``other``: rows (n,)."""
-    for c in range(kept.shape[0]):
+def _add_masked_row(xs, counts, shift, s1, s2):
+    """Add a row (n,), as _add_row does, where counts (n,) is True."""
+    for c in range(s1.shape[0]):
         # Both are read in any case, see _masked_shifted_sums.
-        x, y = xs[c], other[c]
-        kept[c] = x if counts[c] else y
+        d = np.float64(xs[c]) - shift[c]
+        d = d if counts[c] else 0.0
+        s1[c] += d
+        s2[c] += d * d
 
 
 @njit(**CONTRACT)
@@ -204,12 +206,8 @@ def _add_rows(x, mask, a, lo, hi, c0, c1, shift, n, s1, s2):
             _add_row(x[a, i, c0:c1], shift, s1, s2)
         n += hi - lo
     else:
-        kept = np.empty(c1 - c0, x.dtype)
-        # What does not count is the shift, which adds nothing.
-        other = shift.astype(x.dtype)
         for i in range(lo, hi):
-            _keep(x[a, i, c0:c1], mask[a, i, c0:c1], other, kept)
-            _add_row(kept, shift, s1, s2)
+            _add_masked_row(x[a, i, c0:c1], mask[a, i, c0:c1], shift, s1, s2)
             if (i - lo) % 4 == 3:
                 _add_counts(mask[a, i - 3 : i + 1, c0:c1], n)
         for i in range(hi - (hi - lo) % 4, hi):
@@ -661,17 +659,29 @@ def _entering(dys, xs, counts, dys_in, xs_in):
         xs_in[i] = x if enters else 0.0
 
 
+@njit(**CONTRACT)
+def _add_masked_gradient_row(dys, xs, counts, mean, s0, s1):
+    """Add a row (n,), as _add_gradient_row does, where dy and x enter."""
+    for c in range(s0.shape[0]):
+        dy, x = dys[c], xs[c]
+        enters = _enters(dy, x, counts[c])
+        d = np.float64(dy)
+        x_c = np.float64(x) - mean[c]
+        g = d if enters else 0.0
+        s0[c] += g
+        s1[c] += g * (x_c if enters else 0.0)
+
+
 @njit(**LEAF)
 def _add_gradient_rows(dy, x, mask, a, lo, hi, c0, c1, mean, s0, s1):
     """Add rows lo to hi of dy[a] and x[a], columns c0 to c1, to the sums of _add_gradient_row."""
-    if mask is not None:
-        entering = np.empty((2, c1 - c0), x.dtype)
     for i in range(lo, hi):
         if mask is None:
             _add_gradient_row(dy[a, i, c0:c1], x[a, i, c0:c1], mean, s0, s1)
         else:
-            _entering(dy[a, i, c0:c1], x[a, i, c0:c1], mask[a, i, c0:c1], entering[0], entering[1])
-            _add_gradient_row(entering[0], entering[1], mean, s0, s1)
+            _add_masked_gradient_row(
+                dy[a, i, c0:c1], x[a, i, c0:c1], mask[a, i, c0:c1], mean, s0, s1
+            )
 
 
 @cached_njit(**FLAGS)
