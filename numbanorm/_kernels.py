@@ -24,6 +24,9 @@ and makes constant data exact at any offset; sums in float64 still run at the sp
 
 A long axis L is cut into parts, whose length depends on the shape alone, and each part has a
 place of its own in the result: the bits do not depend on the number of threads.
+
+``way`` says how the output is written, see :mod:`numbanorm._stores`. What is made of lent arrays
+has no owner, and costs nothing to make, see :func:`numbanorm._launch.lend`.
 """
 
 from typing import Any
@@ -32,7 +35,8 @@ import numpy as np
 from numba import njit, prange
 
 from numbanorm._cache import cached_njit
-from numbanorm._launch import call_share, share
+from numbanorm._launch import call_share, keep, lend, share
+from numbanorm._stores import IN_PLACE, STREAMED, fence, line_size, store_line, to_next_line
 
 # With the numpy error model no division is tested for zero, which would keep loops scalar.
 FLAGS: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
@@ -142,6 +146,7 @@ def moments_rows(threads, x, mask, part, block, count, mean, rest, m2):
     """Moments of each part: x, mask or None (P, L) -> count, mean, rest, m2 (P, K, 1)."""
     n_parts = mean.shape[1]
     begin, end = share(threads, (mean.shape[0] + block - 1) // block * n_parts)
+    x, count, mean, rest, m2 = lend((x, count, mean, rest, m2))
     for task in range(begin, end):
         k = task % n_parts
         first = task // n_parts * block
@@ -259,6 +264,7 @@ def moments_columns(threads, x, mask, part, width, count, mean, rest, m2):
     length, n_folded = x.shape[1:]
     n_blocks = (n_folded + width - 1) // width
     begin, end = share(threads, n_outer * n_parts * n_blocks)
+    x, count, mean, rest, m2 = lend((x, count, mean, rest, m2))
     for task in range(begin, end):
         a = task // (n_parts * n_blocks)
         k = task // n_blocks - a * n_parts
@@ -266,10 +272,9 @@ def moments_columns(threads, x, mask, part, width, count, mean, rest, m2):
         c1 = min(n_folded, c0 + width)
         lo = k * part
         hi = min(length, lo + part)
-        n = np.zeros(c1 - c0, np.int64)
-        s1 = np.zeros(c1 - c0)
-        s2 = np.zeros(c1 - c0)
-        shifts = np.zeros(c1 - c0)
+        own = np.zeros(c1 - c0, np.int64), np.zeros((3, c1 - c0))
+        n, sums = lend(own)
+        s1, s2, shifts = sums[0], sums[1], sums[2]
         if mask is not None:
             _first_of_columns(x[a, lo:hi, c0:c1], mask[a, lo:hi, c0:c1], shifts)
         elif lo < hi:
@@ -287,6 +292,7 @@ def moments_columns(threads, x, mask, part, width, count, mean, rest, m2):
                 count[a, k, c], mean[a, k, c], rest[a, k, c], m2[a, k, c] = _merge(
                     count[a, k, c], mean[a, k, c], rest[a, k, c], m2[a, k, c], n[f + c], mu, e, m
                 )
+        keep(own)
 
 
 @cached_njit(**FLAGS)
@@ -498,6 +504,47 @@ def track(n, mean, var, ddof, batch_ddof, momentum, skip_nonfinite, running_mean
 
 
 # ---------------------------------------------------------------------------------------------
+# Writing past the caches: a loop writes to a buffer, from where it goes on in whole lines
+# ---------------------------------------------------------------------------------------------
+
+# Elements that are written to a buffer at once: 8 KiB of float64, in a core's first cache.
+BUFFER = 1 << 10
+# Not inlined, as rows are long here: a kernel with this in its loop would be slower for short ones.
+STREAM = FLAGS
+
+
+@njit(**LEAF)
+def _buffer(n, way, y):
+    """Return a buffer for n elements on their way to y, and those that are kept."""
+    return np.empty(n + line_size(y) if way == STREAMED else 0, y.dtype)
+
+
+@njit(**LEAF)
+def _flush(buffer, n, y, at):
+    """Write n elements to y (N,) from ``at`` on; return how many are kept, and where they belong.
+
+    What is only a part of a line is kept for those that come next, unless it is the first.
+    """
+    line = line_size(y)
+    begin = min(n, to_next_line(y, at))
+    end = begin + (n - begin) // line * line
+    for i in range(begin):
+        y[at + i] = buffer[i]
+    for i in range(begin, end, line):
+        store_line(y, at + i, buffer, i)
+    for i in range(n - end):
+        buffer[i] = buffer[end + i]
+    return n - end, at + end
+
+
+@njit(**LEAF)
+def _finish(buffer, kept, y, at):
+    """Write what was kept to y (N,)."""
+    for i in range(kept):
+        y[at + i] = buffer[i]
+
+
+# ---------------------------------------------------------------------------------------------
 # Apply: y = (x - m) * s + t, with one m, s and t for each piece
 # ---------------------------------------------------------------------------------------------
 
@@ -521,18 +568,30 @@ def _apply_in_place(ys, m, s, t):
         ys[i] = _scale_shift(ys[i], m, s, t)
 
 
+@njit(**STREAM)
+def _stream_applied(xs, m, s, t, buffer, kept, y, at):
+    """Scale and shift xs (n,), and write it to y (N,) from ``at`` on, after what was kept."""
+    n = xs.shape[0]
+    for lo in range(0, n, BUFFER):
+        hi = min(lo + BUFFER, n)
+        _apply(xs[lo:hi], m, s, t, buffer[kept:])
+        kept, at = _flush(buffer, kept + hi - lo, y, at)
+    return kept, at
+
+
 @cached_njit(**FLAGS)
-def apply_rows(threads, x, part, block, m, s, t, in_place, y):
-    """Scale and shift each piece: x (P, L), m, s, t (P, 1) -> y (P, L), x itself if in_place."""
+def apply_rows(threads, x, part, block, m, s, t, way, y):
+    """Scale and shift each piece: x (P, L), m, s, t (P, 1) -> y (P, L)."""
     n_parts = max(1, (x.shape[1] + part - 1) // part)
     begin, end = share(threads, (x.shape[0] + block - 1) // block * n_parts)
+    x, m, s, t, y = lend((x, m, s, t, y))
     for task in range(begin, end):
         first = task // n_parts * block
         xs = _tile(x, task, n_parts, part, block)
         ys = _tile(y, task, n_parts, part, block)
         for i in range(xs.shape[0]):
             p = first + i
-            if in_place:
+            if way == IN_PLACE:
                 _apply_in_place(ys[i], m[p, 0], s[p, 0], t[p, 0])
             else:
                 _apply(xs[i], m[p, 0], s[p, 0], t[p, 0], ys[i])
@@ -551,29 +610,44 @@ def _apply_row_in_place(ys, m, s, t):
 
 
 @njit(**LEAF)
-def _apply_rows(x, a, lo, hi, c0, c1, m, s, t, in_place, y):
+def _apply_rows(x, a, lo, hi, c0, c1, m, s, t, way, y):
     """Scale and shift rows lo to hi of x[a], columns c0 to c1: m, s, t (c1 - c0,)."""
     for i in range(lo, hi):
-        if in_place:
+        if way == IN_PLACE:
             _apply_row_in_place(y[a, i, c0:c1], m, s, t)
         else:
             _apply_row(x[a, i, c0:c1], m, s, t, y[a, i, c0:c1])
 
 
+@njit(**STREAM)
+def _stream_applied_rows(x, m, s, t, y, at):
+    """Scale and shift x (L, C), and write it to y (N,) from ``at`` on: m, s, t (C,)."""
+    n = x.shape[1]
+    own = (_buffer(n, STREAMED, y),)
+    (buffer,) = lend(own)
+    kept = 0
+    for i in range(x.shape[0]):
+        _apply_row(x[i], m, s, t, buffer[kept:])
+        kept, at = _flush(buffer, kept + n, y, at)
+    _finish(buffer, kept, y, at)
+    keep(own)
+
+
 @cached_njit(**FLAGS)
-def apply_columns(threads, x, part, width, m, s, t, in_place, y):
+def apply_columns(threads, x, part, width, m, s, t, way, y):
     """Scale and shift each piece: x (A, L, C), m, s, t (A, C) -> y (A, L, C)."""
     n_outer, length, n_columns = x.shape
     n_parts = max(1, (length + part - 1) // part)
     n_blocks = (n_columns + width - 1) // width
     begin, end = share(threads, n_outer * n_parts * n_blocks)
+    x, m, s, t, y = lend((x, m, s, t, y))
     for task in range(begin, end):
         a = task // (n_parts * n_blocks)
         lo = (task // n_blocks - a * n_parts) * part
         hi = min(length, lo + part)
         c0 = (task % n_blocks) * width
         c1 = min(n_columns, c0 + width)
-        _apply_rows(x, a, lo, hi, c0, c1, m[a, c0:c1], s[a, c0:c1], t[a, c0:c1], in_place, y)
+        _apply_rows(x, a, lo, hi, c0, c1, m[a, c0:c1], s[a, c0:c1], t[a, c0:c1], way, y)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -623,6 +697,7 @@ def gradient_sums_rows(threads, dy, x, mask, part, block, mean, s0, s1):
     """Sum dy and dy (x - mean): dy, x, mask or None (P, L), mean (P, 1) -> s0, s1 (P, K, 1)."""
     n_parts = s0.shape[1]
     begin, end = share(threads, (s0.shape[0] + block - 1) // block * n_parts)
+    dy, x, mean, s0, s1 = lend((dy, x, mean, s0, s1))
     for task in range(begin, end):
         k = task % n_parts
         first = task // n_parts * block
@@ -652,7 +727,7 @@ def _add_gradient_row(dys, xs, mean, s0, s1):
 @njit(**CONTRACT)
 def _entering(dys, xs, counts, dys_in, xs_in):
     """Write dy and x where they enter the sums of backward, else 0: rows (n,)."""
-    for i in range(dys_in.shape[0]):
+    for i in range(dys.shape[0]):
         dy, x = dys[i], xs[i]
         enters = _enters(dy, x, counts[i])
         dys_in[i] = dy if enters else 0.0
@@ -694,12 +769,14 @@ def gradient_sums_columns(threads, dy, x, mask, part, width, mean, s0, s1):
     length, n_folded = x.shape[1:]
     n_blocks = (n_folded + width - 1) // width
     begin, end = share(threads, n_outer * n_parts * n_blocks)
+    dy, x, mean, s0, s1 = lend((dy, x, mean, s0, s1))
     for task in range(begin, end):
         a = task // (n_parts * n_blocks)
         k = task // n_blocks - a * n_parts
         c0 = (task % n_blocks) * width
         c1 = min(n_folded, c0 + width)
-        sums = np.zeros((2, c1 - c0))
+        own = (np.zeros((2, c1 - c0)),)
+        (sums,) = lend(own)
         mu = mean[a, c0:c1]
         lo, hi = k * part, min(length, (k + 1) * part)
         _add_gradient_rows(dy, x, mask, a, lo, hi, c0, c1, mu, sums[0], sums[1])
@@ -710,6 +787,7 @@ def gradient_sums_columns(threads, dy, x, mask, part, width, mean, s0, s1):
             for c in range(n_columns):
                 s0[a, k, c] += sums[0, f + c]
                 s1[a, k, c] += sums[1, f + c]
+        keep(own)
 
 
 @njit(**CONTRACT)
@@ -733,6 +811,17 @@ def _backward_in_place(dxs, xs, a, r, m, b, c):
         dxs[i] = _input_gradient(dxs[i], xs[i], True, a, r, m, b, c)
 
 
+@njit(**STREAM)
+def _stream_backward(dys, xs, a, r, m, b, c, buffer, kept, dx, at):
+    """Make the gradient of xs (n,), and write it to dx (N,), as _stream_applied does."""
+    n = xs.shape[0]
+    for lo in range(0, n, BUFFER):
+        hi = min(lo + BUFFER, n)
+        _backward(dys[lo:hi], xs[lo:hi], a, r, m, b, c, buffer[kept:])
+        kept, at = _flush(buffer, kept + hi - lo, dx, at)
+    return kept, at
+
+
 @njit(**CONTRACT)
 def _masked_backward(dys, xs, counts, a, r, m, b, c, dxs):
     for i in range(xs.shape[0]):
@@ -740,10 +829,11 @@ def _masked_backward(dys, xs, counts, a, r, m, b, c, dxs):
 
 
 @cached_njit(**FLAGS)
-def backward_rows(threads, dy, x, mask, part, block, a, r, m, b, c, in_place, dx):
+def backward_rows(threads, dy, x, mask, part, block, a, r, m, b, c, way, dx):
     """Write dx: dy, x, mask or None (P, L), a, r, m, b, c (P, 1) -> dx (P, L)."""
     n_parts = max(1, (x.shape[1] + part - 1) // part)
     begin, end = share(threads, (x.shape[0] + block - 1) // block * n_parts)
+    dy, x, a, r, m, b, c, dx = lend((dy, x, a, r, m, b, c, dx))
     for task in range(begin, end):
         first = task // n_parts * block
         dys = _tile(dy, task, n_parts, part, block)
@@ -752,14 +842,12 @@ def backward_rows(threads, dy, x, mask, part, block, a, r, m, b, c, in_place, dx
         if mask is not None:
             counts = _tile(mask, task, n_parts, part, block)
         for i in range(xs.shape[0]):
-            # Rows go straight into the calls: a view with a name is reference-counted for each
-            # row, which takes four times as long as a row of 49 values.
             p = first + i
             if mask is not None:
                 _masked_backward(
                     dys[i], xs[i], counts[i], a[p, 0], r[p, 0], m[p, 0], b[p, 0], c[p, 0], dxs[i]
                 )
-            elif in_place:
+            elif way == IN_PLACE:
                 _backward_in_place(dxs[i], xs[i], a[p, 0], r[p, 0], m[p, 0], b[p, 0], c[p, 0])
             else:
                 _backward(dys[i], xs[i], a[p, 0], r[p, 0], m[p, 0], b[p, 0], c[p, 0], dxs[i])
@@ -772,38 +860,53 @@ def _backward_row(dys, xs, a, r, m, b, c, dxs):
 
 
 @njit(**CONTRACT)
-def _backward_row_in_place(dxs, xs, a, r, m, b, c):
-    for i in range(xs.shape[0]):
-        dxs[i] = _input_gradient(dxs[i], xs[i], True, a[i], r[i], m[i], b[i], c[i])
-
-
-@njit(**CONTRACT)
 def _masked_backward_row(dys, xs, counts, a, r, m, b, c, dxs):
     for i in range(xs.shape[0]):
         dxs[i] = _input_gradient(dys[i], xs[i], counts[i], a[i], r[i], m[i], b[i], c[i])
 
 
+@njit(**CONTRACT)
+def _backward_row_in_place(dxs, xs, a, r, m, b, c):
+    for i in range(xs.shape[0]):
+        dxs[i] = _input_gradient(dxs[i], xs[i], True, a[i], r[i], m[i], b[i], c[i])
+
+
 @njit(**LEAF)
-def _backward_rows(dy, x, mask, o, lo, hi, c0, c1, a, r, m, b, c, in_place, dx):
+def _backward_rows(dy, x, mask, o, lo, hi, c0, c1, a, r, m, b, c, way, dx):
     """Write rows lo to hi of dx[o], columns c0 to c1: a, r, m, b, c (c1 - c0,)."""
     for i in range(lo, hi):
         if mask is not None:
             _masked_backward_row(
                 dy[o, i, c0:c1], x[o, i, c0:c1], mask[o, i, c0:c1], a, r, m, b, c, dx[o, i, c0:c1]
             )
-        elif in_place:
+        elif way == IN_PLACE:
             _backward_row_in_place(dx[o, i, c0:c1], x[o, i, c0:c1], a, r, m, b, c)
         else:
             _backward_row(dy[o, i, c0:c1], x[o, i, c0:c1], a, r, m, b, c, dx[o, i, c0:c1])
 
 
+@njit(**STREAM)
+def _stream_backward_rows(dy, x, a, r, m, b, c, dx, at):
+    """Make the gradient of x (L, C), and write it to dx (N,): a, r, m, b, c (C,)."""
+    n = x.shape[1]
+    own = (_buffer(n, STREAMED, dx),)
+    (buffer,) = lend(own)
+    kept = 0
+    for i in range(x.shape[0]):
+        _backward_row(dy[i], x[i], a, r, m, b, c, buffer[kept:])
+        kept, at = _flush(buffer, kept + n, dx, at)
+    _finish(buffer, kept, dx, at)
+    keep(own)
+
+
 @cached_njit(**FLAGS)
-def backward_columns(threads, dy, x, mask, part, width, a, r, m, b, c, in_place, dx):
+def backward_columns(threads, dy, x, mask, part, width, a, r, m, b, c, way, dx):
     """Write dx: dy, x, mask or None (A, L, C), a, r, m, b, c (A, C) -> dx (A, L, C)."""
     n_outer, length, n_columns = x.shape
     n_parts = max(1, (length + part - 1) // part)
     n_blocks = (n_columns + width - 1) // width
     begin, end = share(threads, n_outer * n_parts * n_blocks)
+    dy, x, a, r, m, b, c, dx = lend((dy, x, a, r, m, b, c, dx))
     for task in range(begin, end):
         o = task // (n_parts * n_blocks)
         lo = (task // n_blocks - o * n_parts) * part
@@ -812,7 +915,7 @@ def backward_columns(threads, dy, x, mask, part, width, a, r, m, b, c, in_place,
         c1 = min(n_columns, c0 + width)
         ao, ro, mo = a[o, c0:c1], r[o, c0:c1], m[o, c0:c1]
         bo, co = b[o, c0:c1], c[o, c0:c1]
-        _backward_rows(dy, x, mask, o, lo, hi, c0, c1, ao, ro, mo, bo, co, in_place, dx)
+        _backward_rows(dy, x, mask, o, lo, hi, c0, c1, ao, ro, mo, bo, co, way, dx)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -830,10 +933,18 @@ def _row_coefficients(mean, rstd, row):
 
 
 @njit(**LEAF)
-def _rstds(count, var, eps):
-    """Return 1 / sqrt(var + eps), and 0 for an empty group or where var + eps is 0: (n,)."""
-    rstd = count.astype(np.float64)
+def _write_rstds(count, var, eps, rstd):
+    """Write 1 / sqrt(var + eps), or 0 for an empty group or where var + eps is 0, to rstd."""
+    for i in range(len(count)):
+        rstd[i] = count[i]
     _invert_roots(var, eps, rstd)
+
+
+@njit(**LEAF)
+def _rstds(count, var, eps):
+    """Return what _write_rstds writes: (n,)."""
+    rstd = np.empty(len(count))
+    _write_rstds(count, var, eps, rstd)
     return rstd
 
 
@@ -869,30 +980,49 @@ def _normalize_elements_in_place(ys, weight, bias, m, rstd, t):
         ys[i] = _scale_shift(ys[i], m, rstd, t) * weight[i] + bias[i]
 
 
+@njit(**STREAM)
+def _stream_normalized(xs, weight, bias, m, rstd, t, buffer, kept, y, at):
+    """Normalise xs (n,), and write it to y (N,), as _stream_applied does."""
+    n = xs.shape[0]
+    for lo in range(0, n, BUFFER):
+        hi = min(lo + BUFFER, n)
+        _normalize_elements(xs[lo:hi], weight[lo:hi], bias[lo:hi], m, rstd, t, buffer[kept:])
+        kept, at = _flush(buffer, kept + hi - lo, y, at)
+    return kept, at
+
+
 @cached_njit(**FLAGS)
 def forward_elements(
-    threads, x, mask, weight, bias, eps, center, live, block, in_place, count, mean, var, y
+    threads, x, mask, weight, bias, eps, center, live, block, way, count, mean, var, y
 ):
     """Normalise rows: x, mask or None, y (M, D), weight, bias (D,), count, mean, var (M,).
 
     Statistics are taken and written if ``live``, else read.
     """
     begin, end = share(threads, (x.shape[0] + block - 1) // block)
+    x, weight, bias, count, mean, var, y = lend((x, weight, bias, count, mean, var, y))
+    own = np.empty(min(block, x.shape[0])), np.empty(3, y.dtype), _buffer(BUFFER, way, y)
+    rstd, row, buffer = lend(own)
+    kept, out = 0, y.reshape(y.size)
+    at = begin * block * x.shape[1]
     for task in range(begin, end):
-        first = task * block
-        xs = x[first : first + block]
-        ys = y[first : first + block]
+        first, last = task * block, min((task + 1) * block, x.shape[0])
         # Three loops: a short row waits longer for a root than for its sums.
         if live:
-            _statistics_of_rows(x, mask, first, first + xs.shape[0], center, count, mean, var)
-        rstd = _rstds(count[first : first + block], var[first : first + block], eps)
-        row = np.empty(3, y.dtype)
-        for i in range(xs.shape[0]):
-            _row_coefficients(mean[first + i], rstd[i], row)
-            if in_place:
-                _normalize_elements_in_place(ys[i], weight, bias, row[0], row[1], row[2])
+            _statistics_of_rows(x, mask, first, last, center, count, mean, var)
+        _write_rstds(count[first:last], var[first:last], eps, rstd)
+        for g in range(first, last):
+            _row_coefficients(mean[g], rstd[g - first], row)
+            m, r, t = row[0], row[1], row[2]
+            if way == STREAMED:
+                kept, at = _stream_normalized(x[g], weight, bias, m, r, t, buffer, kept, out, at)
+            elif way == IN_PLACE:
+                _normalize_elements_in_place(y[g], weight, bias, m, r, t)
             else:
-                _normalize_elements(xs[i], weight, bias, row[0], row[1], row[2], ys[i])
+                _normalize_elements(x[g], weight, bias, m, r, t, y[g])
+    _finish(buffer, kept, out, at)
+    fence()
+    keep(own)
 
 
 @njit(**LEAF)
@@ -922,7 +1052,7 @@ def _next_groups(first, end, shape, block):
 
 @cached_njit(**FLAGS)
 def forward_groups(
-    threads, x, mask, feature, weight, bias, eps, center, live, block, in_place,
+    threads, x, mask, feature, weight, bias, eps, center, live, block, way,
     count, mean, var, y,
 ):  # fmt: skip
     """Normalise groups of R rows: x, mask or None, y (A, R, B, L), weight, bias (F,).
@@ -931,23 +1061,29 @@ def forward_groups(
     written if ``live``, else read. Up to ``block`` groups are handled at once.
     """
     n_outer, n_rows, n_inner, length = x.shape
+    first, end = share(threads, n_outer * n_inner)
+    x, feature, weight, bias, count, mean, var, y = lend(
+        (x, feature, weight, bias, count, mean, var, y)
+    )
     apart = n_inner > 1
     groups = x.reshape(n_outer * n_inner, n_rows * length)
     x_rows = x.reshape(n_outer * n_rows * n_inner, length)
-    y_rows = y.reshape(x_rows.shape)
     if mask is not None:
         mask_groups = mask.reshape(groups.shape)
         mask_rows = mask.reshape(x_rows.shape)
-    first, end = share(threads, n_outer * n_inner)
+    y_rows = y.reshape(x_rows.shape)
+    own = np.empty(min(block, end - first)), np.empty(3, y.dtype), _buffer(BUFFER, way, y)
+    rstd, row, buffer = lend(own)
+    kept, out = 0, y.reshape(y.size)
+    at = first * n_rows * length
     # A thread's groups are next to each other: the longer a run is, the faster it is read.
     while first < end:
         n_here, start, step, n_runs, n_in_run = _next_groups(first, end, x.shape, block)
         last = first + n_here
         if live and apart:
-            n = np.zeros(n_here, np.int64)
-            shift = np.zeros(n_here)
-            s1 = np.zeros(n_here)
-            s2 = np.zeros(n_here)
+            own_sums = np.zeros(n_here, np.int64), np.zeros((3, n_here))
+            n, sums = lend(own_sums)
+            shift, s1, s2 = sums[0], sums[1], sums[2]
             for i in range(n_runs):
                 for j in range(n_in_run):
                     p = start + i * step + j
@@ -966,14 +1102,17 @@ def forward_groups(
             for j in range(n_here):
                 mu, _, m2 = _unshift(n[j], shift[j], s1[j], s2[j])
                 _write_statistics(first + j, n[j], mu, m2, center, count, mean, var)
+            keep(own_sums)
         elif live:
             if mask is None:
                 _statistics_of_rows(groups, None, first, last, center, count, mean, var)
             else:
                 _statistics_of_rows(groups, mask_groups, first, last, center, count, mean, var)
-        rstd = _rstds(count[first:last], var[first:last], eps)
-        row = np.empty(3, y.dtype)
+        _write_rstds(count[first:last], var[first:last], eps, rstd)
         for i in range(n_runs):
+            if apart:
+                _finish(buffer, kept, out, at)
+                kept, at = 0, (start + i * step) * length
             for j in range(n_in_run):
                 p = start + i * step + j
                 g = j if apart else i
@@ -983,11 +1122,18 @@ def forward_groups(
                 row[0] = mu
                 row[1] = scale
                 row[2] = (np.float64(row[0]) - mu) * scale + bias[f]
-                if in_place:
+                if way == STREAMED:
+                    kept, at = _stream_applied(
+                        x_rows[p], row[0], row[1], row[2], buffer, kept, out, at
+                    )
+                elif way == IN_PLACE:
                     _apply_in_place(y_rows[p], row[0], row[1], row[2])
                 else:
                     _apply(x_rows[p], row[0], row[1], row[2], y_rows[p])
         first = last
+    _finish(buffer, kept, out, at)
+    fence()
+    keep(own)
 
 
 @njit(**LEAF)
@@ -1004,7 +1150,7 @@ def _group_coefficients(count, mean, rstd, g0, g1, center, row):
 
 @cached_njit(**FLAGS)
 def backward_groups(
-    threads, dy, x, mask, feature, weight, eps, center, live, block, in_place,
+    threads, dy, x, mask, feature, weight, eps, center, live, block, way,
     count, mean, var, dx, s0, s1,
 ):  # fmt: skip
     """Write dx of groups of R rows, and each row's sums of dy and dy * x_hat, s0, s1 (A * R * B,).
@@ -1012,18 +1158,29 @@ def backward_groups(
     The other arguments are as in forward_groups.
     """
     n_outer, n_rows, n_inner, length = x.shape
+    first, end = share(threads, n_outer * n_inner)
+    dy, x, feature, weight, count, mean, var, dx, s0, s1 = lend(
+        (dy, x, feature, weight, count, mean, var, dx, s0, s1)
+    )
     apart = n_inner > 1
     x_rows = x.reshape(n_outer * n_rows * n_inner, length)
     dy_rows = dy.reshape(x_rows.shape)
     dx_rows = dx.reshape(x_rows.shape)
     if mask is not None:
         counts = mask.reshape(x_rows.shape)
-    first, end = share(threads, n_outer * n_inner)
+    n_most = min(block, end - first)
+    own = np.empty((3, n_most)), np.empty((n_most, 4), dx.dtype), np.empty(1, dx.dtype)
+    own_buffer = (_buffer(BUFFER, way, dx),)
+    sums, rows, row = lend(own)
+    (buffer,) = lend(own_buffer)
+    rstd, g0, g1 = sums[0], sums[1], sums[2]
+    kept, out = 0, dx.reshape(dx.size)
+    at = first * n_rows * length
     # A thread's groups are next to each other: the longer a run is, the faster it is read.
     while first < end:
         n_here, start, step, n_runs, n_in_run = _next_groups(first, end, x.shape, block)
-        g0 = np.zeros(n_here)
-        g1 = np.zeros(n_here)
+        g0[:n_here] = 0.0
+        g1[:n_here] = 0.0
         for i in range(n_runs):
             for j in range(n_in_run):
                 p = start + i * step + j
@@ -1037,14 +1194,15 @@ def backward_groups(
                 s1[p] = sum_x
                 g0[g] += weight[feature[p]] * sum_1
                 g1[g] += weight[feature[p]] * sum_x
-        rstd = _rstds(count[first : first + n_here], var[first : first + n_here], eps)
-        rows = np.empty((n_here, 4), dx.dtype)
+        _write_rstds(count[first : first + n_here], var[first : first + n_here], eps, rstd)
         for g in range(n_here):
             _group_coefficients(
                 count[first + g], mean[first + g], rstd[g], g0[g], g1[g], center, rows[g]
             )
-        row = np.empty(1, dx.dtype)
         for i in range(n_runs):
+            if apart:
+                _finish(buffer, kept, out, at)
+                kept, at = 0, (start + i * step) * length
             for j in range(n_in_run):
                 p = start + i * step + j
                 g = j if apart else i
@@ -1055,11 +1213,19 @@ def backward_groups(
                     _scale(dy_rows[p], a, dx_rows[p])
                 elif mask is not None:
                     _masked_backward(dy_rows[p], x_rows[p], counts[p], a, r, m, b, c, dx_rows[p])
-                elif in_place:
+                elif way == STREAMED:
+                    kept, at = _stream_backward(
+                        dy_rows[p], x_rows[p], a, r, m, b, c, buffer, kept, out, at
+                    )
+                elif way == IN_PLACE:
                     _backward_in_place(dx_rows[p], x_rows[p], a, r, m, b, c)
                 else:
                     _backward(dy_rows[p], x_rows[p], a, r, m, b, c, dx_rows[p])
         first += n_here
+    _finish(buffer, kept, out, at)
+    fence()
+    keep(own)
+    keep(own_buffer)
 
 
 @njit(**CONTRACT)
@@ -1106,7 +1272,7 @@ def _fill_columns(first, span, n_columns, row, rows):
 
 @cached_njit(**FLAGS)
 def forward_group_columns(
-    threads, x, mask, feature, weight, bias, eps, center, live, width, span, in_place,
+    threads, x, mask, feature, weight, bias, eps, center, live, width, span, way,
     count, mean, var, y,
 ):  # fmt: skip
     """Normalise groups of columns: x, mask or None, y (A, L, F * C), weight, bias (F,).
@@ -1121,16 +1287,22 @@ def forward_group_columns(
     n_columns = n_spans * span
     size = n_columns // n_groups
     begin, end = share(threads, n_outer * ((n_folded + width - 1) // width))
+    x, feature, weight, bias, count, mean, var, y = lend(
+        (x, feature, weight, bias, count, mean, var, y)
+    )
+    out = y.reshape(y.size)
     for task in range(begin, end):
         a, c0, c1 = _block(task, n_folded, width)
         n_here = (min(c1, n_columns) - c0) // size
         first = a * n_groups + c0 // size
         last = first + n_here
         if live:
-            n = np.zeros(c1 - c0, np.int64)
-            s1 = np.zeros(c1 - c0)
-            s2 = np.zeros(c1 - c0)
-            shift = _shifts_of_groups(x, mask, a, c0, c1, n_columns, size)
+            own_sums = (
+                np.zeros(c1 - c0, np.int64), np.zeros((2, c1 - c0)),
+                _shifts_of_groups(x, mask, a, c0, c1, n_columns, size),
+            )  # fmt: skip
+            n, sums, shift = lend(own_sums)
+            s1, s2 = sums[0], sums[1]
             _add_rows(x, mask, a, 0, length, c0, c1, shift, n, s1, s2)
             for g in range(n_here):
                 n_all, sum_1, sum_2 = 0, 0.0, 0.0
@@ -1141,9 +1313,12 @@ def forward_group_columns(
                         sum_2 += s2[c]
                 mu, _, m2 = _unshift(n_all, shift[g * size], sum_1, sum_2)
                 _write_statistics(first + g, n_all, mu, m2, center, count, mean, var)
-        rstd = _rstds(count[first:last], var[first:last], eps)
-        rows = np.empty((3, c1 - c0), y.dtype)
-        row = np.empty(3, y.dtype)
+            keep(own_sums)
+        own = (
+            _rstds(count[first:last], var[first:last], eps), np.empty((3, c1 - c0), y.dtype),
+            np.empty(3, y.dtype),
+        )  # fmt: skip
+        rstd, rows, row = lend(own)
         p = a * n_spans + c0 // span
         for g in range(n_here):
             mu = mean[first + g]
@@ -1154,12 +1329,17 @@ def forward_group_columns(
                 row[2] = (np.float64(row[0]) - mu) * scale + bias[feature[p]]
                 _fill_columns(c, span, n_columns, row, rows)
                 p += 1
-        _apply_rows(x, a, 0, length, c0, c1, rows[0], rows[1], rows[2], in_place, y)
+        if way == STREAMED and c1 - c0 == n_folded:
+            _stream_applied_rows(x[a], rows[0], rows[1], rows[2], out, a * length * n_folded)
+        else:
+            _apply_rows(x, a, 0, length, c0, c1, rows[0], rows[1], rows[2], way, y)
+        keep(own)
+    fence()
 
 
 @cached_njit(**FLAGS)
 def backward_group_columns(
-    threads, dy, x, mask, feature, weight, eps, center, live, width, span, in_place,
+    threads, dy, x, mask, feature, weight, eps, center, live, width, span, way,
     count, mean, var, dx, s0, s1,
 ):  # fmt: skip
     """Write dx of groups of columns, and the sums of dy and dy * x_hat over each span.
@@ -1171,22 +1351,27 @@ def backward_group_columns(
     n_columns = n_spans * span
     size = n_columns // n_groups
     begin, end = share(threads, n_outer * ((n_folded + width - 1) // width))
+    dy, x, feature, weight, count, mean, var, dx, s0, s1 = lend(
+        (dy, x, feature, weight, count, mean, var, dx, s0, s1)
+    )
+    out = dx.reshape(dx.size)
     for task in range(begin, end):
         a, c0, c1 = _block(task, n_folded, width)
         n_here = (min(c1, n_columns) - c0) // size
         first = a * n_groups + c0 // size
-        means = np.empty((1, c1 - c0))
+        last = first + n_here
+        own = (
+            np.empty((1, c1 - c0)), np.zeros((2, c1 - c0)), np.empty((5, c1 - c0), dx.dtype),
+            np.empty(5, dx.dtype), _rstds(count[first:last], var[first:last], eps),
+        )  # fmt: skip
+        means, s, rows, row, rstd = lend(own)
         for g in range(n_here):
             _fill_columns(g * size, size, n_columns, mean[first + g : first + g + 1], means)
-        s = np.zeros((2, c1 - c0))
         _add_gradient_rows(dy, x, mask, a, 0, length, c0, c1, means[0], s[0], s[1])
         for lo in range(n_columns, c1 - c0, n_columns):
             for c in range(n_columns):
                 s[0, c] += s[0, lo + c]
                 s[1, c] += s[1, lo + c]
-        rstd = _rstds(count[first : first + n_here], var[first : first + n_here], eps)
-        rows = np.empty((5, c1 - c0), dx.dtype)
-        row = np.empty(5, dx.dtype)
         p = a * n_spans + c0 // span
         for g in range(n_here):
             p_of_group = p
@@ -1207,14 +1392,21 @@ def backward_group_columns(
                 row[0] = rstd[g] * weight[feature[p]]
                 _fill_columns(c, span, n_columns, row, rows)
                 p += 1
-        if live:
-            _backward_rows(
-                dy, x, mask, a, 0, length, c0, c1,
-                rows[0], rows[1], rows[2], rows[3], rows[4], in_place, dx,
-            )  # fmt: skip
-        else:
+        if not live:
             for i in range(length):
                 _scale_row(dy[a, i, c0:c1], rows[0], dx[a, i, c0:c1])
+        elif mask is None and way == STREAMED and c1 - c0 == n_folded:
+            _stream_backward_rows(
+                dy[a], x[a], rows[0], rows[1], rows[2], rows[3], rows[4], out,
+                a * length * n_folded,
+            )  # fmt: skip
+        else:
+            _backward_rows(
+                dy, x, mask, a, 0, length, c0, c1,
+                rows[0], rows[1], rows[2], rows[3], rows[4], way, dx,
+            )  # fmt: skip
+        keep(own)
+    fence()
 
 
 @njit(**CONTRACT)
@@ -1236,7 +1428,7 @@ def feature_gradients(feature, s0, s1, dbias, dweight):
 
 @njit(**CONTRACT)
 def _normalize_row(xs, m, rstd, t, weight, bias, ys):
-    for c in range(ys.shape[0]):
+    for c in range(xs.shape[0]):
         ys[c] = _scale_shift(xs[c], m[c], rstd[c], t[c]) * weight + bias
 
 
@@ -1248,7 +1440,7 @@ def _normalize_row_in_place(ys, m, rstd, t, weight, bias):
 
 @cached_njit(**FLAGS)
 def forward_element_columns(
-    threads, x, weight, bias, eps, center, live, width, in_place, count, mean, var, y
+    threads, x, weight, bias, eps, center, live, width, way, count, mean, var, y
 ):
     """Normalise columns: x, y (A, D, B), weight, bias (D,), count, mean, var (A, B).
 
@@ -1256,6 +1448,7 @@ def forward_element_columns(
     """
     n_outer, length, n_columns = x.shape
     begin, end = share(threads, n_outer * ((n_columns + width - 1) // width))
+    x, weight, bias, count, mean, var, y = lend((x, weight, bias, count, mean, var, y))
     for task in range(begin, end):
         a, c0, c1 = _block(task, n_columns, width)
         if live:
@@ -1275,7 +1468,7 @@ def forward_element_columns(
             _row_coefficients(mean[a, c], rstds[c - c0], rows[c - c0])
         m, rstd, t = rows[:, 0].copy(), rows[:, 1].copy(), rows[:, 2].copy()
         for i in range(length):
-            if in_place:
+            if way == IN_PLACE:
                 _normalize_row_in_place(y[a, i, c0:c1], m, rstd, t, weight[i], bias[i])
             else:
                 _normalize_row(x[a, i, c0:c1], m, rstd, t, weight[i], bias[i], y[a, i, c0:c1])
@@ -1302,7 +1495,7 @@ def _row_gradients(dys, xs, m, rstd, t):
 
 @njit(**CONTRACT)
 def _backward_element_row(dys, xs, weight, m, rstd, t, c0, c1, dxs):
-    for c in range(dxs.shape[0]):
+    for c in range(xs.shape[0]):
         dxs[c] = _element_gradient(dys[c], xs[c], True, weight, m[c], rstd[c], t[c], c0[c], c1[c])
 
 
@@ -1320,7 +1513,7 @@ def _apply_weight_row(dys, weight, rstd, dxs):
 
 @cached_njit(**FLAGS)
 def backward_element_columns(
-    threads, dy, x, weight, eps, center, live, affine, width, in_place,
+    threads, dy, x, weight, eps, center, live, affine, width, way,
     count, mean, var, dx, dweight, dbias,
 ):  # fmt: skip
     """Write dx and parameter gradients of columns: dy, x, dx (A, D, B), weight (D,).
@@ -1332,6 +1525,9 @@ def backward_element_columns(
     n_tasks = dweight.shape[0]
     n_units = n_outer * ((n_columns + width - 1) // width)
     begin, end = share(threads, n_tasks)
+    dy, x, weight, count, mean, var, dx, dweight, dbias = lend(
+        (dy, x, weight, count, mean, var, dx, dweight, dbias)
+    )
     for task in range(begin, end):
         for unit in range(task * n_units // n_tasks, (task + 1) * n_units // n_tasks):
             a, c0, c1 = _block(unit, n_columns, width)
@@ -1358,7 +1554,7 @@ def backward_element_columns(
                     dbias[task, i] += sum_1
                 if not live:
                     _apply_weight_row(dy[a, i, c0:c1], weight[i], rstds, dx[a, i, c0:c1])
-                elif in_place:
+                elif way == IN_PLACE:
                     _backward_element_row_in_place(
                         dx[a, i, c0:c1], x[a, i, c0:c1], weight[i], m, rstds, t, means[0], means[1]
                     )
@@ -1370,26 +1566,14 @@ def backward_element_columns(
 
 
 @njit(**REORDER)
-def _short_element_sums(dys, xs, weight, m, rstd, t):
+def _element_sums(dys, xs, weight, m, rstd, t):
     """Sum g and g * x_hat with g = dy * weight over few elements (n,), in their own type."""
+    # Many lanes share them, so that each adds up too few numbers for float32 to lose digits.
     s0, s1 = weight.dtype.type(0.0), weight.dtype.type(0.0)
-    for i in range(xs.shape[0]):
+    for i in range(weight.shape[0]):
         g = dys[i] * weight[i]
         s0 += g
         s1 += g * _scale_shift(xs[i], m, rstd, t)
-    return s0, s1
-
-
-@njit(**LEAF)
-def _element_sums(dys, xs, weight, m, rstd, t):
-    """Sum g and g * x_hat over dys, xs, weight (n,)."""
-    # Many lanes share a block, so that each adds up too few numbers for float32 to lose digits.
-    s0, s1 = 0.0, 0.0
-    for i in range(0, xs.shape[0], ELEMENTS):
-        j = min(i + ELEMENTS, xs.shape[0])
-        block = _short_element_sums(dys[i:j], xs[i:j], weight[i:j], m, rstd, t)
-        s0 += block[0]
-        s1 += block[1]
     return s0, s1
 
 
@@ -1418,7 +1602,7 @@ def _add_four_to_dbias(dy_a, dy_b, dy_c, dy_d, dbias):
 @njit(**CONTRACT)
 def _add_parameter_gradients(dys, xs, m, rstd, t, dweight, dbias):
     """Add dy * x_hat and dy of one row (n,) to dweight and dbias (n,)."""
-    for i in range(xs.shape[0]):
+    for i in range(dweight.shape[0]):
         dweight[i] += dys[i] * _scale_shift(xs[i], m, rstd, t)
         dbias[i] += dys[i]
 
@@ -1443,6 +1627,17 @@ def _backward_elements_in_place(dxs, xs, weight, m, rstd, t, c0, c1):
         dxs[i] = _element_gradient(dxs[i], xs[i], True, weight[i], m, rstd, t, c0, c1)
 
 
+@njit(**STREAM)
+def _stream_backward_elements(dys, xs, weight, m, rstd, t, c0, c1, buffer, kept, dx, at):
+    """Make the gradient of xs (n,), and write it to dx (N,), as _stream_applied does."""
+    n = xs.shape[0]
+    for lo in range(0, n, BUFFER):
+        hi = min(lo + BUFFER, n)
+        _backward_elements(dys[lo:hi], xs[lo:hi], weight[lo:hi], m, rstd, t, c0, c1, buffer[kept:])
+        kept, at = _flush(buffer, kept + hi - lo, dx, at)
+    return kept, at
+
+
 @njit(**CONTRACT)
 def _masked_backward_elements(dys, xs, counts, weight, m, rstd, t, c0, c1, dxs):
     for i in range(xs.shape[0]):
@@ -1455,9 +1650,34 @@ def _apply_weight(dys, weight, rstd, dxs):
         dxs[i] = rstd * (dys[i] * weight[i])
 
 
+@njit(**LEAF)
+def _add_element_sums(dy, x, lo, n_rows, d, e, weight, rows, live, affine, sums, dweight, dbias):
+    """Add what backward sums up over elements d to e of up to four rows of dy and x, from lo on.
+
+    ``weight, dweight, dbias`` (n,) are those of the elements; ``rows`` (4, 3) as _row_coefficients
+    writes them. ``sums`` (4, 2) are of g and g * x_hat with g = dy * weight.
+    """
+    if live:
+        for j in range(n_rows):
+            m, r, t = rows[j, 0], rows[j, 1], rows[j, 2]
+            s0, s1 = _element_sums(dy[lo + j, d:e], x[lo + j, d:e], weight, m, r, t)
+            sums[j, 0] += s0
+            sums[j, 1] += s1
+    if affine and n_rows == 4:
+        _add_four_to_dweight(
+            dy[lo, d:e], dy[lo + 1, d:e], dy[lo + 2, d:e], dy[lo + 3, d:e],
+            x[lo, d:e], x[lo + 1, d:e], x[lo + 2, d:e], x[lo + 3, d:e], rows, dweight,
+        )  # fmt: skip
+        _add_four_to_dbias(dy[lo, d:e], dy[lo + 1, d:e], dy[lo + 2, d:e], dy[lo + 3, d:e], dbias)
+    elif affine:
+        for j in range(n_rows):
+            m, r, t = rows[j, 0], rows[j, 1], rows[j, 2]
+            _add_parameter_gradients(dy[lo + j, d:e], x[lo + j, d:e], m, r, t, dweight, dbias)
+
+
 @cached_njit(**FLAGS)
 def backward_elements(
-    threads, dy, x, mask, weight, eps, center, live, affine, in_place,
+    threads, dy, x, mask, weight, eps, center, live, affine, way,
     count, mean, var, dx, dweight, dbias,
 ):  # fmt: skip
     """Write dx and parameter gradients of rows: dy, x, mask or None, dx (M, D), weight (D,).
@@ -1465,66 +1685,67 @@ def backward_elements(
     ``count, mean, var`` (M,) are those of forward; ``dweight, dbias`` (T, D), one row for each
     of T blocks of rows, start at 0 and are left alone unless ``affine``.
     """
+    length = x.shape[1]
     n_blocks = dweight.shape[0]
     block = (x.shape[0] + n_blocks - 1) // n_blocks
     begin, end = share(threads, n_blocks)
+    dy, x, weight, count, mean, var, dx, dweight, dbias = lend(
+        (dy, x, weight, count, mean, var, dx, dweight, dbias)
+    )
+    own = (
+        np.empty(block), np.empty((4, 2)), np.empty((4, 3), dx.dtype), np.empty((2, 4), dx.dtype),
+        np.empty((2, 4, 0 if mask is None else min(ELEMENTS, length)), x.dtype),
+        _buffer(BUFFER, way, dx),
+    )  # fmt: skip
+    rstd, sums, rows, c, entering, buffer = lend(own)
+    kept, out = 0, dx.reshape(dx.size)
+    at = begin * block * length
     for task in range(begin, end):
-        first = task * block
-        dys = dy[first : first + block]
-        xs = x[first : first + block]
-        dxs = dx[first : first + block]
-        n = count[first : first + block]
-        mu = mean[first : first + block]
-        rstd = _rstds(n, var[first : first + block], eps)
-        if mask is not None:
-            counts = mask[first : first + block]
-        rows = np.empty((4, 3), dx.dtype)
-        c0 = np.empty(4, dx.dtype)
-        c1 = np.empty(4, dx.dtype)
-        if mask is not None:
-            entering = np.empty((2, 4, x.shape[1]), x.dtype)
-        # Four rows at a time stay in cache for all they are needed for. The parameters' gradients
-        # come before dx, which may be dy.
-        for lo in range(0, xs.shape[0], 4):
-            n_here = min(4, xs.shape[0] - lo)
-            if mask is None:
-                dys_in = dys[lo : lo + n_here]
-                xs_in = xs[lo : lo + n_here]
-            else:
-                dys_in = entering[0]
-                xs_in = entering[1]
+        first, last = task * block, min((task + 1) * block, x.shape[0])
+        _write_rstds(count[first:last], var[first:last], eps, rstd)
+        # Four rows at a time stay in cache for all they are needed for, and some of their elements
+        # in the first cache for all sums. Those come before dx, which may be dy.
+        for lo in range(first, last, 4):
+            n_here = min(4, last - lo)
             for j in range(n_here):
-                i = lo + j
-                _row_coefficients(mu[i], rstd[i], rows[j])
-                if mask is not None:
-                    _entering(dys[i], xs[i], counts[i], entering[0, j], entering[1, j])
-                if live:
-                    m, r, t = rows[j, 0], rows[j, 1], rows[j, 2]
-                    s0, s1 = _element_sums(dys_in[j], xs_in[j], weight, m, r, t)
-                    c0[j] = s0 / max(n[i], 1) if center else 0.0
-                    c1[j] = s1 / max(n[i], 1)
-            if affine and n_here == 4:
-                _add_four_to_dweight(
-                    dys_in[0], dys_in[1], dys_in[2], dys_in[3],
-                    xs_in[0], xs_in[1], xs_in[2], xs_in[3], rows, dweight[task],
+                _row_coefficients(mean[lo + j], rstd[lo + j - first], rows[j])
+                sums[j, 0] = 0.0
+                sums[j, 1] = 0.0
+            for d in range(0, length, ELEMENTS):
+                e = min(d + ELEMENTS, length)
+                parameters = (
+                    weight[d:e], rows, live, affine, sums, dweight[task, d:e], dbias[task, d:e]
                 )  # fmt: skip
-                _add_four_to_dbias(dys_in[0], dys_in[1], dys_in[2], dys_in[3], dbias[task])
-            elif affine:
-                for j in range(n_here):
-                    m, r, t = rows[j, 0], rows[j, 1], rows[j, 2]
-                    _add_parameter_gradients(
-                        dys_in[j], xs_in[j], m, r, t, dweight[task], dbias[task]
-                    )
+                if mask is None:
+                    _add_element_sums(dy, x, lo, n_here, d, e, *parameters)
+                else:
+                    for j in range(n_here):
+                        i = lo + j
+                        _entering(
+                            dy[i, d:e], x[i, d:e], mask[i, d:e], entering[0, j], entering[1, j]
+                        )
+                    _add_element_sums(entering[0], entering[1], 0, n_here, 0, e - d, *parameters)
+            for j in range(n_here):
+                n = max(count[lo + j], 1)
+                c[0, j] = sums[j, 0] / n if center else 0.0
+                c[1, j] = sums[j, 1] / n
             for j in range(n_here):
                 i = lo + j
                 m, r, t = rows[j, 0], rows[j, 1], rows[j, 2]
                 if not live:
-                    _apply_weight(dys[i], weight, r, dxs[i])
+                    _apply_weight(dy[i], weight, r, dx[i])
                 elif mask is not None:
                     _masked_backward_elements(
-                        dys[i], xs[i], counts[i], weight, m, r, t, c0[j], c1[j], dxs[i]
+                        dy[i], x[i], mask[i], weight, m, r, t, c[0, j], c[1, j], dx[i]
                     )
-                elif in_place:
-                    _backward_elements_in_place(dxs[i], xs[i], weight, m, r, t, c0[j], c1[j])
+                elif way == STREAMED:
+                    kept, at = _stream_backward_elements(
+                        dy[i], x[i], weight, m, r, t, c[0, j], c[1, j], buffer, kept, out, at
+                    )
+                elif way == IN_PLACE:
+                    _backward_elements_in_place(dx[i], x[i], weight, m, r, t, c[0, j], c[1, j])
                 else:
-                    _backward_elements(dys[i], xs[i], weight, m, r, t, c0[j], c1[j], dxs[i])
+                    _backward_elements(dy[i], x[i], weight, m, r, t, c[0, j], c[1, j], dx[i])
+    _finish(buffer, kept, out, at)
+    fence()
+    keep(own)

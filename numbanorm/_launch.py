@@ -97,16 +97,50 @@ def _share_of_kernel(context: Any, builder: Any) -> tuple[Any, Any]:
     values = cgutils.unpack_tuple(inner, known, len(argument_types))
     values[0] = cgutils.pack_array(inner, [ir.Constant(i.type, 0), i, n])
     for k, argument_type in enumerate(argument_types):
-        if isinstance(argument_type, types.Array):
-            # Who owns it is nobody's business here: threads would queue to count references.
-            array = context.make_array(argument_type)(context, inner, values[k])
-            array.meminfo = cgutils.get_null_value(array.meminfo.type)
-            array.parent = cgutils.get_null_value(array.parent.type)
-            values[k] = array._getvalue()
+        # Threads would queue to count references.
+        values[k] = _without_owner(context, inner, argument_type, values[k])
     inner.ret(inner.call(kernel, [*results, *packer.as_arguments(inner, values)]))
 
     at = cgutils.alloca_once_value(builder, given)
     return builder.ptrtoint(function, i.type), builder.ptrtoint(at, i.type)
+
+
+@intrinsic
+def lend(typing_context: Any, arrays: Any) -> Any:
+    """Return a tuple of arrays (or None) as arrays without an owner.
+
+    Numba counts references to every view of an array that may have an owner, which takes as long
+    as a short row. The owner must live on: see ``keep``.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        values = cgutils.unpack_tuple(builder, args[0], len(arrays))
+        lent = [
+            _without_owner(context, builder, array_type, value)
+            for array_type, value in zip(arrays, values, strict=True)
+        ]
+        return context.make_tuple(builder, signature.return_type, lent)
+
+    return arrays(arrays), generate
+
+
+@intrinsic
+def keep(typing_context: Any, arrays: Any) -> Any:
+    """Do nothing with a tuple of arrays, which live until here."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return context.get_dummy_value()
+
+    return types.none(arrays), generate
+
+
+def _without_owner(context: Any, builder: Any, array_type: Any, value: Any) -> Any:
+    if not isinstance(array_type, types.Array):
+        return value
+    array = context.make_array(array_type)(context, builder, value)
+    array.meminfo = cgutils.get_null_value(array.meminfo.type)
+    array.parent = cgutils.get_null_value(array.parent.type)
+    return array._getvalue()
 
 
 if numba.config.DISABLE_JIT:
@@ -115,3 +149,10 @@ if numba.config.DISABLE_JIT:
     def share(threads: tuple[int, int, int], n_tasks: int) -> tuple[int, int]:
         """Return the first task, and the one after the last."""
         return 0, n_tasks
+
+    def lend(arrays: Any) -> Any:
+        """Return the arrays."""
+        return arrays
+
+    def keep(arrays: Any) -> None:
+        """Do nothing."""

@@ -18,6 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 from numbanorm import _kernels, _threads
 from numbanorm._axes import TASKS, Array, Axes, Geometry, Plan, memory_order
 from numbanorm._checks import bool_mask, float_array, output_array, same_memory
+from numbanorm._stores import DIRECT, IN_PLACE, STREAMED, cache_size
 from numbanorm.moments import Moments, Parts, merge_pieces, piece_moments
 
 Float64 = NDArray[np.float64]
@@ -41,6 +42,9 @@ class Mixture(NamedTuple):
     mean: Float64
     var: Float64
 
+
+# Rows of fewer elements have too few whole lines to be written past the caches.
+STREAM_FROM = 1 << 7
 
 # The weights of a single statistic.
 ALONE = Mixture(np.ones(1), np.ones(1))
@@ -185,12 +189,12 @@ def normalize(
     saved = Saved(x, y, geometry, affine, eps, mixture, center, sample_variance, counts)
     plan = saved.plan
     target, unset = plan.to_target(y)
-    in_place = saved.x_is_lost and unset is None
+    way = IN_PLACE if saved.x_is_lost and unset is None else DIRECT
     saved.fixed = fixed is not None
     if plan.by_group:
-        _forward_groups(saved, weight, bias, fixed, in_place, target)
+        _forward_groups(saved, weight, bias, fixed, way, target)
     else:
-        _forward_pieces(saved, weight, bias, fixed, in_place, target)
+        _forward_pieces(saved, weight, bias, fixed, way, target)
     if unset is not None:
         unset[...] = target.reshape(unset.shape)
     return y, saved
@@ -239,12 +243,19 @@ def restore(
     return saved
 
 
+def _past_caches(way: int, y: Array) -> int:
+    """Return how whole groups are to be written: no cache can hold a large y until it is read."""
+    size = cache_size()
+    is_large = size is not None and y.nbytes >= size and y.shape[-1] >= STREAM_FROM
+    return STREAMED if is_large and way == DIRECT else way
+
+
 def _forward_groups(
     saved: Saved,
     weight: Array | None,
     bias: Array | None,
     fixed: tuple[Array, Array] | None,
-    in_place: bool,
+    way: int,
     y: Array,
 ) -> None:
     plan, shape = saved.plan, saved.plan.groups_shape
@@ -257,7 +268,7 @@ def _forward_groups(
         saved.mean, saved.var = plan.from_grid(mean), plan.from_grid(var)
     parameters = saved.weight, _parameter(saved, bias, 0.0, y.dtype)
     rest = (
-        saved.eps, saved.center, fixed is None, *plan.cut, in_place,
+        saved.eps, saved.center, fixed is None, *plan.cut, _past_caches(way, y),
         saved.n, saved.mean, saved.var, y,
     )  # fmt: skip
     args: tuple[Any, ...]
@@ -289,7 +300,7 @@ def _forward_pieces(
     weight: Array | None,
     bias: Array | None,
     fixed: tuple[Array, Array] | None,
-    in_place: bool,
+    way: int,
     y: Array,
 ) -> None:
     geometry, plan = saved.geometry, saved.plan
@@ -312,7 +323,7 @@ def _forward_pieces(
             array[where].reshape(shape)[...] = running.reshape(geometry.running_grid)
     saved.weight = _feature_parameter(saved, weight, 1.0)
     m, s, t = _coefficients(saved, _feature_parameter(saved, bias, 0.0), y.dtype)
-    _apply(plan, saved.x, m, s, t, in_place, y)
+    _apply(plan, saved.x, m, s, t, way, y)
 
 
 @np.errstate(all="ignore")  # NaN and Inf are the user's, and reach what they should
@@ -345,11 +356,11 @@ def _coefficients(saved: Saved, bias: Float64, dtype: Any) -> Iterable[Array]:
     return plan.fold_pieces(found)
 
 
-def _apply(plan: Plan, x: Array, m: Array, s: Array, t: Array, in_place: bool, y: Array) -> None:
+def _apply(plan: Plan, x: Array, m: Array, s: Array, t: Array, way: int, y: Array) -> None:
     """Write y = (x - m) * s + t."""
     kernel = _kernels.apply_columns if plan.columns else _kernels.apply_rows
     _, part, block = plan.tiles
-    _threads.run(kernel, y.size, x, part, block, m, s, t, in_place, y)
+    _threads.run(kernel, y.size, x, part, block, m, s, t, way, y)
 
 
 def backward(
@@ -375,13 +386,13 @@ def backward(
     plan = saved.plan
     dy_view = plan.to_view(gradient)
     target, unset = plan.to_target(dx)
-    in_place = unset is None and same_memory(gradient, dx)
+    way = IN_PLACE if unset is None and same_memory(gradient, dx) else DIRECT
     differentiate = (
         _backward_elements if plan.elements
         else _backward_groups if plan.by_group
         else _backward_pieces
     )  # fmt: skip
-    parameters = differentiate(saved, dy_view, in_place, target)
+    parameters = differentiate(saved, dy_view, way, target)
     if unset is not None:
         unset[...] = target.reshape(unset.shape)
     return dx, *parameters
@@ -390,11 +401,11 @@ def backward(
 Parameters = tuple[Float64 | None, Float64 | None, Float64, Float64]
 
 
-def _backward_elements(saved: Saved, dy: Array, in_place: bool, dx: Array) -> Parameters:
+def _backward_elements(saved: Saved, dy: Array, way: int, dx: Array) -> Parameters:
     plan, geometry = saved.plan, saved.geometry
     affine = saved.has_weight or saved.has_bias
     dweight, dbias = np.zeros((2, *(plan.gradient_parts if affine else (TASKS, 0))))
-    rest = in_place, saved.n, saved.mean, saved.var, dx, dweight, dbias
+    rest = _past_caches(way, dx), saved.n, saved.mean, saved.var, dx, dweight, dbias
     options = saved.eps, saved.center, not saved.fixed, affine
     if plan.columns:
         _threads.run(
@@ -428,14 +439,14 @@ def _sum(blocks: Array) -> Array:
     return total
 
 
-def _backward_groups(saved: Saved, dy: Array, in_place: bool, dx: Array) -> Parameters:
+def _backward_groups(saved: Saved, dy: Array, way: int, dx: Array) -> Parameters:
     plan, geometry = saved.plan, saved.geometry
     s0, s1 = np.empty((2, len(plan.features)))
     kernel = _kernels.backward_group_columns if plan.columns else _kernels.backward_groups
     _threads.run(
         kernel, dy.size,
         dy, saved.x, saved.mask, plan.features, saved.weight, saved.eps, saved.center,
-        not saved.fixed, *plan.cut, in_place,
+        not saved.fixed, *plan.cut, _past_caches(way, dx),
         saved.n, saved.mean, saved.var, dx, s0, s1,
     )  # fmt: skip
     dweight, dbias = np.zeros((2, len(saved.weight)))
@@ -461,7 +472,7 @@ def _gradient_sums(saved: Saved, dy: Array) -> tuple[Float64, Float64]:
     return s0, s1
 
 
-def _backward_pieces(saved: Saved, dy: Array, in_place: bool, dx: Array) -> Parameters:
+def _backward_pieces(saved: Saved, dy: Array, way: int, dx: Array) -> Parameters:
     geometry, plan, groups = saved.geometry, saved.plan, saved.plan.groups
     s0, s1 = _gradient_sums(saved, dy)
     p, q = saved.mixture or ALONE
@@ -489,13 +500,13 @@ def _backward_pieces(saved: Saved, dy: Array, in_place: bool, dx: Array) -> Para
     coefficients = plan.fold_pieces(coefficients)
     if saved.fixed and len(groups.slices) == 1:
         zero = np.zeros_like(coefficients[0])
-        _apply(plan, dy, zero, coefficients[0], zero, in_place, dx)
+        _apply(plan, dy, zero, coefficients[0], zero, way, dx)
     else:
         kernel = _kernels.backward_columns if plan.columns else _kernels.backward_rows
         _, part, block = plan.tiles
         _threads.run(
             kernel, dy.size,
-            dy, saved.x, saved.mask, part, block, *coefficients, in_place, dx,
+            dy, saved.x, saved.mask, part, block, *coefficients, way, dx,
         )  # fmt: skip
     return (
         dweight.reshape(geometry.param_shape) if saved.has_weight else None,

@@ -30,7 +30,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 import numbanorm as nn
-from numbanorm import _threads
+from numbanorm import _normalize, _threads
 from numbanorm._axes import Geometry
 
 EXAMPLES = int(os.environ.get("NUMBANORM_FUZZ", "0"))
@@ -199,13 +199,17 @@ class Call:
     mask: np.ndarray | None
     parallel: bool
     pieces: bool
+    streamed: bool
 
     def layer(self, **options):
         return self.case.layer(self.layer_dtype, **options).train(self.training)
 
     @contextmanager
     def ways(self):
-        """Let the kernels run on several threads or on one, on pieces or on whole groups."""
+        """Let the kernels run on several threads or on one, on pieces or on whole groups.
+
+        Those write past the caches or as usual.
+        """
 
         def plan(geometry, order, affine, fused=True, masked=False):
             return any_plan(geometry, order, affine, fused and not self.pieces, masked)
@@ -214,6 +218,8 @@ class Call:
         with (
             mock.patch.object(_threads, "PARALLEL_FROM", parallel_from),
             mock.patch.object(Geometry, "plan", plan),
+            mock.patch.object(_normalize, "cache_size", lambda: 0 if self.streamed else None),
+            mock.patch.object(_normalize, "STREAM_FROM", 1),
         ):
             yield
 
@@ -250,6 +256,7 @@ def calls(draw):
         mask=mask,
         parallel=draw(option),
         pieces=draw(option),
+        streamed=draw(option),
     )
 
 

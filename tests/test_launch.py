@@ -5,6 +5,7 @@ import sys
 import numpy as np
 import pytest
 from numba import njit
+from numba.core.runtime import _nrt_python, rtsys
 
 from numbanorm import _launch, _threads
 
@@ -45,6 +46,39 @@ def fail(threads, done):
 def test_exception():
     with pytest.raises(ValueError, match="task 3"):
         fail(_launch.SERIAL, np.zeros(10))
+
+
+@njit(nogil=True)
+def sums_of_rows(x, nothing, n):
+    """Sum up the rows of x and those of an array of this function, by way of lent arrays."""
+    own = (np.ones((x.shape[0], n)),)
+    x, nothing = _launch.lend((x, nothing))
+    (ones,) = _launch.lend(own)
+    sums = np.empty(x.shape[0])
+    for i in range(x.shape[0]):
+        row, of_ones = x[i], ones[i]
+        sums[i] = row.sum() + of_ones.sum()
+    _launch.keep(own)
+    return sums
+
+
+@pytest.fixture
+def counting():
+    """Have Numba count what it allocates."""
+    _nrt_python.memsys_enable_stats()
+    yield
+    _nrt_python.memsys_disable_stats()
+
+
+@pytest.mark.usefixtures("counting")
+def test_lent_arrays():
+    x = np.arange(300.0).reshape(100, 3)
+    before = sys.getrefcount(x), rtsys.get_allocation_stats()
+    for _ in range(10):
+        np.testing.assert_array_equal(sums_of_rows(x, None, 1000), x.sum(1) + 1000)
+    after = rtsys.get_allocation_stats()
+    assert sys.getrefcount(x) == before[0]
+    assert after.alloc - before[1].alloc == after.free - before[1].free > 0
 
 
 @njit(nogil=True)

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from cases import CASES, by_id, cases, normal
 
-from numbanorm import _axes
+from numbanorm import _axes, _normalize
+from numbanorm._stores import DIRECT, STREAMED
 
 # For each, the limits, a case and a shape that then take the view.
 PLANS = {
@@ -74,6 +75,39 @@ masked = pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
 def test_the_view_is_taken(plan, masked, offset):
     case, view = plan
     assert check(case, masked, offset) == view
+
+
+def results(layer, x, dy, mask, start):
+    """Return y, dx and what else there is, the first two written where a line does not begin."""
+    outputs = []
+    for array, call in ((x, lambda out: layer(x, mask=mask, out=out)), (dy, None)):
+        memory = np.full(array.size + 99, 7, array.dtype)
+        out = memory[start : start + array.size].reshape(array.shape)
+        call(out) if call else layer.backward(dy, out=out)
+        np.testing.assert_array_equal(memory[:start], 7)
+        np.testing.assert_array_equal(memory[start + array.size :], 7)
+        outputs.append(out)
+    gradients = layer.gradients()
+    layer.zero_grad()
+    return outputs + [gradients[name] for name in gradients]
+
+
+@masked
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_past_the_caches_are_the_same_bits(plan, masked, training, dtype, monkeypatch):
+    case, _ = plan
+    x, dy = (normal(*case.shape, seed=seed, dtype=dtype) for seed in (0, 1))
+    mask = normal(*case.shape, seed=2) < 0.5 if masked else None
+    layer = case.layer(dtype).train(training)
+    monkeypatch.setattr(_normalize, "cache_size", lambda: None)
+    expected = results(layer, x, dy, mask, 0)
+    monkeypatch.setattr(_normalize, "cache_size", lambda: 0)
+    monkeypatch.setattr(_normalize, "STREAM_FROM", 1)
+    assert _normalize._past_caches(DIRECT, x) == STREAMED
+    for start in (0, 1, 13):
+        for found, wanted in zip(results(layer, x, dy, mask, start), expected, strict=True):
+            np.testing.assert_array_equal(found, wanted)
 
 
 @cases(*MASKABLE)
