@@ -31,8 +31,10 @@ Axes = tuple[int, ...]
 
 # Elements of a part of a row: 128 KiB of float32, still in a core's own cache.
 ROW_PART = 1 << 15
-# Rows of a part of a column: keeps a float64 sum of any length as exact as that of 4096 values.
+# Rows of a part of a column: no more, so that a float64 sum of any length is as exact as that of
+# 4096 values, and no fewer than take longer than the merging of what was made of them.
 COLUMN_PART = 1 << 12
+LEAST_ROWS = 1 << 9
 COLUMN_BLOCK = 1 << 10
 COLUMN_FOLD = 256
 COLUMN_WIDTH = 256
@@ -256,7 +258,7 @@ class Plan:
         block = min(max(c, 1), COLUMN_BLOCK)
         n_tasks = max(1, a * -(-c // block))
         n_parts = max(
-            min(-(-TASKS // n_tasks), max(1, length * block // LONG_TASK)),
+            min(-(-TASKS // n_tasks), max(1, length * block // LONG_TASK), length // LEAST_ROWS),
             -(-length // COLUMN_PART),
             1,
         )

@@ -55,6 +55,28 @@ def launch(function, n, args):
 
 
 # ---------------------------------------------------------------------------------------------
+# Memory of a task, in rows that begin where a line of memory does: a vector that is in two lines
+# takes twice as long to load or to store
+# ---------------------------------------------------------------------------------------------
+
+
+@njit(**LEAF)
+def _room(n_rows, n, like):
+    """Return zeros of the type of ``like`` for n_rows rows of n elements; see _rows_of."""
+    line = line_size(like)
+    return np.zeros((n_rows * ((n + line - 1) // line) + 1) * line, like.dtype)
+
+
+@njit(**LEAF)
+def _rows_of(room, n_rows):
+    """Return the rows that there is room for, (n_rows, at least n)."""
+    line = line_size(room)
+    n = (room.shape[0] // line - 1) // n_rows * line
+    begin = to_next_line(room, 0)
+    return room[begin : begin + n_rows * n].reshape(n_rows, n)
+
+
+# ---------------------------------------------------------------------------------------------
 # Moments
 # ---------------------------------------------------------------------------------------------
 
@@ -104,14 +126,22 @@ def _two_sum(a, b):
 
 @njit(**LEAF)
 def _unshift(n, shift, s1, s2):
-    """Return mean, its rest and m2 from sums around shift (Chan et al. 1983, eq. 1.7)."""
-    if n == 0:
-        return 0.0, 0.0, 0.0
-    r = s1 / n
+    """Return mean, its rest and m2 from sums around shift (Chan et al. 1983, eq. 1.7).
+
+    All of them are 0 where there is nothing.
+    """
+    r = s1 / max(n, 1)
     m2 = s2 - s1 * r
     mean, rest = _two_sum(shift, r)
     # Not max(): a NaN must stay.
     return mean, rest, 0.0 if m2 < 0.0 else m2
+
+
+@njit(**LEAF)
+def _unshift_columns(n, shift, s1, s2):
+    """Write mean, its rest and m2 of columns, as _unshift returns them, over shift, s1 and s2."""
+    for c in range(n.shape[0]):
+        shift[c], s1[c], s2[c] = _unshift(n[c], shift[c], s1[c], s2[c])
 
 
 @njit(**LEAF)
@@ -272,26 +302,28 @@ def moments_columns(threads, x, mask, part, width, count, mean, rest, m2):
         c1 = min(n_folded, c0 + width)
         lo = k * part
         hi = min(length, lo + part)
-        own = np.zeros(c1 - c0, np.int64), np.zeros((3, c1 - c0))
-        n, sums = lend(own)
-        s1, s2, shifts = sums[0], sums[1], sums[2]
+        own = np.zeros(c1 - c0, np.int64), _room(3, c1 - c0, mean)
+        n, room = lend(own)
+        rows = _rows_of(room, 3)
+        s1, s2, shifts = rows[0, : c1 - c0], rows[1, : c1 - c0], rows[2, : c1 - c0]
         if mask is not None:
             _first_of_columns(x[a, lo:hi, c0:c1], mask[a, lo:hi, c0:c1], shifts)
         elif lo < hi:
             shifts[:] = x[a, lo, c0:c1]
         _add_rows(x, mask, a, lo, hi, c0, c1, shifts, n, s1, s2)
+        _unshift_columns(n, shifts, s1, s2)
+        n_here = min(c1, n_columns) - c0
+        count[a, k, c0 : c0 + n_here] = n[:n_here]
+        mean[a, k, c0 : c0 + n_here] = shifts[:n_here]
+        rest[a, k, c0 : c0 + n_here] = s1[:n_here]
+        m2[a, k, c0 : c0 + n_here] = s2[:n_here]
         # Folded rows are one block; what they have of the same column is merged here.
-        for c in range(c0, min(c1, n_columns)):
-            count[a, k, c] = n[c - c0]
-            mean[a, k, c], rest[a, k, c], m2[a, k, c] = _unshift(
-                n[c - c0], shifts[c - c0], s1[c - c0], s2[c - c0]
-            )
         for f in range(n_columns, c1 - c0, n_columns):
             for c in range(n_columns):
-                mu, e, m = _unshift(n[f + c], shifts[f + c], s1[f + c], s2[f + c])
                 count[a, k, c], mean[a, k, c], rest[a, k, c], m2[a, k, c] = _merge(
-                    count[a, k, c], mean[a, k, c], rest[a, k, c], m2[a, k, c], n[f + c], mu, e, m
-                )
+                    count[a, k, c], mean[a, k, c], rest[a, k, c], m2[a, k, c],
+                    n[f + c], shifts[f + c], s1[f + c], s2[f + c],
+                )  # fmt: skip
         keep(own)
 
 
@@ -647,7 +679,14 @@ def apply_columns(threads, x, part, width, m, s, t, way, y):
         hi = min(length, lo + part)
         c0 = (task % n_blocks) * width
         c1 = min(n_columns, c0 + width)
-        _apply_rows(x, a, lo, hi, c0, c1, m[a, c0:c1], s[a, c0:c1], t[a, c0:c1], way, y)
+        own = (_room(3, c1 - c0, y),)
+        (room,) = lend(own)
+        rows = _rows_of(room, 3)
+        rows[0, : c1 - c0] = m[a, c0:c1]
+        rows[1, : c1 - c0] = s[a, c0:c1]
+        rows[2, : c1 - c0] = t[a, c0:c1]
+        _apply_rows(x, a, lo, hi, c0, c1, rows[0], rows[1], rows[2], way, y)
+        keep(own)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -775,11 +814,15 @@ def gradient_sums_columns(threads, dy, x, mask, part, width, mean, s0, s1):
         k = task // n_blocks - a * n_parts
         c0 = (task % n_blocks) * width
         c1 = min(n_folded, c0 + width)
-        own = (np.zeros((2, c1 - c0)),)
-        (sums,) = lend(own)
-        mu = mean[a, c0:c1]
+        own = (_room(3, c1 - c0, mean),)
+        (room,) = lend(own)
+        sums = _rows_of(room, 3)
+        sums[2, : c1 - c0] = mean[a, c0:c1]
         lo, hi = k * part, min(length, (k + 1) * part)
-        _add_gradient_rows(dy, x, mask, a, lo, hi, c0, c1, mu, sums[0], sums[1])
+        _add_gradient_rows(
+            dy, x, mask, a, lo, hi, c0, c1,
+            sums[2, : c1 - c0], sums[0, : c1 - c0], sums[1, : c1 - c0],
+        )  # fmt: skip
         for c in range(c0, min(c1, n_columns)):
             s0[a, k, c] = sums[0, c - c0]
             s1[a, k, c] = sums[1, c - c0]
@@ -913,9 +956,18 @@ def backward_columns(threads, dy, x, mask, part, width, a, r, m, b, c, way, dx):
         hi = min(length, lo + part)
         c0 = (task % n_blocks) * width
         c1 = min(n_columns, c0 + width)
-        ao, ro, mo = a[o, c0:c1], r[o, c0:c1], m[o, c0:c1]
-        bo, co = b[o, c0:c1], c[o, c0:c1]
-        _backward_rows(dy, x, mask, o, lo, hi, c0, c1, ao, ro, mo, bo, co, way, dx)
+        own = (_room(5, c1 - c0, dx),)
+        (room,) = lend(own)
+        rows = _rows_of(room, 5)
+        rows[0, : c1 - c0] = a[o, c0:c1]
+        rows[1, : c1 - c0] = r[o, c0:c1]
+        rows[2, : c1 - c0] = m[o, c0:c1]
+        rows[3, : c1 - c0] = b[o, c0:c1]
+        rows[4, : c1 - c0] = c[o, c0:c1]
+        _backward_rows(
+            dy, x, mask, o, lo, hi, c0, c1, rows[0], rows[1], rows[2], rows[3], rows[4], way, dx
+        )
+        keep(own)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1238,9 +1290,8 @@ def _scale(dys, a, dxs):
 
 
 @njit(**LEAF)
-def _shifts_of_groups(x, mask, a, c0, c1, n_columns, size):
-    """Return an element of its group that counts, or 0, for columns c0 to c1 of x[a]."""
-    shift = np.zeros(c1 - c0)
+def _shifts_of_groups(x, mask, a, c0, c1, n_columns, size, shift):
+    """Write an element of its group that counts, or 0, for columns c0 to c1 of x[a], to shift."""
     if mask is None:
         for c in range(0, c1 - c0, size):
             shift[c] = x[a, 0, c0 + c]
@@ -1258,13 +1309,12 @@ def _shifts_of_groups(x, mask, a, c0, c1, n_columns, size):
     for lo in range(0, c1 - c0, n_columns):
         for c in range(lo, min(lo + n_columns, c1 - c0), size):
             shift[c : c + size] = shift[c - lo]
-    return shift
 
 
 @njit(**LEAF)
-def _fill_columns(first, span, n_columns, row, rows):
+def _fill_columns(first, span, n_columns, n_folded, row, rows):
     """Write row (n,) to rows (n, F * C): to a span of columns from the first on, F times."""
-    for lo in range(first, rows.shape[1], n_columns):
+    for lo in range(first, n_folded, n_columns):
         for k in range(len(row)):
             for c in range(lo, lo + span):
                 rows[k, c] = row[k]
@@ -1297,12 +1347,11 @@ def forward_group_columns(
         first = a * n_groups + c0 // size
         last = first + n_here
         if live:
-            own_sums = (
-                np.zeros(c1 - c0, np.int64), np.zeros((2, c1 - c0)),
-                _shifts_of_groups(x, mask, a, c0, c1, n_columns, size),
-            )  # fmt: skip
-            n, sums, shift = lend(own_sums)
-            s1, s2 = sums[0], sums[1]
+            own_sums = np.zeros(c1 - c0, np.int64), _room(3, c1 - c0, mean)
+            n, room = lend(own_sums)
+            sums = _rows_of(room, 3)
+            s1, s2, shift = sums[0, : c1 - c0], sums[1, : c1 - c0], sums[2, : c1 - c0]
+            _shifts_of_groups(x, mask, a, c0, c1, n_columns, size, shift)
             _add_rows(x, mask, a, 0, length, c0, c1, shift, n, s1, s2)
             for g in range(n_here):
                 n_all, sum_1, sum_2 = 0, 0.0, 0.0
@@ -1315,10 +1364,11 @@ def forward_group_columns(
                 _write_statistics(first + g, n_all, mu, m2, center, count, mean, var)
             keep(own_sums)
         own = (
-            _rstds(count[first:last], var[first:last], eps), np.empty((3, c1 - c0), y.dtype),
+            _rstds(count[first:last], var[first:last], eps), _room(3, c1 - c0, y),
             np.empty(3, y.dtype),
         )  # fmt: skip
-        rstd, rows, row = lend(own)
+        rstd, room, row = lend(own)
+        rows = _rows_of(room, 3)
         p = a * n_spans + c0 // span
         for g in range(n_here):
             mu = mean[first + g]
@@ -1327,7 +1377,7 @@ def forward_group_columns(
                 row[0] = mu
                 row[1] = scale
                 row[2] = (np.float64(row[0]) - mu) * scale + bias[feature[p]]
-                _fill_columns(c, span, n_columns, row, rows)
+                _fill_columns(c, span, n_columns, c1 - c0, row, rows)
                 p += 1
         if way == STREAMED and c1 - c0 == n_folded:
             _stream_applied_rows(x[a], rows[0], rows[1], rows[2], out, a * length * n_folded)
@@ -1361,13 +1411,17 @@ def backward_group_columns(
         first = a * n_groups + c0 // size
         last = first + n_here
         own = (
-            np.empty((1, c1 - c0)), np.zeros((2, c1 - c0)), np.empty((5, c1 - c0), dx.dtype),
+            _room(1, c1 - c0, mean), _room(2, c1 - c0, mean), _room(5, c1 - c0, dx),
             np.empty(5, dx.dtype), _rstds(count[first:last], var[first:last], eps),
         )  # fmt: skip
-        means, s, rows, row, rstd = lend(own)
+        room_of_means, room_of_sums, room, row, rstd = lend(own)
+        means, s, rows = _rows_of(room_of_means, 1), _rows_of(room_of_sums, 2), _rows_of(room, 5)
         for g in range(n_here):
-            _fill_columns(g * size, size, n_columns, mean[first + g : first + g + 1], means)
-        _add_gradient_rows(dy, x, mask, a, 0, length, c0, c1, means[0], s[0], s[1])
+            own_mean = mean[first + g : first + g + 1]
+            _fill_columns(g * size, size, n_columns, c1 - c0, own_mean, means)
+        _add_gradient_rows(
+            dy, x, mask, a, 0, length, c0, c1, means[0], s[0, : c1 - c0], s[1, : c1 - c0]
+        )
         for lo in range(n_columns, c1 - c0, n_columns):
             for c in range(n_columns):
                 s[0, c] += s[0, lo + c]
@@ -1390,7 +1444,7 @@ def backward_group_columns(
             p = p_of_group
             for c in range(g * size, (g + 1) * size, span):
                 row[0] = rstd[g] * weight[feature[p]]
-                _fill_columns(c, span, n_columns, row, rows)
+                _fill_columns(c, span, n_columns, c1 - c0, row, rows)
                 p += 1
         if not live:
             for i in range(length):
