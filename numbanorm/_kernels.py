@@ -1114,6 +1114,8 @@ def forward_groups(
     """
     n_outer, n_rows, n_inner, length = x.shape
     first, end = share(threads, n_outer * n_inner)
+    if not live:
+        block = end - first  # what is read once need not fit in cache
     x, feature, weight, bias, count, mean, var, y = lend(
         (x, feature, weight, bias, count, mean, var, y)
     )

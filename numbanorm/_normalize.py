@@ -268,7 +268,8 @@ def _forward_groups(
         saved.mean, saved.var = plan.from_grid(mean), plan.from_grid(var)
     parameters = saved.weight, _parameter(saved, bias, 0.0, y.dtype)
     rest = (
-        saved.eps, saved.center, fixed is None, *plan.cut, _past_caches(way, y),
+        saved.eps, saved.center, fixed is None, *plan.cut,
+        _past_caches(way, y) if fixed is None else way,
         saved.n, saved.mean, saved.var, y,
     )  # fmt: skip
     args: tuple[Any, ...]
