@@ -1739,7 +1739,7 @@ def backward_elements(
     """Write dx and parameter gradients of rows: dy, x, mask or None, dx (M, D), weight (D,).
 
     ``count, mean, var`` (M,) are those of forward; ``dweight, dbias`` (T, D), one row for each
-    of T blocks of rows, start at 0 and are left alone unless ``affine``.
+    of T blocks of rows, are written if ``affine``.
     """
     length = x.shape[1]
     n_blocks = dweight.shape[0]
@@ -1751,12 +1751,14 @@ def backward_elements(
     own = (
         np.empty(block), np.empty((4, 2)), np.empty((4, 3), dx.dtype), np.empty((2, 4), dx.dtype),
         np.empty((2, 4, 0 if mask is None else min(ELEMENTS, length)), x.dtype),
-        _buffer(BUFFER, way, dx),
+        _buffer(BUFFER, way, dx), _room(2, length if affine else 0, dweight),
     )  # fmt: skip
-    rstd, sums, rows, c, entering, buffer = lend(own)
+    rstd, sums, rows, c, entering, buffer, room = lend(own)
+    gradients = _rows_of(room, 2)  # of weight and bias
     kept, out = 0, dx.reshape(dx.size)
     at = begin * block * length
     for task in range(begin, end):
+        gradients[:] = 0.0
         first, last = task * block, min((task + 1) * block, x.shape[0])
         _write_rstds(count[first:last], var[first:last], eps, rstd)
         # Four rows at a time stay in cache for all they are needed for, and some of their elements
@@ -1769,18 +1771,16 @@ def backward_elements(
                 sums[j, 1] = 0.0
             for d in range(0, length, ELEMENTS):
                 e = min(d + ELEMENTS, length)
-                parameters = (
-                    weight[d:e], rows, live, affine, sums, dweight[task, d:e], dbias[task, d:e]
-                )  # fmt: skip
+                rest = weight[d:e], rows, live, affine, sums, gradients[0, d:e], gradients[1, d:e]
                 if mask is None:
-                    _add_element_sums(dy, x, lo, n_here, d, e, *parameters)
+                    _add_element_sums(dy, x, lo, n_here, d, e, *rest)
                 else:
                     for j in range(n_here):
                         i = lo + j
                         _entering(
                             dy[i, d:e], x[i, d:e], mask[i, d:e], entering[0, j], entering[1, j]
                         )
-                    _add_element_sums(entering[0], entering[1], 0, n_here, 0, e - d, *parameters)
+                    _add_element_sums(entering[0], entering[1], 0, n_here, 0, e - d, *rest)
             for j in range(n_here):
                 n = max(count[lo + j], 1)
                 c[0, j] = sums[j, 0] / n if center else 0.0
@@ -1802,6 +1802,9 @@ def backward_elements(
                     _backward_elements_in_place(dx[i], x[i], weight, m, r, t, c[0, j], c[1, j])
                 else:
                     _backward_elements(dy[i], x[i], weight, m, r, t, c[0, j], c[1, j], dx[i])
+        if affine:
+            dweight[task] = gradients[0, :length]
+            dbias[task] = gradients[1, :length]
     _finish(buffer, kept, out, at)
     fence()
     keep(own)
