@@ -58,7 +58,7 @@ def serve(library: str) -> None:
         verb, *arguments = json.loads(line)
         try:
             answer = getattr(worker, verb)(*arguments)
-        except NotImplementedError:
+        except NotImplementedError:  # a case that the library does not have: a gap in the table
             answer = None
         print(json.dumps(answer), file=answers)
 

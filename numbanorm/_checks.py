@@ -83,7 +83,8 @@ def output_array(out: Array | None, like: Array, *inputs: Array) -> Array:
         if not np.may_share_memory(x, out) or same_memory(x, out):
             continue
         try:
-            overlap = np.shares_memory(x, out, max_work=10_000)  # type: ignore[arg-type] # stub: -1, 0
+            # NumPy's stub knows of -1 and 0 only, NumPy of any number.
+            overlap = np.shares_memory(x, out, max_work=10_000)  # type: ignore[arg-type]
         except np.exceptions.TooHardError:
             overlap = True
         if overlap:

@@ -24,7 +24,10 @@ TOLERANCE = {"float32": 2e-3, "float64": 1e-8}
 
 
 def need(library: str, name: str | None = None) -> Any:
-    """Import a library; what is not installed, or what a commit of old lacks, is no failure."""
+    """Import a library; what is not installed, or what a commit of old lacks, is no failure.
+
+    asv leaves a benchmark out whose setup raises NotImplementedError.
+    """
     try:
         module = importlib.import_module(library)
     except ImportError as error:
