@@ -76,6 +76,13 @@ def _rows_of(room, n_rows):
     return room[begin : begin + n_rows * n].reshape(n_rows, n)
 
 
+@njit(**LEAF)
+def _copy_columns(arrays, a, c0, c1, rows):
+    """Copy columns c0 to c1 of row a of each of n arrays (A, C) to the rows (n, ...)."""
+    for k in range(len(arrays)):
+        rows[k, : c1 - c0] = arrays[k][a, c0:c1]
+
+
 # ---------------------------------------------------------------------------------------------
 # Moments
 # ---------------------------------------------------------------------------------------------
@@ -128,7 +135,7 @@ def _two_sum(a, b):
 def _unshift(n, shift, s1, s2):
     """Return mean, its rest and m2 from sums around shift (Chan et al. 1983, eq. 1.7).
 
-    All of them are 0 where there is nothing.
+    All of them are 0 where there is nothing, and shift is.
     """
     r = s1 / max(n, 1)
     m2 = s2 - s1 * r
@@ -682,9 +689,7 @@ def apply_columns(threads, x, part, width, m, s, t, way, y):
         own = (_room(3, c1 - c0, y),)
         (room,) = lend(own)
         rows = _rows_of(room, 3)
-        rows[0, : c1 - c0] = m[a, c0:c1]
-        rows[1, : c1 - c0] = s[a, c0:c1]
-        rows[2, : c1 - c0] = t[a, c0:c1]
+        _copy_columns((m, s, t), a, c0, c1, rows)
         _apply_rows(x, a, lo, hi, c0, c1, rows[0], rows[1], rows[2], way, y)
         keep(own)
 
@@ -959,11 +964,7 @@ def backward_columns(threads, dy, x, mask, part, width, a, r, m, b, c, way, dx):
         own = (_room(5, c1 - c0, dx),)
         (room,) = lend(own)
         rows = _rows_of(room, 5)
-        rows[0, : c1 - c0] = a[o, c0:c1]
-        rows[1, : c1 - c0] = r[o, c0:c1]
-        rows[2, : c1 - c0] = m[o, c0:c1]
-        rows[3, : c1 - c0] = b[o, c0:c1]
-        rows[4, : c1 - c0] = c[o, c0:c1]
+        _copy_columns((a, r, m, b, c), o, c0, c1, rows)
         _backward_rows(
             dy, x, mask, o, lo, hi, c0, c1, rows[0], rows[1], rows[2], rows[3], rows[4], way, dx
         )
@@ -1223,10 +1224,11 @@ def backward_groups(
     if mask is not None:
         counts = mask.reshape(x_rows.shape)
     n_most = min(block, end - first)
-    own = np.empty((3, n_most)), np.empty((n_most, 4), dx.dtype), np.empty(1, dx.dtype)
-    own_buffer = (_buffer(BUFFER, way, dx),)
-    sums, rows, row = lend(own)
-    (buffer,) = lend(own_buffer)
+    own = (
+        np.empty((3, n_most)), np.empty((n_most, 4), dx.dtype), np.empty(1, dx.dtype),
+        _buffer(BUFFER, way, dx),
+    )  # fmt: skip
+    sums, rows, row, buffer = lend(own)
     rstd, g0, g1 = sums[0], sums[1], sums[2]
     kept, out = 0, dx.reshape(dx.size)
     at = first * n_rows * length
@@ -1279,7 +1281,6 @@ def backward_groups(
     _finish(buffer, kept, out, at)
     fence()
     keep(own)
-    keep(own_buffer)
 
 
 @njit(**CONTRACT)
@@ -1413,16 +1414,16 @@ def backward_group_columns(
         first = a * n_groups + c0 // size
         last = first + n_here
         own = (
-            _room(1, c1 - c0, mean), _room(2, c1 - c0, mean), _room(5, c1 - c0, dx),
+            _room(3, c1 - c0, mean), _room(5, c1 - c0, dx),
             np.empty(5, dx.dtype), _rstds(count[first:last], var[first:last], eps),
         )  # fmt: skip
-        room_of_means, room_of_sums, room, row, rstd = lend(own)
-        means, s, rows = _rows_of(room_of_means, 1), _rows_of(room_of_sums, 2), _rows_of(room, 5)
+        room_of_sums, room, row, rstd = lend(own)
+        s, rows = _rows_of(room_of_sums, 3), _rows_of(room, 5)
         for g in range(n_here):
             own_mean = mean[first + g : first + g + 1]
-            _fill_columns(g * size, size, n_columns, c1 - c0, own_mean, means)
+            _fill_columns(g * size, size, n_columns, c1 - c0, own_mean, s[2:])
         _add_gradient_rows(
-            dy, x, mask, a, 0, length, c0, c1, means[0], s[0, : c1 - c0], s[1, : c1 - c0]
+            dy, x, mask, a, 0, length, c0, c1, s[2], s[0, : c1 - c0], s[1, : c1 - c0]
         )
         for lo in range(n_columns, c1 - c0, n_columns):
             for c in range(n_columns):

@@ -17,9 +17,9 @@ from numba.extending import intrinsic
 # Bytes of a line.
 LINE = 64
 
-# How a kernel writes its output: from x to y; over x; or by way of a buffer and past the caches.
+# How a kernel writes its output: from x to y; over x; or, where it can, by way of a buffer and past
+# the caches.
 DIRECT, IN_PLACE, STREAMED = 0, 1, 2
-
 
 # What Linux says of the caches of a core.
 CACHES = Path("/sys/devices/system/cpu/cpu0/cache")

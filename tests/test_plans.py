@@ -80,10 +80,14 @@ def test_the_view_is_taken(plan, masked, offset):
 def results(layer, x, dy, mask, start):
     """Return y, dx and what else there is, the first two written where a line does not begin."""
     outputs = []
-    for array, call in ((x, lambda out: layer(x, mask=mask, out=out)), (dy, None)):
+    calls = (
+        (x, lambda out: layer(x, mask=mask, out=out)),
+        (dy, lambda out: layer.backward(dy, out=out)),
+    )
+    for array, call in calls:
         memory = np.full(array.size + 99, 7, array.dtype)
         out = memory[start : start + array.size].reshape(array.shape)
-        call(out) if call else layer.backward(dy, out=out)
+        call(out)
         np.testing.assert_array_equal(memory[:start], 7)
         np.testing.assert_array_equal(memory[start + array.size :], 7)
         outputs.append(out)
