@@ -36,12 +36,24 @@ from numba import njit, prange
 
 from numbanorm._cache import cached_njit
 from numbanorm._launch import call_share, keep, lend, share
-from numbanorm._stores import IN_PLACE, STREAMED, fence, line_size, store_line, to_next_line
+from numbanorm._stores import (
+    IN_PLACE,
+    STREAMED,
+    fence,
+    line_size,
+    room,
+    rows_of,
+    store_line,
+    to_next_line,
+)
 
-# With the numpy error model no division is tested for zero, which would keep loops scalar.
-FLAGS: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
+# With the numpy error model no division is tested for zero, which would keep loops scalar. No
+# function written in C calls a kernel.
+FLAGS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "no_cfunc_wrapper": True}
+# What only kernels call. Ways in from elsewhere would take as long to compile as the rest of it.
+INNER: dict[str, Any] = {"no_cpython_wrapper": True, **FLAGS}
 # What a kernel calls for each row must be inlined: passing arrays costs more than a short row.
-LEAF: dict[str, Any] = {"forceinline": True, **FLAGS}
+LEAF: dict[str, Any] = {"forceinline": True, **INNER}
 CONTRACT: dict[str, Any] = {"fastmath": {"contract"}, **LEAF}
 # Only sums may be reordered, so that they vectorise; NaN and Inf stay what they are.
 REORDER: dict[str, Any] = {"fastmath": {"reassoc", "contract", "nsz", "arcp"}, **LEAF}
@@ -61,26 +73,18 @@ def launch(function, n, args):
 
 
 @njit(**LEAF)
-def _room(n_rows, n, like):
-    """Return zeros of the type of ``like`` for n_rows rows of n elements; see _rows_of."""
-    line = line_size(like)
-    return np.zeros((n_rows * ((n + line - 1) // line) + 1) * line, like.dtype)
-
-
-@njit(**LEAF)
-def _rows_of(room, n_rows):
-    """Return the rows that there is room for, (n_rows, at least n)."""
-    line = line_size(room)
-    n = (room.shape[0] // line - 1) // n_rows * line
-    begin = to_next_line(room, 0)
-    return room[begin : begin + n_rows * n].reshape(n_rows, n)
+def _copy(values, target):
+    """Write n values to the first n elements of target."""
+    # Numba compiles ``target[:n] = values`` for seconds: it has a message for what cannot be here.
+    for i in range(values.shape[0]):
+        target[i] = values[i]
 
 
 @njit(**LEAF)
 def _copy_columns(arrays, a, c0, c1, rows):
     """Copy columns c0 to c1 of row a of each of n arrays (A, C) to the rows (n, ...)."""
     for k in range(len(arrays)):
-        rows[k, : c1 - c0] = arrays[k][a, c0:c1]
+        _copy(arrays[k][a, c0:c1], rows[k])
 
 
 # ---------------------------------------------------------------------------------------------
@@ -309,21 +313,21 @@ def moments_columns(threads, x, mask, part, width, count, mean, rest, m2):
         c1 = min(n_folded, c0 + width)
         lo = k * part
         hi = min(length, lo + part)
-        own = np.zeros(c1 - c0, np.int64), _room(3, c1 - c0, mean)
-        n, room = lend(own)
-        rows = _rows_of(room, 3)
+        own = np.zeros(c1 - c0, np.int64), np.zeros(room(3, c1 - c0, mean), mean.dtype)
+        n, memory = lend(own)
+        rows = rows_of(memory, 3)
         s1, s2, shifts = rows[0, : c1 - c0], rows[1, : c1 - c0], rows[2, : c1 - c0]
         if mask is not None:
             _first_of_columns(x[a, lo:hi, c0:c1], mask[a, lo:hi, c0:c1], shifts)
         elif lo < hi:
-            shifts[:] = x[a, lo, c0:c1]
+            _copy(x[a, lo, c0:c1], shifts)
         _add_rows(x, mask, a, lo, hi, c0, c1, shifts, n, s1, s2)
         _unshift_columns(n, shifts, s1, s2)
         n_here = min(c1, n_columns) - c0
-        count[a, k, c0 : c0 + n_here] = n[:n_here]
-        mean[a, k, c0 : c0 + n_here] = shifts[:n_here]
-        rest[a, k, c0 : c0 + n_here] = s1[:n_here]
-        m2[a, k, c0 : c0 + n_here] = s2[:n_here]
+        _copy(n[:n_here], count[a, k, c0:])
+        _copy(shifts[:n_here], mean[a, k, c0:])
+        _copy(s1[:n_here], rest[a, k, c0:])
+        _copy(s2[:n_here], m2[a, k, c0:])
         # Folded rows are one block; what they have of the same column is merged here.
         for f in range(n_columns, c1 - c0, n_columns):
             for c in range(n_columns):
@@ -549,13 +553,19 @@ def track(n, mean, var, ddof, batch_ddof, momentum, skip_nonfinite, running_mean
 # Elements that are written to a buffer at once: 8 KiB of float64, in a core's first cache.
 BUFFER = 1 << 10
 # Not inlined, as rows are long here: a kernel with this in its loop would be slower for short ones.
-STREAM = FLAGS
+STREAM = INNER
 
 
 @njit(**LEAF)
 def _buffer(n, way, y):
     """Return a buffer for n elements on their way to y, and those that are kept."""
     return np.empty(n + line_size(y) if way == STREAMED else 0, y.dtype)
+
+
+@njit(**LEAF)
+def _target(ys, way, buffer, kept):
+    """Return where to write what is to come to ys (n,): there, or after what is kept."""
+    return buffer[kept : kept + ys.shape[0]] if way == STREAMED else ys
 
 
 @njit(**LEAF)
@@ -576,7 +586,7 @@ def _flush(buffer, n, y, at):
     return n - end, at + end
 
 
-@njit(**LEAF)
+@njit(**STREAM)
 def _finish(buffer, kept, y, at):
     """Write what was kept to y (N,)."""
     for i in range(kept):
@@ -649,27 +659,25 @@ def _apply_row_in_place(ys, m, s, t):
 
 
 @njit(**LEAF)
-def _apply_rows(x, a, lo, hi, c0, c1, m, s, t, way, y):
-    """Scale and shift rows lo to hi of x[a], columns c0 to c1: m, s, t (c1 - c0,)."""
+def _apply_rows(x, a, lo, hi, c0, c1, m, s, t, way, buffer, y):
+    """Scale and shift rows lo to hi of x[a], columns c0 to c1: m, s, t (c1 - c0,).
+
+    Without a buffer they are not streamed; if they are, they have all columns.
+    """
+    out = y.reshape(y.size)
+    kept, at = np.intp(0), (a * x.shape[1] + lo) * x.shape[2]
     for i in range(lo, hi):
+        xs, ys = x[a, i, c0:c1], y[a, i, c0:c1]
         if way == IN_PLACE:
-            _apply_row_in_place(y[a, i, c0:c1], m, s, t)
+            _apply_row_in_place(ys, m, s, t)
+        elif buffer is None:
+            _apply_row(xs, m, s, t, ys)
         else:
-            _apply_row(x[a, i, c0:c1], m, s, t, y[a, i, c0:c1])
-
-
-@njit(**STREAM)
-def _stream_applied_rows(x, m, s, t, y, at):
-    """Scale and shift x (L, C), and write it to y (N,) from ``at`` on: m, s, t (C,)."""
-    n = x.shape[1]
-    own = (_buffer(n, STREAMED, y),)
-    (buffer,) = lend(own)
-    kept = 0
-    for i in range(x.shape[0]):
-        _apply_row(x[i], m, s, t, buffer[kept:])
-        kept, at = _flush(buffer, kept + n, y, at)
-    _finish(buffer, kept, y, at)
-    keep(own)
+            _apply_row(xs, m, s, t, _target(ys, way, buffer, kept))
+            if way == STREAMED:
+                kept, at = _flush(buffer, kept + c1 - c0, out, at)
+    if buffer is not None:
+        _finish(buffer, kept, out, at)
 
 
 @cached_njit(**FLAGS)
@@ -686,11 +694,10 @@ def apply_columns(threads, x, part, width, m, s, t, way, y):
         hi = min(length, lo + part)
         c0 = (task % n_blocks) * width
         c1 = min(n_columns, c0 + width)
-        own = (_room(3, c1 - c0, y),)
-        (room,) = lend(own)
-        rows = _rows_of(room, 3)
+        own = (np.zeros(room(3, c1 - c0, y), y.dtype),)
+        rows = rows_of(own[0], 3)
         _copy_columns((m, s, t), a, c0, c1, rows)
-        _apply_rows(x, a, lo, hi, c0, c1, rows[0], rows[1], rows[2], way, y)
+        _apply_rows(x, a, lo, hi, c0, c1, rows[0], rows[1], rows[2], way, None, y)
         keep(own)
 
 
@@ -819,10 +826,9 @@ def gradient_sums_columns(threads, dy, x, mask, part, width, mean, s0, s1):
         k = task // n_blocks - a * n_parts
         c0 = (task % n_blocks) * width
         c1 = min(n_folded, c0 + width)
-        own = (_room(3, c1 - c0, mean),)
-        (room,) = lend(own)
-        sums = _rows_of(room, 3)
-        sums[2, : c1 - c0] = mean[a, c0:c1]
+        own = (np.zeros(room(3, c1 - c0, mean), mean.dtype),)
+        sums = rows_of(own[0], 3)
+        _copy(mean[a, c0:c1], sums[2])
         lo, hi = k * part, min(length, (k + 1) * part)
         _add_gradient_rows(
             dy, x, mask, a, lo, hi, c0, c1,
@@ -920,31 +926,27 @@ def _backward_row_in_place(dxs, xs, a, r, m, b, c):
 
 
 @njit(**LEAF)
-def _backward_rows(dy, x, mask, o, lo, hi, c0, c1, a, r, m, b, c, way, dx):
-    """Write rows lo to hi of dx[o], columns c0 to c1: a, r, m, b, c (c1 - c0,)."""
+def _backward_rows(dy, x, mask, o, lo, hi, c0, c1, a, r, m, b, c, way, buffer, dx):
+    """Write rows lo to hi of dx[o], columns c0 to c1: a, r, m, b, c (c1 - c0,).
+
+    See _apply_rows about the buffer.
+    """
+    out = dx.reshape(dx.size)
+    kept, at = np.intp(0), (o * x.shape[1] + lo) * x.shape[2]
     for i in range(lo, hi):
+        dys, xs, dxs = dy[o, i, c0:c1], x[o, i, c0:c1], dx[o, i, c0:c1]
         if mask is not None:
-            _masked_backward_row(
-                dy[o, i, c0:c1], x[o, i, c0:c1], mask[o, i, c0:c1], a, r, m, b, c, dx[o, i, c0:c1]
-            )
+            _masked_backward_row(dys, xs, mask[o, i, c0:c1], a, r, m, b, c, dxs)
         elif way == IN_PLACE:
-            _backward_row_in_place(dx[o, i, c0:c1], x[o, i, c0:c1], a, r, m, b, c)
+            _backward_row_in_place(dxs, xs, a, r, m, b, c)
+        elif buffer is None:
+            _backward_row(dys, xs, a, r, m, b, c, dxs)
         else:
-            _backward_row(dy[o, i, c0:c1], x[o, i, c0:c1], a, r, m, b, c, dx[o, i, c0:c1])
-
-
-@njit(**STREAM)
-def _stream_backward_rows(dy, x, a, r, m, b, c, dx, at):
-    """Make the gradient of x (L, C), and write it to dx (N,): a, r, m, b, c (C,)."""
-    n = x.shape[1]
-    own = (_buffer(n, STREAMED, dx),)
-    (buffer,) = lend(own)
-    kept = 0
-    for i in range(x.shape[0]):
-        _backward_row(dy[i], x[i], a, r, m, b, c, buffer[kept:])
-        kept, at = _flush(buffer, kept + n, dx, at)
-    _finish(buffer, kept, dx, at)
-    keep(own)
+            _backward_row(dys, xs, a, r, m, b, c, _target(dxs, way, buffer, kept))
+            if way == STREAMED:
+                kept, at = _flush(buffer, kept + c1 - c0, out, at)
+    if buffer is not None:
+        _finish(buffer, kept, out, at)
 
 
 @cached_njit(**FLAGS)
@@ -961,13 +963,13 @@ def backward_columns(threads, dy, x, mask, part, width, a, r, m, b, c, way, dx):
         hi = min(length, lo + part)
         c0 = (task % n_blocks) * width
         c1 = min(n_columns, c0 + width)
-        own = (_room(5, c1 - c0, dx),)
-        (room,) = lend(own)
-        rows = _rows_of(room, 5)
+        own = (np.zeros(room(5, c1 - c0, dx), dx.dtype),)
+        rows = rows_of(own[0], 5)
         _copy_columns((a, r, m, b, c), o, c0, c1, rows)
         _backward_rows(
-            dy, x, mask, o, lo, hi, c0, c1, rows[0], rows[1], rows[2], rows[3], rows[4], way, dx
-        )
+            dy, x, mask, o, lo, hi, c0, c1,
+            rows[0], rows[1], rows[2], rows[3], rows[4], way, None, dx,
+        )  # fmt: skip
         keep(own)
 
 
@@ -1056,7 +1058,7 @@ def forward_elements(
     x, weight, bias, count, mean, var, y = lend((x, weight, bias, count, mean, var, y))
     own = np.empty(min(block, x.shape[0])), np.empty(3, y.dtype), _buffer(BUFFER, way, y)
     rstd, row, buffer = lend(own)
-    kept, out = 0, y.reshape(y.size)
+    kept, out = np.intp(0), y.reshape(y.size)
     at = begin * block * x.shape[1]
     for task in range(begin, end):
         first, last = task * block, min((task + 1) * block, x.shape[0])
@@ -1129,7 +1131,7 @@ def forward_groups(
     y_rows = y.reshape(x_rows.shape)
     own = np.empty(min(block, end - first)), np.empty(3, y.dtype), _buffer(BUFFER, way, y)
     rstd, row, buffer = lend(own)
-    kept, out = 0, y.reshape(y.size)
+    kept, out = np.intp(0), y.reshape(y.size)
     at = first * n_rows * length
     # A thread's groups are next to each other: the longer a run is, the faster it is read.
     while first < end:
@@ -1167,7 +1169,7 @@ def forward_groups(
         for i in range(n_runs):
             if apart:
                 _finish(buffer, kept, out, at)
-                kept, at = 0, (start + i * step) * length
+                kept, at = np.intp(0), (start + i * step) * length
             for j in range(n_in_run):
                 p = start + i * step + j
                 g = j if apart else i
@@ -1230,7 +1232,7 @@ def backward_groups(
     )  # fmt: skip
     sums, rows, row, buffer = lend(own)
     rstd, g0, g1 = sums[0], sums[1], sums[2]
-    kept, out = 0, dx.reshape(dx.size)
+    kept, out = np.intp(0), dx.reshape(dx.size)
     at = first * n_rows * length
     # A thread's groups are next to each other: the longer a run is, the faster it is read.
     while first < end:
@@ -1258,7 +1260,7 @@ def backward_groups(
         for i in range(n_runs):
             if apart:
                 _finish(buffer, kept, out, at)
-                kept, at = 0, (start + i * step) * length
+                kept, at = np.intp(0), (start + i * step) * length
             for j in range(n_in_run):
                 p = start + i * step + j
                 g = j if apart else i
@@ -1343,16 +1345,15 @@ def forward_group_columns(
     x, feature, weight, bias, count, mean, var, y = lend(
         (x, feature, weight, bias, count, mean, var, y)
     )
-    out = y.reshape(y.size)
     for task in range(begin, end):
         a, c0, c1 = _block(task, n_folded, width)
         n_here = (min(c1, n_columns) - c0) // size
         first = a * n_groups + c0 // size
         last = first + n_here
         if live:
-            own_sums = np.zeros(c1 - c0, np.int64), _room(3, c1 - c0, mean)
-            n, room = lend(own_sums)
-            sums = _rows_of(room, 3)
+            own_sums = np.zeros(c1 - c0, np.int64), np.zeros(room(3, c1 - c0, mean), mean.dtype)
+            n, memory = lend(own_sums)
+            sums = rows_of(memory, 3)
             s1, s2, shift = sums[0, : c1 - c0], sums[1, : c1 - c0], sums[2, : c1 - c0]
             _shifts_of_groups(x, mask, a, c0, c1, n_columns, size, shift)
             _add_rows(x, mask, a, 0, length, c0, c1, shift, n, s1, s2)
@@ -1367,11 +1368,12 @@ def forward_group_columns(
                 _write_statistics(first + g, n_all, mu, m2, center, count, mean, var)
             keep(own_sums)
         own = (
-            _rstds(count[first:last], var[first:last], eps), _room(3, c1 - c0, y),
-            np.empty(3, y.dtype),
+            _rstds(count[first:last], var[first:last], eps),
+            np.zeros(room(3, c1 - c0, y), y.dtype), np.empty(3, y.dtype),
+            _buffer(c1 - c0, way, y),
         )  # fmt: skip
-        rstd, room, row = lend(own)
-        rows = _rows_of(room, 3)
+        rstd, memory, row, buffer = lend(own)
+        rows = rows_of(memory, 3)
         p = a * n_spans + c0 // span
         for g in range(n_here):
             mu = mean[first + g]
@@ -1382,10 +1384,7 @@ def forward_group_columns(
                 row[2] = (np.float64(row[0]) - mu) * scale + bias[feature[p]]
                 _fill_columns(c, span, n_columns, c1 - c0, row, rows)
                 p += 1
-        if way == STREAMED and c1 - c0 == n_folded:
-            _stream_applied_rows(x[a], rows[0], rows[1], rows[2], out, a * length * n_folded)
-        else:
-            _apply_rows(x, a, 0, length, c0, c1, rows[0], rows[1], rows[2], way, y)
+        _apply_rows(x, a, 0, length, c0, c1, rows[0], rows[1], rows[2], way, buffer, y)
         keep(own)
     fence()
 
@@ -1407,18 +1406,18 @@ def backward_group_columns(
     dy, x, feature, weight, count, mean, var, dx, s0, s1 = lend(
         (dy, x, feature, weight, count, mean, var, dx, s0, s1)
     )
-    out = dx.reshape(dx.size)
     for task in range(begin, end):
         a, c0, c1 = _block(task, n_folded, width)
         n_here = (min(c1, n_columns) - c0) // size
         first = a * n_groups + c0 // size
         last = first + n_here
         own = (
-            _room(3, c1 - c0, mean), _room(5, c1 - c0, dx),
+            np.zeros(room(3, c1 - c0, mean), mean.dtype), np.zeros(room(5, c1 - c0, dx), dx.dtype),
             np.empty(5, dx.dtype), _rstds(count[first:last], var[first:last], eps),
+            _buffer(c1 - c0, way, dx),
         )  # fmt: skip
-        room_of_sums, room, row, rstd = lend(own)
-        s, rows = _rows_of(room_of_sums, 3), _rows_of(room, 5)
+        sums, memory, row, rstd, buffer = lend(own)
+        s, rows = rows_of(sums, 3), rows_of(memory, 5)
         for g in range(n_here):
             own_mean = mean[first + g : first + g + 1]
             _fill_columns(g * size, size, n_columns, c1 - c0, own_mean, s[2:])
@@ -1452,15 +1451,10 @@ def backward_group_columns(
         if not live:
             for i in range(length):
                 _scale_row(dy[a, i, c0:c1], rows[0], dx[a, i, c0:c1])
-        elif mask is None and way == STREAMED and c1 - c0 == n_folded:
-            _stream_backward_rows(
-                dy[a], x[a], rows[0], rows[1], rows[2], rows[3], rows[4], out,
-                a * length * n_folded,
-            )  # fmt: skip
         else:
             _backward_rows(
                 dy, x, mask, a, 0, length, c0, c1,
-                rows[0], rows[1], rows[2], rows[3], rows[4], way, dx,
+                rows[0], rows[1], rows[2], rows[3], rows[4], way, buffer, dx,
             )  # fmt: skip
         keep(own)
     fence()
@@ -1513,7 +1507,7 @@ def forward_element_columns(
             s2 = np.zeros(c1 - c0)
             shift = np.zeros(c1 - c0)
             if length > 0:
-                shift[:] = x[a, 0, c0:c1]
+                _copy(x[a, 0, c0:c1], shift)
             for i in range(length):
                 _add_row(x[a, i, c0:c1], shift, s1, s2)
             for c in range(c0, c1):
@@ -1752,11 +1746,12 @@ def backward_elements(
     own = (
         np.empty(block), np.empty((4, 2)), np.empty((4, 3), dx.dtype), np.empty((2, 4), dx.dtype),
         np.empty((2, 4, 0 if mask is None else min(ELEMENTS, length)), x.dtype),
-        _buffer(BUFFER, way, dx), _room(2, length if affine else 0, dweight),
+        _buffer(BUFFER, way, dx),
+        np.zeros(room(2, length if affine else 0, dweight), dweight.dtype),
     )  # fmt: skip
-    rstd, sums, rows, c, entering, buffer, room = lend(own)
-    gradients = _rows_of(room, 2)  # of weight and bias
-    kept, out = 0, dx.reshape(dx.size)
+    rstd, sums, rows, c, entering, buffer, memory = lend(own)
+    gradients = rows_of(memory, 2)  # of weight and bias
+    kept, out = np.intp(0), dx.reshape(dx.size)
     at = begin * block * length
     for task in range(begin, end):
         gradients[:] = 0.0
@@ -1804,8 +1799,8 @@ def backward_elements(
                 else:
                     _backward_elements(dy[i], x[i], weight, m, r, t, c[0, j], c[1, j], dx[i])
         if affine:
-            dweight[task] = gradients[0, :length]
-            dbias[task] = gradients[1, :length]
+            _copy(gradients[0, :length], dweight[task])
+            _copy(gradients[1, :length], dbias[task])
     _finish(buffer, kept, out, at)
     fence()
     keep(own)

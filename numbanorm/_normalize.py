@@ -243,11 +243,13 @@ def restore(
     return saved
 
 
-def _past_caches(way: int, y: Array) -> int:
+def _past_caches(plan: Plan, way: int, y: Array) -> int:
     """Return how whole groups are to be written: no cache can hold a large y until it is read."""
     size = cache_size()
     is_large = size is not None and y.nbytes >= size and y.shape[-1] >= STREAM_FROM
-    return STREAMED if is_large and way == DIRECT else way
+    # What is written at once is one run in memory, in rows; in columns where these are whole rows.
+    in_runs = not plan.columns or (not plan.elements and plan.tiles.block == plan.view[-1])
+    return STREAMED if is_large and in_runs and way == DIRECT else way
 
 
 def _forward_groups(
@@ -269,7 +271,7 @@ def _forward_groups(
     parameters = saved.weight, _parameter(saved, bias, 0.0, y.dtype)
     rest = (
         saved.eps, saved.center, fixed is None, *plan.cut,
-        _past_caches(way, y) if fixed is None else way,
+        _past_caches(plan, way, y) if fixed is None else way,
         saved.n, saved.mean, saved.var, y,
     )  # fmt: skip
     args: tuple[Any, ...]
@@ -406,7 +408,7 @@ def _backward_elements(saved: Saved, dy: Array, way: int, dx: Array) -> Paramete
     plan, geometry = saved.plan, saved.geometry
     affine = saved.has_weight or saved.has_bias
     dweight, dbias = np.zeros((2, *(plan.gradient_parts if affine else (TASKS, 0))))
-    rest = _past_caches(way, dx), saved.n, saved.mean, saved.var, dx, dweight, dbias
+    rest = _past_caches(plan, way, dx), saved.n, saved.mean, saved.var, dx, dweight, dbias
     options = saved.eps, saved.center, not saved.fixed, affine
     if plan.columns:
         _threads.run(
@@ -447,7 +449,7 @@ def _backward_groups(saved: Saved, dy: Array, way: int, dx: Array) -> Parameters
     _threads.run(
         kernel, dy.size,
         dy, saved.x, saved.mask, plan.features, saved.weight, saved.eps, saved.center,
-        not saved.fixed, *plan.cut, _past_caches(way, dx),
+        not saved.fixed, *plan.cut, _past_caches(plan, way, dx),
         saved.n, saved.mean, saved.var, dx, s0, s1,
     )  # fmt: skip
     dweight, dbias = np.zeros((2, len(saved.weight)))

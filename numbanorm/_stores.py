@@ -1,8 +1,10 @@
-"""How a kernel writes what no cache can hold: past them, a whole line of memory at a time.
+"""Lines of memory: rows that begin where a line does, and stores of whole lines past the caches.
+
+A vector that is in two lines takes twice as long to load or to store.
 
 An ordinary store first reads the line that it writes to, so that writing takes twice the traffic
 of reading, and drives out what may still be needed. A non-temporal store of a whole line does
-neither. What is to be read again soon must not be written like this.
+neither: that is how to write what no cache can hold, but not what is read again soon.
 """
 
 import functools
@@ -12,7 +14,9 @@ from typing import Any
 import numba
 from llvmlite import ir
 from numba import types
+from numba.core import cgutils
 from numba.extending import intrinsic
+from numba.np.arrayobj import populate_array
 
 # Bytes of a line.
 LINE = 64
@@ -46,6 +50,54 @@ def line_size(typing_context: Any, array: Any) -> Any:
         return context.get_constant(types.intp, n)
 
     return types.intp(array), generate
+
+
+@intrinsic
+def room(typing_context: Any, n_rows: Any, n: Any, like: Any) -> Any:
+    """Return how many elements of the type of ``like`` rows_of needs for rows of n of them."""
+    line = LINE * 8 // like.dtype.bitwidth
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        n_rows, n, _ = args
+        one, length = ir.Constant(n.type, 1), ir.Constant(n.type, line)
+        n_lines = builder.udiv(builder.add(n, builder.sub(length, one)), length)
+        return builder.mul(builder.add(builder.mul(n_rows, n_lines), one), length)
+
+    return types.intp(types.intp, types.intp, like), generate
+
+
+@intrinsic
+def rows_of(typing_context: Any, memory: Any, n_rows: Any) -> Any:
+    """Return the rows that an array (room(...),) has room for: (n_rows, at least n).
+
+    They begin where lines do, and have no owner, see :func:`numbanorm._launch.lend`.
+    """
+    size = memory.dtype.bitwidth // 8
+    rows = types.Array(memory.dtype, 2, "C")
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        n_rows = args[1]
+
+        def number(value: int) -> Any:
+            return ir.Constant(n_rows.type, value)
+
+        array = context.make_array(memory)(context, builder, args[0])
+        n_lines = builder.sub(builder.udiv(array.nitems, number(LINE // size)), number(1))
+        n = builder.mul(builder.udiv(n_lines, n_rows), number(LINE // size))
+        address = builder.add(builder.ptrtoint(array.data, n_rows.type), number(LINE - 1))
+        first = builder.and_(address, number(-LINE))
+        seen = context.make_array(rows)(context, builder)
+        populate_array(
+            seen,
+            data=builder.inttoptr(first, array.data.type),
+            shape=cgutils.pack_array(builder, [n_rows, n]),
+            strides=cgutils.pack_array(builder, [builder.mul(n, number(size)), number(size)]),
+            itemsize=number(size),
+            meminfo=None,
+        )
+        return seen._getvalue()
+
+    return rows(memory, types.intp), generate
 
 
 @intrinsic
@@ -99,6 +151,17 @@ if numba.config.DISABLE_JIT:
     def line_size(array: Any) -> int:
         """Return how many elements of an array fill a line."""
         return int(LINE // array.itemsize)
+
+    def room(n_rows: int, n: int, like: Any) -> int:
+        """Return how many elements rows_of needs."""
+        line = line_size(like)
+        return int((n_rows * -(-n // line) + 1) * line)
+
+    def rows_of(memory: Any, n_rows: int) -> Any:
+        """Return the rows that there is room for."""
+        n = (memory.size // line_size(memory) - 1) // n_rows * line_size(memory)
+        first = to_next_line(memory, 0)
+        return memory[first : first + n_rows * n].reshape(n_rows, n)
 
     def to_next_line(array: Any, i: int) -> int:
         """Return how many elements there are from array[i] to where a line begins."""
