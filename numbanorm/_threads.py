@@ -13,7 +13,6 @@ import importlib.metadata
 import os
 import sys
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -75,15 +74,17 @@ def _address_of_launch() -> int:
     return int(compiled.library.get_pointer_to_function(compiled.fndesc.llvm_func_name))
 
 
-@contextlib.contextmanager
-def thread_count(n: int) -> Iterator[None]:
+class thread_count:
     """Let this Python thread use ``n`` threads, or Numba's maximum, whatever is set for all."""
-    before = _here.num_threads
-    _here.num_threads = min(n, numba.config.NUMBA_NUM_THREADS)
-    try:
-        yield
-    finally:
-        _here.num_threads = before
+
+    def __init__(self, n: int) -> None:
+        self.n = min(n, numba.config.NUMBA_NUM_THREADS)
+
+    def __enter__(self) -> None:
+        self.before, _here.num_threads = _here.num_threads, self.n
+
+    def __exit__(self, *_: object) -> None:
+        _here.num_threads = self.before
 
 
 def set_num_threads(n: int) -> None:

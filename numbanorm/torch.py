@@ -12,6 +12,7 @@ Other devices and types, forward-mode and second derivatives are left to PyTorch
 
 import functools
 import math
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -198,6 +199,7 @@ def _forward(
 
 
 def _backward(
+    dx: Tensor,
     dy: Tensor,
     x: Tensor,
     weight: Tensor | None,
@@ -212,8 +214,11 @@ def _backward(
     sample_variance: bool,
     process_group: str,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Return the gradients of x, weight, bias and logits, from the statistics or what was saved."""
-    dx, array = _empty_like(x, over), _array(x)
+    """Return the gradients of x, weight, bias and logits, from the statistics or what was saved.
+
+    That of x is written to ``dx``, which may be ``dy``.
+    """
+    array = _array(x)
     if isinstance(found, Saved):
         saved = found
         saved.x = saved.plan.to_view(array)
@@ -292,7 +297,7 @@ def _backward_op(
     ``live`` says that no running statistics were given.
     """
     dx, *others = _backward(
-        dy, x, weight, mean_weight, var_weight, statistics, has_bias, live,
+        _empty_like(x, over), dy, x, weight, mean_weight, var_weight, statistics, has_bias, live,
         over, number, eps, sample_variance, process_group,
     )  # fmt: skip
     return dx, *(x.new_empty(0) if gradient is None else gradient for gradient in others)
@@ -462,8 +467,59 @@ class _Normalize(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         if dy is None or torch.is_grad_enabled() or not _is_eager(dy):
             return _differentiate(ctx, dy, None, _pack(ctx.saved))
-        kept: tuple[Any, ...] = *ctx.saved_tensors, ctx.saved, *ctx.rest
-        return *_backward(dy, *kept), *[None] * 7
+        x, *parameters = ctx.saved_tensors
+        has_bias, live, over, *method = ctx.rest
+        # Memory of its own would be read before it is written, and its pages may be fresh.
+        free = _NOBODY_ELSE is not None and _owners(dy) == _NOBODY_ELSE
+        free = free and _same_form(dy, x, over)
+        dx = dy if free else _empty_like(x, over)
+        kept: tuple[Any, ...] = *parameters, ctx.saved, has_bias, live, over, *method
+        return *_backward(dx, dy, x, *kept), *[None] * 7
+
+
+def _owners(gradient: Tensor) -> tuple[int, int, int, bool]:
+    """Return how many have a tensor in Python, in PyTorch, and its memory; and if PyTorch made it.
+
+    PyTorch adds up gradients in place by the same rule: if nobody else has one.
+    """
+    storage = gradient.untyped_storage()
+    n_with_memory: int = torch._C._storage_Use_Count(storage._cdata)
+    return sys.getrefcount(gradient), gradient._use_count(), n_with_memory, storage.resizable()
+
+
+def _nobody_else() -> tuple[int, int, int, bool] | None:
+    """Return what _owners tells a backward of a gradient that nobody else has, if it can tell."""
+    if not (hasattr(Tensor, "_use_count") and hasattr(torch._C, "_storage_Use_Count")):
+        return None
+    found = []
+
+    class Function(torch.autograd.Function):
+        forward = staticmethod(lambda ctx, x: (x + 1, None))
+
+        @staticmethod
+        def backward(ctx: Any, dy: Tensor, _: None) -> Tensor:
+            found.append(_owners(dy))
+            return dy
+
+    with torch.enable_grad():
+        x = torch.zeros(1, requires_grad=True)
+        torch.autograd.grad(Function.apply(x)[0] * 2, x)
+    return found[0]
+
+
+_NOBODY_ELSE = _nobody_else()
+
+
+# How tensors of so many axes may be in memory without gaps.
+FORMS = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+def _same_form(dy: Tensor, x: Tensor, over: str) -> bool:
+    """Tell whether dy is in memory as dx is to be, without gaps."""
+    if dy.is_contiguous():
+        return over in ROWS or x.is_contiguous()
+    form = None if over in ROWS else FORMS.get(x.dim())
+    return form is not None and all(t.is_contiguous(memory_format=form) for t in (dy, x))
 
 
 def _is_eager(x: Tensor) -> bool:
@@ -985,7 +1041,9 @@ class _SwitchableNorm(_Tracking):
         if input.dim() not in self._ranks:
             ranks = " or ".join(map(str, self._ranks))
             raise ValueError(f"expected {ranks} axes, got shape {tuple(input.shape)}")
-        x = input.movedim(self.axis, 1)
+        # A view has an owner more, its base, so that dx would never be written over dy.
+        in_order = self.axis in (1, 1 - input.dim())
+        x = input if in_order else input.movedim(self.axis, 1)
         if x.shape[1] != self.num_features:
             raise ValueError(
                 f"expected {self.num_features} channels on axis {self.axis}, "
@@ -1005,7 +1063,7 @@ class _SwitchableNorm(_Tracking):
             if isinstance(statistics, Tensor):
                 statistics = _batch(statistics, x, over, number)
             self._track(statistics)
-        return y.movedim(1, self.axis)
+        return y if in_order else y.movedim(1, self.axis)
 
     def importance(self) -> dict[str, dict[str, float]]:
         """Return the softmax weights of means and variances by the statistic's name.

@@ -345,3 +345,177 @@ def test_thread_count_nests():
             raise KeyError
         assert _threads._here.num_threads == 3
     assert _threads._here.num_threads is None
+
+
+# -- dx takes the place of dy where nobody else has that -----------------------------------------
+
+IN_PLACE = {
+    "BatchNorm2d": (lambda: ours.BatchNorm2d(4), torch.contiguous_format),
+    "BatchNorm2d-last": (lambda: ours.BatchNorm2d(4), torch.channels_last),
+    "SwitchableNorm2d": (lambda: ours.SwitchableNorm2d(4), torch.contiguous_format),
+    "LayerNorm": (lambda: ours.LayerNorm(6), torch.contiguous_format),
+}
+
+
+@pytest.fixture
+def in_place(monkeypatch):
+    """Note of each backward whether it writes dx over dy."""
+    found, backward = [], ours._backward
+
+    def note(dx, dy, *rest):
+        found.append(dx is dy)
+        return backward(dx, dy, *rest)
+
+    monkeypatch.setattr(ours, "_backward", note)
+    return found
+
+
+@pytest.fixture(params=IN_PLACE)
+def norm(request):
+    """Return a layer, x, dy, and what dx and the gradient of the weight are."""
+    make, form = IN_PLACE[request.param]
+    layer = filled(make())
+    x, dy = (tensor(3, 4, 5, 6, seed=seed).to(memory_format=form) for seed in (0, 1))
+    x.requires_grad_()
+    expected = torch.autograd.grad(layer(x), (x, layer.weight), dy)
+    assert expected[0].stride() == x.stride()
+    return layer, x, dy, expected
+
+
+def check_gradients(found, expected):
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other) and one.stride() == other.stride()
+
+
+def test_dx_is_written_over_a_dy_that_nobody_else_has(norm, in_place):
+    layer, x, dy, expected = norm
+    y = layer(x)
+    for _ in range(2):
+        found = torch.autograd.grad((y * dy).sum(), (x, layer.weight), retain_graph=True)
+        check_gradients(found, expected)
+    assert in_place == [True, True]
+
+
+def test_without_a_count_of_owners_dx_has_memory_of_its_own(norm, in_place, monkeypatch):
+    layer, x, dy, expected = norm
+    monkeypatch.delattr(torch._C, "_storage_Use_Count")
+    assert ours._nobody_else() is None
+    monkeypatch.setattr(ours, "_NOBODY_ELSE", None)
+    check_gradients(torch.autograd.grad((layer(x) * dy).sum(), (x, layer.weight)), expected)
+    assert in_place == [False]
+
+
+def keep_by_hook(y, kept):
+    y.register_hook(kept.append)
+
+
+def keep_by_prehook(y, kept):
+    y.grad_fn.register_prehook(lambda dys: kept.append(dys[0]))
+
+
+def keep_by_hook_of_the_node(y, kept):
+    y.grad_fn.register_hook(lambda dxs, dys: kept.append(dys[0]))
+
+
+def keep_a_view(y, kept):
+    y.register_hook(lambda dy: kept.append(dy[:]))
+
+
+def keep_the_memory(y, kept):
+    y.register_hook(lambda dy: kept.append(dy.detach()))
+
+
+def keep_as_an_array(y, kept):
+    y.register_hook(lambda dy: kept.append(dy.numpy()))
+
+
+@pytest.mark.parametrize(
+    "keep",
+    [
+        keep_by_hook, keep_by_prehook, keep_by_hook_of_the_node, keep_a_view, keep_the_memory,
+        keep_as_an_array,
+    ],
+)  # fmt: skip
+def test_a_gradient_that_somebody_keeps_stays_as_it_is(norm, keep, in_place):
+    layer, x, dy, expected = norm
+    y, kept = layer(x), []
+    keep(y, kept)
+    check_gradients(torch.autograd.grad((y * dy).sum(), (x, layer.weight)), expected)
+    (found,) = kept
+    assert torch.equal(torch.as_tensor(found), dy)
+    assert in_place == [False]
+
+
+def test_a_retained_gradient_is_a_copy(norm, in_place):
+    layer, x, dy, expected = norm
+    y = layer(x)
+    y.retain_grad()
+    (y * dy).sum().backward()
+    check_gradients((x.grad, layer.weight.grad), expected)
+    assert torch.equal(y.grad, dy)
+
+
+def test_gradients_of_a_module_s_hook_stay_as_they_are(norm):
+    layer, x, dy, expected = norm
+    kept = []
+    layer.register_full_backward_hook(lambda _, dxs, dys: kept.extend([*dxs, *dys]))
+    check_gradients(torch.autograd.grad((layer(x) * dy).sum(), (x, layer.weight)), expected)
+    assert torch.equal(kept[0], expected[0]) and torch.equal(kept[1], dy)
+
+
+def test_a_given_gradient_stays_as_it_is(norm, in_place):
+    layer, x, dy, expected = norm
+    given = [dy.clone(memory_format=torch.preserve_format)]
+    y = layer(x)
+    torch.autograd.backward([y], given)
+    check_gradients((x.grad, layer.weight.grad), expected)
+    assert torch.equal(given[0], dy)
+    assert in_place == [False]
+
+
+def test_two_layers_that_get_the_same_gradient(norm, in_place):
+    layer, x, dy, (dx, dweight) = norm
+    doubled = torch.autograd.grad(((layer(x) + layer(x)) * dy).sum(), (x, layer.weight))
+    assert in_place[0] is False
+    assert_close(doubled[0].numpy(), 2 * dx.numpy())
+    assert_close(doubled[1].numpy(), 2 * dweight.numpy())
+
+
+def test_the_input_of_a_residual_gets_its_gradient(norm, in_place):
+    layer, x, dy, (dx, _) = norm
+    inner = x * 1
+    (found,) = torch.autograd.grad(((inner + layer(inner)) * dy).sum(), x)
+    assert_close(found.numpy(), (dx + dy).numpy())
+    assert in_place == [False]
+
+
+def test_an_array_of_somebody_else_stays_as_it_is(norm, in_place):
+    layer, x, dy, expected = norm
+    array = dy.numpy().copy(order="K")
+
+    class FromArray(torch.autograd.Function):
+        forward = staticmethod(lambda ctx, y: y + 1)
+        backward = staticmethod(lambda ctx, _: torch.from_numpy(array))
+
+    found = torch.autograd.grad(FromArray.apply(layer(x)).sum(), (x, layer.weight))
+    check_gradients(found, expected)
+    assert (array == dy.numpy()).all()
+    assert in_place == [False]
+
+
+def test_a_gradient_that_is_asked_for_stays_as_it_is(norm, in_place):
+    layer, x, dy, expected = norm
+    y = layer(x)
+    found, *others = torch.autograd.grad((y * dy).sum(), (y, x, layer.weight))
+    check_gradients(others, expected)
+    assert torch.equal(found, dy)
+    assert in_place == [False]
+
+
+def test_a_gradient_of_another_form_is_not_written_to(norm, in_place):
+    layer, x, *_ = norm
+    dy = tensor(6, 5, 4, 3).permute(3, 2, 1, 0)
+    expected = torch.autograd.grad(layer(x), x, dy)
+    check_gradients(torch.autograd.grad((layer(x) * dy).sum(), x), expected)
+    torch.autograd.grad(layer(x).sum(), x)
+    assert in_place == [False] * 3
