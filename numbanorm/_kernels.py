@@ -662,7 +662,7 @@ def _apply_row_in_place(ys, m, s, t):
 def _apply_rows(x, a, lo, hi, c0, c1, m, s, t, way, buffer, y):
     """Scale and shift rows lo to hi of x[a], columns c0 to c1: m, s, t (c1 - c0,).
 
-    Without a buffer they are not streamed; if they are, they have all columns.
+    If they are streamed, they have all columns.
     """
     out = y.reshape(y.size)
     kept, at = np.intp(0), (a * x.shape[1] + lo) * x.shape[2]
@@ -670,14 +670,11 @@ def _apply_rows(x, a, lo, hi, c0, c1, m, s, t, way, buffer, y):
         xs, ys = x[a, i, c0:c1], y[a, i, c0:c1]
         if way == IN_PLACE:
             _apply_row_in_place(ys, m, s, t)
-        elif buffer is None:
-            _apply_row(xs, m, s, t, ys)
         else:
             _apply_row(xs, m, s, t, _target(ys, way, buffer, kept))
             if way == STREAMED:
                 kept, at = _flush(buffer, kept + c1 - c0, out, at)
-    if buffer is not None:
-        _finish(buffer, kept, out, at)
+    _finish(buffer, kept, out, at)
 
 
 @cached_njit(**FLAGS)
@@ -694,11 +691,13 @@ def apply_columns(threads, x, part, width, m, s, t, way, y):
         hi = min(length, lo + part)
         c0 = (task % n_blocks) * width
         c1 = min(n_columns, c0 + width)
-        own = (np.zeros(room(3, c1 - c0, y), y.dtype),)
-        rows = rows_of(own[0], 3)
+        own = np.zeros(room(3, c1 - c0, y), y.dtype), _buffer(c1 - c0, way, y)
+        memory, buffer = lend(own)
+        rows = rows_of(memory, 3)
         _copy_columns((m, s, t), a, c0, c1, rows)
-        _apply_rows(x, a, lo, hi, c0, c1, rows[0], rows[1], rows[2], way, None, y)
+        _apply_rows(x, a, lo, hi, c0, c1, rows[0], rows[1], rows[2], way, buffer, y)
         keep(own)
+    fence()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -929,7 +928,7 @@ def _backward_row_in_place(dxs, xs, a, r, m, b, c):
 def _backward_rows(dy, x, mask, o, lo, hi, c0, c1, a, r, m, b, c, way, buffer, dx):
     """Write rows lo to hi of dx[o], columns c0 to c1: a, r, m, b, c (c1 - c0,).
 
-    See _apply_rows about the buffer.
+    If they are streamed, they have all columns.
     """
     out = dx.reshape(dx.size)
     kept, at = np.intp(0), (o * x.shape[1] + lo) * x.shape[2]
@@ -939,14 +938,11 @@ def _backward_rows(dy, x, mask, o, lo, hi, c0, c1, a, r, m, b, c, way, buffer, d
             _masked_backward_row(dys, xs, mask[o, i, c0:c1], a, r, m, b, c, dxs)
         elif way == IN_PLACE:
             _backward_row_in_place(dxs, xs, a, r, m, b, c)
-        elif buffer is None:
-            _backward_row(dys, xs, a, r, m, b, c, dxs)
         else:
             _backward_row(dys, xs, a, r, m, b, c, _target(dxs, way, buffer, kept))
             if way == STREAMED:
                 kept, at = _flush(buffer, kept + c1 - c0, out, at)
-    if buffer is not None:
-        _finish(buffer, kept, out, at)
+    _finish(buffer, kept, out, at)
 
 
 @cached_njit(**FLAGS)
@@ -963,14 +959,16 @@ def backward_columns(threads, dy, x, mask, part, width, a, r, m, b, c, way, dx):
         hi = min(length, lo + part)
         c0 = (task % n_blocks) * width
         c1 = min(n_columns, c0 + width)
-        own = (np.zeros(room(5, c1 - c0, dx), dx.dtype),)
-        rows = rows_of(own[0], 5)
+        own = np.zeros(room(5, c1 - c0, dx), dx.dtype), _buffer(c1 - c0, way, dx)
+        memory, buffer = lend(own)
+        rows = rows_of(memory, 5)
         _copy_columns((a, r, m, b, c), o, c0, c1, rows)
         _backward_rows(
             dy, x, mask, o, lo, hi, c0, c1,
-            rows[0], rows[1], rows[2], rows[3], rows[4], way, None, dx,
+            rows[0], rows[1], rows[2], rows[3], rows[4], way, buffer, dx,
         )  # fmt: skip
         keep(own)
+    fence()
 
 
 # ---------------------------------------------------------------------------------------------

@@ -189,8 +189,8 @@ def normalize(
     saved = Saved(x, y, geometry, affine, eps, mixture, center, sample_variance, counts)
     plan = saved.plan
     target, unset = plan.to_target(y)
-    way = IN_PLACE if saved.x_is_lost and unset is None else DIRECT
     saved.fixed = fixed is not None
+    way = _way(saved, saved.x_is_lost and unset is None, target)
     if plan.by_group:
         _forward_groups(saved, weight, bias, fixed, way, target)
     else:
@@ -243,13 +243,22 @@ def restore(
     return saved
 
 
-def _past_caches(plan: Plan, way: int, y: Array) -> int:
-    """Return how whole groups are to be written: no cache can hold a large y until it is read."""
-    size = cache_size()
-    is_large = size is not None and y.nbytes >= size and y.shape[-1] >= STREAM_FROM
-    # What is written at once is one run in memory, in rows; in columns where these are whole rows.
-    in_runs = not plan.columns or (not plan.elements and plan.tiles.block == plan.view[-1])
-    return STREAMED if is_large and in_runs and way == DIRECT else way
+def _way(saved: Saved, in_place: bool, y: Array) -> int:
+    """Return how y is written, the view of an output."""
+    if in_place:
+        return IN_PLACE
+    plan, size = saved.plan, cache_size()
+    # What is read once is not worth a place in a cache either, but is written faster directly.
+    once = saved.fixed and len(saved.geometry.reductions) == 1
+    # What is written at once must be a run in memory: in columns, a whole row. For pieces that are
+    # rows it was not faster.
+    in_runs = plan.by_group
+    if plan.columns:
+        in_runs = not plan.elements and plan.tiles.block >= plan.view[-1]
+    if once or not in_runs or y.shape[-1] < STREAM_FROM or size is None:
+        return DIRECT
+    # Where x and y do not fit in the last cache together, y would drive out x.
+    return STREAMED if 2 * y.nbytes >= size else DIRECT
 
 
 def _forward_groups(
@@ -270,8 +279,7 @@ def _forward_groups(
         saved.mean, saved.var = plan.from_grid(mean), plan.from_grid(var)
     parameters = saved.weight, _parameter(saved, bias, 0.0, y.dtype)
     rest = (
-        saved.eps, saved.center, fixed is None, *plan.cut,
-        _past_caches(plan, way, y) if fixed is None else way,
+        saved.eps, saved.center, fixed is None, *plan.cut, way,
         saved.n, saved.mean, saved.var, y,
     )  # fmt: skip
     args: tuple[Any, ...]
@@ -389,7 +397,7 @@ def backward(
     plan = saved.plan
     dy_view = plan.to_view(gradient)
     target, unset = plan.to_target(dx)
-    way = IN_PLACE if unset is None and same_memory(gradient, dx) else DIRECT
+    way = _way(saved, unset is None and same_memory(gradient, dx), target)
     differentiate = (
         _backward_elements if plan.elements
         else _backward_groups if plan.by_group
@@ -408,7 +416,7 @@ def _backward_elements(saved: Saved, dy: Array, way: int, dx: Array) -> Paramete
     plan, geometry = saved.plan, saved.geometry
     affine = saved.has_weight or saved.has_bias
     dweight, dbias = np.zeros((2, *(plan.gradient_parts if affine else (TASKS, 0))))
-    rest = _past_caches(plan, way, dx), saved.n, saved.mean, saved.var, dx, dweight, dbias
+    rest = way, saved.n, saved.mean, saved.var, dx, dweight, dbias
     options = saved.eps, saved.center, not saved.fixed, affine
     if plan.columns:
         _threads.run(
@@ -449,8 +457,7 @@ def _backward_groups(saved: Saved, dy: Array, way: int, dx: Array) -> Parameters
     _threads.run(
         kernel, dy.size,
         dy, saved.x, saved.mask, plan.features, saved.weight, saved.eps, saved.center,
-        not saved.fixed, *plan.cut, _past_caches(plan, way, dx),
-        saved.n, saved.mean, saved.var, dx, s0, s1,
+        not saved.fixed, *plan.cut, way, saved.n, saved.mean, saved.var, dx, s0, s1,
     )  # fmt: skip
     dweight, dbias = np.zeros((2, len(saved.weight)))
     _kernels.feature_gradients(plan.features, s0, s1, dbias, dweight)

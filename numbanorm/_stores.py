@@ -3,8 +3,8 @@
 A vector that is in two lines takes twice as long to load or to store.
 
 An ordinary store first reads the line that it writes to, so that writing takes twice the traffic
-of reading, and drives out what may still be needed. A non-temporal store of a whole line does
-neither: that is how to write what no cache can hold, but not what is read again soon.
+of reading, and drives out what is still needed. A non-temporal store of a whole line does neither:
+that is how to write y where a cache cannot hold x and y together.
 """
 
 import functools
