@@ -67,8 +67,7 @@ def launch(function, n, args):
 
 
 # ---------------------------------------------------------------------------------------------
-# Memory of a task, in rows that begin where a line of memory does: a vector that is in two lines
-# takes twice as long to load or to store
+# Copies
 # ---------------------------------------------------------------------------------------------
 
 
@@ -554,6 +553,8 @@ def track(n, mean, var, ddof, batch_ddof, momentum, skip_nonfinite, running_mean
 BUFFER = 1 << 10
 # Not inlined, as rows are long here: a kernel with this in its loop would be slower for short ones.
 STREAM = INNER
+# ``kept``, how many elements of a line wait for the others, starts as np.intp(0): of what is called
+# with the literal 0 and with other numbers Numba compiles two.
 
 
 @njit(**LEAF)

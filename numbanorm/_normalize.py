@@ -248,7 +248,7 @@ def _way(saved: Saved, in_place: bool, y: Array) -> int:
     if in_place:
         return IN_PLACE
     plan, size = saved.plan, cache_size()
-    # What is read once is not worth a place in a cache either, but is written faster directly.
+    # Where x is read once there is nothing to be kept in a cache, and no gain.
     once = saved.fixed and len(saved.geometry.reductions) == 1
     # What is written at once must be a run in memory: in columns, a whole row. For pieces that are
     # rows it was not faster.
