@@ -3,7 +3,8 @@
 Each layer is a subclass of PyTorch's of the same name with a ``forward`` of its own, so that
 state dicts, checkpoints, hooks and ``isinstance`` are as before. All of them call one operator,
 ``numbanorm::normalize``, whose derivative is another, ``numbanorm::normalize_backward``. Tensors
-are seen as arrays, without a copy and in their own order in memory (``channels_last``).
+are seen as arrays, without a copy and in their own order in memory (``channels_last``). The
+gradient of x is written over that of y where nobody else has it, by hook, name or memory.
 
 Numba's threads are then those of PyTorch, where it brings GNU OpenMP with it.
 
