@@ -389,7 +389,7 @@ def _differentiate_again(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, .
     """Differentiate the gradients of :func:`_definition`."""
     dy, x, weight, mean_weight, var_weight, statistics = ctx.saved_tensors
     _, live, over, number, *method, process_group = ctx.rest
-    if process_group:
+    if process_group:  # the definition knows the samples of this process alone
         raise NotImplementedError("SyncBatchNorm over several processes has no second derivative")
     running: tuple[Any, ...] = None, None
     if not live:
@@ -469,12 +469,12 @@ class _Normalize(torch.autograd.Function):
         if dy is None or torch.is_grad_enabled() or not _is_eager(dy):
             return _differentiate(ctx, dy, None, _pack(ctx.saved))
         x, *parameters = ctx.saved_tensors
-        has_bias, live, over, *method = ctx.rest
+        _, _, over, *_ = ctx.rest
         # Memory of its own would be read before it is written, and its pages may be fresh.
-        free = _NOBODY_ELSE is not None and _owners(dy) == _NOBODY_ELSE
-        free = free and _same_form(dy, x, over)
+        nobody_else = _nobody_else()
+        free = nobody_else is not None and _owners(dy) == nobody_else and _same_form(dy, x, over)
         dx = dy if free else _empty_like(x, over)
-        kept: tuple[Any, ...] = *parameters, ctx.saved, has_bias, live, over, *method
+        kept: tuple[Any, ...] = *parameters, ctx.saved, *ctx.rest
         return *_backward(dx, dy, x, *kept), *[None] * 7
 
 
@@ -488,8 +488,13 @@ def _owners(gradient: Tensor) -> tuple[int, int, int, bool]:
     return sys.getrefcount(gradient), gradient._use_count(), n_with_memory, storage.resizable()
 
 
+@functools.cache
 def _nobody_else() -> tuple[int, int, int, bool] | None:
-    """Return what _owners tells a backward of a gradient that nobody else has, if it can tell."""
+    """Return what _owners tells a backward of a gradient that nobody else has, if it can tell.
+
+    Not found out before there is a backward: where there are other devices, a process that has
+    started autograd's threads cannot use autograd in a fork of it.
+    """
     if not (hasattr(Tensor, "_use_count") and hasattr(torch._C, "_storage_Use_Count")):
         return None
     found = []
@@ -502,13 +507,10 @@ def _nobody_else() -> tuple[int, int, int, bool] | None:
             found.append(_owners(dy))
             return dy
 
-    with torch.enable_grad():
-        x = torch.zeros(1, requires_grad=True)
+    with torch.inference_mode(False), torch.enable_grad():
+        x = torch.zeros(1, device="cpu", requires_grad=True)
         torch.autograd.grad(Function.apply(x)[0] * 2, x)
     return found[0]
-
-
-_NOBODY_ELSE = _nobody_else()
 
 
 # How tensors of so many axes may be in memory without gaps.
@@ -517,6 +519,7 @@ FORMS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 def _same_form(dy: Tensor, x: Tensor, over: str) -> bool:
     """Tell whether dy is in memory as dx is to be, without gaps."""
+    # Asking memory_order() would make a small backward 4 % longer.
     if dy.is_contiguous():
         return over in ROWS or x.is_contiguous()
     form = None if over in ROWS else FORMS.get(x.dim())

@@ -399,10 +399,18 @@ def test_dx_is_written_over_a_dy_that_nobody_else_has(norm, in_place):
 def test_without_a_count_of_owners_dx_has_memory_of_its_own(norm, in_place, monkeypatch):
     layer, x, dy, expected = norm
     monkeypatch.delattr(torch._C, "_storage_Use_Count")
-    assert ours._nobody_else() is None
-    monkeypatch.setattr(ours, "_NOBODY_ELSE", None)
+    assert ours._nobody_else.__wrapped__() is None
+    monkeypatch.setattr(ours, "_nobody_else", lambda: None)
     check_gradients(torch.autograd.grad((layer(x) * dy).sum(), (x, layer.weight)), expected)
     assert in_place == [False]
+
+
+@pytest.mark.parametrize(
+    "mode", [torch.no_grad, torch.inference_mode, lambda: torch.device("meta")]
+)
+def test_the_count_of_owners_is_the_same_in_every_mode(mode):
+    with mode():
+        assert ours._nobody_else.__wrapped__() == ours._nobody_else()
 
 
 def keep_by_hook(y, kept):
@@ -453,6 +461,7 @@ def test_a_retained_gradient_is_a_copy(norm, in_place):
     (y * dy).sum().backward()
     check_gradients((x.grad, layer.weight.grad), expected)
     assert torch.equal(y.grad, dy)
+    assert in_place == [True]
 
 
 def test_gradients_of_a_module_s_hook_stay_as_they_are(norm):
