@@ -692,7 +692,7 @@ def apply_columns(threads, x, part, width, m, s, t, way, y):
         hi = min(length, lo + part)
         c0 = (task % n_blocks) * width
         c1 = min(n_columns, c0 + width)
-        own = np.zeros(room(3, c1 - c0, y), y.dtype), _buffer(c1 - c0, way, y)
+        own = np.empty(room(3, c1 - c0, y), y.dtype), _buffer(c1 - c0, way, y)
         memory, buffer = lend(own)
         rows = rows_of(memory, 3)
         _copy_columns((m, s, t), a, c0, c1, rows)
@@ -960,7 +960,7 @@ def backward_columns(threads, dy, x, mask, part, width, a, r, m, b, c, way, dx):
         hi = min(length, lo + part)
         c0 = (task % n_blocks) * width
         c1 = min(n_columns, c0 + width)
-        own = np.zeros(room(5, c1 - c0, dx), dx.dtype), _buffer(c1 - c0, way, dx)
+        own = np.empty(room(5, c1 - c0, dx), dx.dtype), _buffer(c1 - c0, way, dx)
         memory, buffer = lend(own)
         rows = rows_of(memory, 5)
         _copy_columns((a, r, m, b, c), o, c0, c1, rows)
@@ -1368,7 +1368,7 @@ def forward_group_columns(
             keep(own_sums)
         own = (
             _rstds(count[first:last], var[first:last], eps),
-            np.zeros(room(3, c1 - c0, y), y.dtype), np.empty(3, y.dtype),
+            np.empty(room(3, c1 - c0, y), y.dtype), np.empty(3, y.dtype),
             _buffer(c1 - c0, way, y),
         )  # fmt: skip
         rstd, memory, row, buffer = lend(own)
@@ -1411,7 +1411,7 @@ def backward_group_columns(
         first = a * n_groups + c0 // size
         last = first + n_here
         own = (
-            np.zeros(room(3, c1 - c0, mean), mean.dtype), np.zeros(room(5, c1 - c0, dx), dx.dtype),
+            np.zeros(room(3, c1 - c0, mean), mean.dtype), np.empty(room(5, c1 - c0, dx), dx.dtype),
             np.empty(5, dx.dtype), _rstds(count[first:last], var[first:last], eps),
             _buffer(c1 - c0, way, dx),
         )  # fmt: skip
@@ -1746,7 +1746,7 @@ def backward_elements(
         np.empty(block), np.empty((4, 2)), np.empty((4, 3), dx.dtype), np.empty((2, 4), dx.dtype),
         np.empty((2, 4, 0 if mask is None else min(ELEMENTS, length)), x.dtype),
         _buffer(BUFFER, way, dx),
-        np.zeros(room(2, length if affine else 0, dweight), dweight.dtype),
+        np.empty(room(2, length if affine else 0, dweight), dweight.dtype),
     )  # fmt: skip
     rstd, sums, rows, c, entering, buffer, memory = lend(own)
     gradients = rows_of(memory, 2)  # of weight and bias
