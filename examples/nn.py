@@ -13,6 +13,8 @@ from scipy.special import log_softmax
 class Layer:
     """A step of a network with its parameters; `forward` saves what `backward` needs.
 
+    Each kind of step has a `forward` and a `backward` of its own.
+
     Parameters
     ----------
     **parameters : ndarray
