@@ -10,7 +10,8 @@ of inner axes as one axis of length L; all that stands before or after it counts
 
     rows      (P, L)         the inner axes come last            N, C, (H, W)
     columns   (A, L, C)      other axes follow the inner ones    N, (H, W), C
-    elements  (M, D)         a row is a group of a single statistic, with a weight for each element
+    elements  (M, D)         a row is a group of a single statistic, with a weight for each element,
+                             or one for a few next to each other
               (A, D, B)      a column is, and a row of it has a weight
     groups    (A, R, B, L)   R rows are a group of a single statistic, and fit in cache
               (A, L, C)      some columns are
@@ -47,6 +48,9 @@ SLAB = 1 << 18
 ROW_RUN = 1 << 14
 # Where rows are apart, shorter and at least so many, their elements are seen as columns.
 SHORT_ROW, MANY_ROWS = 256, 16
+# Rows of a group that are shorter, and at least so many, are seen as one row with a weight for each
+# element, which is read again for each of at least so many samples.
+TINY_ROW, FEW_ROWS, FEW_SAMPLES = 64, 4, 16
 # Elements of a task and tasks of a call: enough for many cores, few enough to cost nothing.
 TASK = 1 << 14
 TASKS = 64
@@ -161,11 +165,14 @@ class Plan:
         (P, L) for rows, (A, L, C) for columns, (M, D) or (A, D, B) for elements, (A, R, B, L) or
         (A, L, C) for groups.
     elements : bool
-        Whether each row, or column, is a group with a parameter for each element.
+        Whether each row, or column, is a group with a weight for each element.
     groups_shape : tuple of int
         Where whole groups are handled at once, their shape as the kernels see them, else ().
     span : int
-        This many columns next to each other share a weight, where groups are columns.
+        This many elements, or columns, next to each other share a parameter.
+    weights_shape : tuple of int
+        Shape of the weights of all elements: (G, D) for (M, D), if those of row i are those of row
+        i + G, and (D,) for (A, D, B).
     tiles : Tiles
         How the kernels cut the view.
     instance, instance_size : tuple of int, int
@@ -198,6 +205,7 @@ class Plan:
         self.in_order = order == self.inverse_order == tuple(range(len(shape)))
         self.elements = per_element
         self.groups_shape: tuple[int, ...] = ()
+        self.weights_shape: tuple[int, ...] = ()
         self.fold = self.span = 1
         self.instance = geometry.inner(affine)
         self.instance_size = self._size(self.instance)
@@ -205,7 +213,7 @@ class Plan:
         if per_element:
             self.grid = geometry.kept_sizes(reduced)
             if trailing or not in_columns:
-                self._see_element_rows(kept, reduced)
+                self._see_element_rows(self._size(kept), self._size(reduced), 1)
             else:
                 self._see_element_columns(wide[:first], reduced, wide[first + n_axes :])
             return
@@ -227,19 +235,20 @@ class Plan:
         """Return the number of elements along some axes."""
         return math.prod(self.geometry.shape[axis] for axis in axes)
 
-    def _see_element_rows(self, kept: Iterable[int], reduced: Iterable[int]) -> None:
-        m, d = self._size(kept), self._size(reduced)
-        self.view, self.groups_shape = (m, d), (m,)
+    def _see_element_rows(self, m: int, d: int, n_weights: int) -> None:
+        self.view, self.groups_shape, self.weights_shape = (m, d), (m,), (n_weights, d)
         self.tiles = Tiles(1, d, max(1, TASK // max(d, 1)))
         # Each part has its own sums of the parameters' gradients, which takes room and time.
-        several = 1 if m * d < LONG_TASK else min(m, 2)
-        self.gradient_parts = (min(max(m // 64, several), TASKS), d)
+        n_samples = m // n_weights
+        several = 1 if m * d < LONG_TASK else min(n_samples, 2)
+        n_parts = min(max(n_samples // (64 if n_weights == 1 else 8), several), TASKS)
+        self.gradient_parts = n_parts, n_weights * d // self.span
 
     def _see_element_columns(
         self, outer: Iterable[int], reduced: Iterable[int], within: Iterable[int]
     ) -> None:
         a, d, b = self._size(outer), self._size(reduced), self._size(within)
-        self.view, self.groups_shape = (a, d, b), (a, b)
+        self.view, self.groups_shape, self.weights_shape = (a, d, b), (a, b), (d,)
         width = max(1, min(b, max(64, CACHED_GROUP // max(d, 1))))
         self.tiles = Tiles(1, d, width)
         self.gradient_parts = (min(a * -(-b // width), TASKS), d)
@@ -295,6 +304,8 @@ class Plan:
             self.tiles = Tiles(1, length, width * self.fold)
         else:
             a, r, b = size(before), size(rows), size(after)
+            if b == 1 and self._see_group_rows(outer, rows, run):
+                return True
             if r == 1:
                 a, b = a * b, 1
             d = r * length
@@ -304,6 +315,24 @@ class Plan:
             self.tiles = Tiles(1, length, max(1, TASK // d if b == 1 else ROW_RUN // length))
         self.span, self.grid = span, grid
         self.groups_shape = (size(axis for axis in (*outer, *columns) if axis not in reduced),)
+        return True
+
+    def _see_group_rows(self, outer: list[int], rows: list[int], run: list[int]) -> bool:
+        """See a group of short rows as a row with a weight for each element; tell whether it pays.
+
+        The axes ``outer`` end with the ``rows`` of a group, and each row is a ``run``.
+        """
+        features = [axis for axis in outer if axis in self.geometry.features]
+        start = len(outer) - len(features)
+        n_rows, length = self._size(rows), self._size(run)
+        n_samples, n_parameters = self._size(outer[:start]), self._size(features)
+        fits = set(rows) <= set(features) and outer[start:] == features
+        few = length >= TINY_ROW or n_rows < FEW_ROWS or n_samples < FEW_SAMPLES
+        if not fits or few or n_parameters * length > CACHED_GROUP:
+            return False
+        self.elements, self.span = True, length
+        n_weights = n_parameters // n_rows
+        self._see_element_rows(n_samples * n_weights, n_rows * length, n_weights)
         return True
 
     @property

@@ -1049,16 +1049,18 @@ def _stream_normalized(xs, weight, bias, m, rstd, t, buffer, kept, y, at):
 def forward_elements(
     threads, x, mask, weight, bias, eps, center, live, block, way, count, mean, var, y
 ):
-    """Normalise rows: x, mask or None, y (M, D), weight, bias (D,), count, mean, var (M,).
+    """Normalise rows: x, mask or None, y (M, D), weight, bias (G, D), count, mean, var (M,).
 
-    Statistics are taken and written if ``live``, else read.
+    Rows i and i + G have the same weights. Statistics are taken and written if ``live``, else read.
     """
+    n_weights = weight.shape[0]
     begin, end = share(threads, (x.shape[0] + block - 1) // block)
     x, weight, bias, count, mean, var, y = lend((x, weight, bias, count, mean, var, y))
     own = np.empty(min(block, x.shape[0])), np.empty(3, y.dtype), _buffer(BUFFER, way, y)
     rstd, row, buffer = lend(own)
     kept, out = np.intp(0), y.reshape(y.size)
     at = begin * block * x.shape[1]
+    k = begin * block % n_weights
     for task in range(begin, end):
         first, last = task * block, min((task + 1) * block, x.shape[0])
         # Three loops: a short row waits longer for a root than for its sums.
@@ -1068,12 +1070,14 @@ def forward_elements(
         for g in range(first, last):
             _row_coefficients(mean[g], rstd[g - first], row)
             m, r, t = row[0], row[1], row[2]
+            w, b = weight[k], bias[k]
             if way == STREAMED:
-                kept, at = _stream_normalized(x[g], weight, bias, m, r, t, buffer, kept, out, at)
+                kept, at = _stream_normalized(x[g], w, b, m, r, t, buffer, kept, out, at)
             elif way == IN_PLACE:
-                _normalize_elements_in_place(y[g], weight, bias, m, r, t)
+                _normalize_elements_in_place(y[g], w, b, m, r, t)
             else:
-                _normalize_elements(x[g], weight, bias, m, r, t, y[g])
+                _normalize_elements(x[g], w, b, m, r, t, y[g])
+            k = k + 1 if k + 1 < n_weights else 0
     _finish(buffer, kept, out, at)
     fence()
     keep(own)
@@ -1701,28 +1705,54 @@ def _apply_weight(dys, weight, rstd, dxs):
 
 
 @njit(**LEAF)
-def _add_element_sums(dy, x, lo, n_rows, d, e, weight, rows, live, affine, sums, dweight, dbias):
-    """Add what backward sums up over elements d to e of up to four rows of dy and x, from lo on.
+def _add_element_sums(
+    dy, x, first, step, n_rows, d, e, weight, rows, live, affine, sums, dweight, dbias
+):
+    """Add what backward sums up over elements d to e of up to four rows of dy and x.
 
-    ``weight, dweight, dbias`` (n,) are those of the elements; ``rows`` (4, 3) as _row_coefficients
-    writes them. ``sums`` (4, 2) are of g and g * x_hat with g = dy * weight.
+    These are ``first``, ``first + step`` and so on. ``weight, dweight, dbias`` (n,) are those of
+    the elements; ``rows`` (4, 3) as _row_coefficients writes them. ``sums`` (4, 2) are of g and
+    g * x_hat with g = dy * weight.
     """
     if live:
         for j in range(n_rows):
+            i = first + j * step
             m, r, t = rows[j, 0], rows[j, 1], rows[j, 2]
-            s0, s1 = _element_sums(dy[lo + j, d:e], x[lo + j, d:e], weight, m, r, t)
+            s0, s1 = _element_sums(dy[i, d:e], x[i, d:e], weight, m, r, t)
             sums[j, 0] += s0
             sums[j, 1] += s1
     if affine and n_rows == 4:
+        i1, i2, i3 = first + step, first + 2 * step, first + 3 * step
         _add_four_to_dweight(
-            dy[lo, d:e], dy[lo + 1, d:e], dy[lo + 2, d:e], dy[lo + 3, d:e],
-            x[lo, d:e], x[lo + 1, d:e], x[lo + 2, d:e], x[lo + 3, d:e], rows, dweight,
+            dy[first, d:e], dy[i1, d:e], dy[i2, d:e], dy[i3, d:e],
+            x[first, d:e], x[i1, d:e], x[i2, d:e], x[i3, d:e], rows, dweight,
         )  # fmt: skip
-        _add_four_to_dbias(dy[lo, d:e], dy[lo + 1, d:e], dy[lo + 2, d:e], dy[lo + 3, d:e], dbias)
+        _add_four_to_dbias(dy[first, d:e], dy[i1, d:e], dy[i2, d:e], dy[i3, d:e], dbias)
     elif affine:
         for j in range(n_rows):
+            i = first + j * step
             m, r, t = rows[j, 0], rows[j, 1], rows[j, 2]
-            _add_parameter_gradients(dy[lo + j, d:e], x[lo + j, d:e], m, r, t, dweight, dbias)
+            _add_parameter_gradients(dy[i, d:e], x[i, d:e], m, r, t, dweight, dbias)
+
+
+@njit(**REORDER)
+def _total(values):
+    """Return the sum of values (n,)."""
+    total = 0.0
+    for i in range(values.shape[0]):
+        total += values[i]
+    return total
+
+
+@njit(**LEAF)
+def _add_up(values, totals):
+    """Write the sums of n / m values (n,) next to each other to totals (m,)."""
+    span = values.shape[0] // max(totals.shape[0], 1)
+    if span == 1:
+        _copy(values, totals)
+    else:
+        for i in range(totals.shape[0]):
+            totals[i] = _total(values[i * span : (i + 1) * span])
 
 
 @cached_njit(**FLAGS)
@@ -1730,76 +1760,92 @@ def backward_elements(
     threads, dy, x, mask, weight, eps, center, live, affine, way,
     count, mean, var, dx, dweight, dbias,
 ):  # fmt: skip
-    """Write dx and parameter gradients of rows: dy, x, mask or None, dx (M, D), weight (D,).
+    """Write dx and parameter gradients of rows: dy, x, mask or None, dx (M, D), weight (G, D).
 
-    ``count, mean, var`` (M,) are those of forward; ``dweight, dbias`` (T, D), one row for each
-    of T blocks of rows, are written if ``affine``.
+    Rows i and i + G have the same weights. ``count, mean, var`` (M,) are those of forward;
+    ``dweight, dbias`` (T, F), one row for each of T blocks of G rows, are written if ``affine``:
+    a parameter is the weight of G * D / F elements next to each other.
     """
-    length = x.shape[1]
+    n_weights, length = weight.shape
+    n_samples = x.shape[0] // n_weights
     n_blocks = dweight.shape[0]
-    block = (x.shape[0] + n_blocks - 1) // n_blocks
+    block = (n_samples + n_blocks - 1) // n_blocks
     begin, end = share(threads, n_blocks)
     dy, x, weight, count, mean, var, dx, dweight, dbias = lend(
         (dy, x, weight, count, mean, var, dx, dweight, dbias)
     )
     own = (
-        np.empty(block), np.empty((4, 2)), np.empty((4, 3), dx.dtype), np.empty((2, 4), dx.dtype),
+        np.empty(block * n_weights), np.empty((4, 2)), np.empty((4, 3), dx.dtype),
+        np.empty((2, 4), dx.dtype),
         np.empty((2, 4, 0 if mask is None else min(ELEMENTS, length)), x.dtype),
         _buffer(BUFFER, way, dx),
-        np.empty(room(2, length if affine else 0, dweight), dweight.dtype),
+        np.empty(room(2, n_weights * length if affine else 0, dweight), dweight.dtype),
     )  # fmt: skip
     rstd, sums, rows, c, entering, buffer, memory = lend(own)
     gradients = rows_of(memory, 2)  # of weight and bias
     kept, out = np.intp(0), dx.reshape(dx.size)
-    at = begin * block * length
+    at = begin * block * n_weights * length
     for task in range(begin, end):
+        first, last = task * block, min((task + 1) * block, n_samples)
+        i0, i1 = first * n_weights, last * n_weights
+        _write_rstds(count[i0:i1], var[i0:i1], eps, rstd)
         gradients[:] = 0.0
-        first, last = task * block, min((task + 1) * block, x.shape[0])
-        _write_rstds(count[first:last], var[first:last], eps, rstd)
-        # Four rows at a time stay in cache for all they are needed for, and some of their elements
-        # in the first cache for all sums. Those come before dx, which may be dy.
+        # Four rows at a time stay in cache for all they are needed for, and some of their
+        # elements in the first cache for all sums. Those come before dx, which may be dy.
         for lo in range(first, last, 4):
             n_here = min(4, last - lo)
-            for j in range(n_here):
-                _row_coefficients(mean[lo + j], rstd[lo + j - first], rows[j])
-                sums[j, 0] = 0.0
-                sums[j, 1] = 0.0
-            for d in range(0, length, ELEMENTS):
-                e = min(d + ELEMENTS, length)
-                rest = weight[d:e], rows, live, affine, sums, gradients[0, d:e], gradients[1, d:e]
-                if mask is None:
-                    _add_element_sums(dy, x, lo, n_here, d, e, *rest)
-                else:
-                    for j in range(n_here):
-                        i = lo + j
-                        _entering(
-                            dy[i, d:e], x[i, d:e], mask[i, d:e], entering[0, j], entering[1, j]
+            for k in range(n_weights):
+                row, o = lo * n_weights + k, k * length
+                for j in range(n_here):
+                    i = row + j * n_weights
+                    _row_coefficients(mean[i], rstd[i - i0], rows[j])
+                    sums[j, 0] = 0.0
+                    sums[j, 1] = 0.0
+                for d in range(0, length, ELEMENTS):
+                    e = min(d + ELEMENTS, length)
+                    rest = (
+                        weight[k, d:e], rows, live, affine, sums,
+                        gradients[0, o + d : o + e], gradients[1, o + d : o + e],
+                    )  # fmt: skip
+                    if mask is None:
+                        _add_element_sums(dy, x, row, n_weights, n_here, d, e, *rest)
+                    else:
+                        for j in range(n_here):
+                            i = row + j * n_weights
+                            _entering(
+                                dy[i, d:e], x[i, d:e], mask[i, d:e], entering[0, j], entering[1, j]
+                            )
+                        _add_element_sums(entering[0], entering[1], 0, 1, n_here, 0, e - d, *rest)
+                for j in range(n_here):
+                    n = max(count[row + j * n_weights], 1)
+                    c[0, j] = sums[j, 0] / n if center else 0.0
+                    c[1, j] = sums[j, 1] / n
+                for j in range(n_here):
+                    i = row + j * n_weights
+                    m, r, t = rows[j, 0], rows[j, 1], rows[j, 2]
+                    if not live:
+                        _apply_weight(dy[i], weight[k], r, dx[i])
+                    elif mask is not None:
+                        _masked_backward_elements(
+                            dy[i], x[i], mask[i], weight[k], m, r, t, c[0, j], c[1, j], dx[i]
                         )
-                    _add_element_sums(entering[0], entering[1], 0, n_here, 0, e - d, *rest)
-            for j in range(n_here):
-                n = max(count[lo + j], 1)
-                c[0, j] = sums[j, 0] / n if center else 0.0
-                c[1, j] = sums[j, 1] / n
-            for j in range(n_here):
-                i = lo + j
-                m, r, t = rows[j, 0], rows[j, 1], rows[j, 2]
-                if not live:
-                    _apply_weight(dy[i], weight, r, dx[i])
-                elif mask is not None:
-                    _masked_backward_elements(
-                        dy[i], x[i], mask[i], weight, m, r, t, c[0, j], c[1, j], dx[i]
-                    )
-                elif way == STREAMED:
-                    kept, at = _stream_backward_elements(
-                        dy[i], x[i], weight, m, r, t, c[0, j], c[1, j], buffer, kept, out, at
-                    )
-                elif way == IN_PLACE:
-                    _backward_elements_in_place(dx[i], x[i], weight, m, r, t, c[0, j], c[1, j])
-                else:
-                    _backward_elements(dy[i], x[i], weight, m, r, t, c[0, j], c[1, j], dx[i])
+                    elif way == STREAMED:
+                        if at + kept != i * length:
+                            _finish(buffer, kept, out, at)
+                            kept, at = np.intp(0), i * length
+                        kept, at = _stream_backward_elements(
+                            dy[i], x[i], weight[k], m, r, t, c[0, j], c[1, j],
+                            buffer, kept, out, at,
+                        )  # fmt: skip
+                    elif way == IN_PLACE:
+                        _backward_elements_in_place(
+                            dx[i], x[i], weight[k], m, r, t, c[0, j], c[1, j]
+                        )
+                    else:
+                        _backward_elements(dy[i], x[i], weight[k], m, r, t, c[0, j], c[1, j], dx[i])
         if affine:
-            _copy(gradients[0, :length], dweight[task])
-            _copy(gradients[1, :length], dbias[task])
+            _add_up(gradients[0, : n_weights * length], dweight[task])
+            _add_up(gradients[1, : n_weights * length], dbias[task])
     _finish(buffer, kept, out, at)
     fence()
     keep(own)

@@ -298,12 +298,13 @@ def _parameter(saved: Saved, value: Array | None, default: float, dtype: Any) ->
     if not saved.plan.elements:
         return _feature_parameter(saved, value, default)
     plan = saved.plan
-    d = plan.view[1]
     if value is None:
-        return np.full(d, default, dtype)
+        return np.full(plan.weights_shape, default, dtype)
     if not plan.in_order:
         value = value.reshape(saved.geometry.param_grid).transpose(plan.order)
-    return np.array(value, dtype, order="C").reshape(d)
+    if plan.span > 1:
+        value = np.repeat(value, plan.span)
+    return np.array(value, dtype, order="C").reshape(plan.weights_shape)
 
 
 def _forward_pieces(

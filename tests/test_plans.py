@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from cases import CASES, by_id, cases, normal
 
-from numbanorm import _axes, _normalize
+from numbanorm import _axes, _normalize, _threads
 from numbanorm._stores import STREAMED
 
 # For each, the limits, a case and a shape that then take the view.
@@ -21,6 +21,9 @@ PLANS = {
         {"SLAB": 0, "COLUMN_PART": 4}, "BatchNorm2d-last", (3, 5, 6, 4), (1, 18, 20)
     ),
     "rows next to each other": ({"TASK": 50}, "GroupNorm", (3, 6, 4, 5), (6, 3, 1, 20)),
+    "rows with a weight for each element": (
+        {"FEW_ROWS": 1, "FEW_SAMPLES": 1, "TASK": 50}, "GroupNorm", (11, 6, 4, 5), (22, 60)
+    ),
     "rows apart": (
         {"SHORT_ROW": 0, "ROW_RUN": 60}, "BatchNorm2d", (3, 4, 5, 6), (1, 3, 4, 30)
     ),
@@ -50,6 +53,7 @@ def plan(request, monkeypatch):
     for name, value in limits.items():
         assert hasattr(_axes, name)
         monkeypatch.setattr(_axes, name, value)
+    monkeypatch.setattr(_threads, "PARALLEL_FROM", 0)  # the tasks are shared out
     _axes.geometry.cache_clear()
     yield replace(by_id[case], shape=shape), view
     _axes.geometry.cache_clear()
