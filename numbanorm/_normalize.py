@@ -190,7 +190,7 @@ def normalize(
     plan = saved.plan
     target, unset = plan.to_target(y)
     saved.fixed = fixed is not None
-    way = _way(saved, saved.x_is_lost and unset is None, target)
+    way = _way(saved, saved.x_is_lost and unset is None, 1, target)
     if plan.by_group:
         _forward_groups(saved, weight, bias, fixed, way, target)
     else:
@@ -243,8 +243,8 @@ def restore(
     return saved
 
 
-def _way(saved: Saved, in_place: bool, y: Array) -> int:
-    """Return how y is written, the view of an output."""
+def _way(saved: Saved, in_place: bool, n_read: int, y: Array) -> int:
+    """Return how y is written, the view of an output that is made of so many arrays of its size."""
     if in_place:
         return IN_PLACE
     plan, size = saved.plan, cache_size()
@@ -257,8 +257,8 @@ def _way(saved: Saved, in_place: bool, y: Array) -> int:
         in_runs = not plan.elements and plan.tiles.block >= plan.view[-1]
     if once or not in_runs or y.shape[-1] < STREAM_FROM or size is None:
         return DIRECT
-    # Where x and y do not fit in the last cache together, y would drive out x.
-    return STREAMED if 2 * y.nbytes >= size else DIRECT
+    # A step has other arrays yet: long before y alone fills a cache, it drives out what is needed.
+    return STREAMED if (n_read + 1) * y.nbytes >= size // 4 else DIRECT
 
 
 def _forward_groups(
@@ -398,7 +398,7 @@ def backward(
     plan = saved.plan
     dy_view = plan.to_view(gradient)
     target, unset = plan.to_target(dx)
-    way = _way(saved, unset is None and same_memory(gradient, dx), target)
+    way = _way(saved, unset is None and same_memory(gradient, dx), 2, target)
     differentiate = (
         _backward_elements if plan.elements
         else _backward_groups if plan.by_group
