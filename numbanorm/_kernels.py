@@ -661,14 +661,15 @@ def _apply_row_in_place(ys, m, s, t):
 
 @njit(**LEAF)
 def _apply_rows(x, a, lo, hi, c0, c1, m, s, t, way, buffer, y):
-    """Scale and shift rows lo to hi of x[a], columns c0 to c1: m, s, t (c1 - c0,).
-
-    If they are streamed, they have all columns.
-    """
+    """Scale and shift rows lo to hi of x[a], columns c0 to c1: m, s, t (c1 - c0,)."""
     out = y.reshape(y.size)
-    kept, at = np.intp(0), (a * x.shape[1] + lo) * x.shape[2]
+    start = a * x.shape[1] * x.shape[2] + c0
+    kept, at = np.intp(0), start + lo * x.shape[2]
     for i in range(lo, hi):
         xs, ys = x[a, i, c0:c1], y[a, i, c0:c1]
+        if way == STREAMED and at + kept != start + i * x.shape[2]:
+            _finish(buffer, kept, out, at)
+            kept, at = np.intp(0), start + i * x.shape[2]
         if way == IN_PLACE:
             _apply_row_in_place(ys, m, s, t)
         else:
@@ -927,14 +928,15 @@ def _backward_row_in_place(dxs, xs, a, r, m, b, c):
 
 @njit(**LEAF)
 def _backward_rows(dy, x, mask, o, lo, hi, c0, c1, a, r, m, b, c, way, buffer, dx):
-    """Write rows lo to hi of dx[o], columns c0 to c1: a, r, m, b, c (c1 - c0,).
-
-    If they are streamed, they have all columns.
-    """
+    """Write rows lo to hi of dx[o], columns c0 to c1: a, r, m, b, c (c1 - c0,)."""
     out = dx.reshape(dx.size)
-    kept, at = np.intp(0), (o * x.shape[1] + lo) * x.shape[2]
+    start = o * x.shape[1] * x.shape[2] + c0
+    kept, at = np.intp(0), start + lo * x.shape[2]
     for i in range(lo, hi):
         dys, xs, dxs = dy[o, i, c0:c1], x[o, i, c0:c1], dx[o, i, c0:c1]
+        if way == STREAMED and at + kept != start + i * x.shape[2]:
+            _finish(buffer, kept, out, at)
+            kept, at = np.intp(0), start + i * x.shape[2]
         if mask is not None:
             _masked_backward_row(dys, xs, mask[o, i, c0:c1], a, r, m, b, c, dxs)
         elif way == IN_PLACE:

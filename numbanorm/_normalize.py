@@ -45,6 +45,8 @@ class Mixture(NamedTuple):
 
 # Rows of fewer elements have too few whole lines to be written past the caches.
 STREAM_FROM = 1 << 7
+# And parts of rows: what comes next in memory is written much later.
+STREAM_PARTS_FROM = 1 << 10
 
 # The weights of a single statistic.
 ALONE = Mixture(np.ones(1), np.ones(1))
@@ -250,11 +252,10 @@ def _way(saved: Saved, in_place: bool, n_read: int, y: Array) -> int:
     plan, size = saved.plan, cache_size()
     # Where x is read once there is nothing to be kept in a cache, and no gain.
     once = saved.fixed and len(saved.geometry.reductions) == 1
-    # What is written at once must be a run in memory: in columns, a whole row. For pieces that are
-    # rows it was not faster.
+    # What is written at once must be a run in memory. For pieces that are rows it was not faster.
     in_runs = plan.by_group
     if plan.columns:
-        in_runs = not plan.elements and plan.tiles.block >= plan.view[-1]
+        in_runs = not plan.elements and plan.tiles.block >= min(plan.view[-1], STREAM_PARTS_FROM)
     if once or not in_runs or y.shape[-1] < STREAM_FROM or size is None:
         return DIRECT
     # A step has other arrays yet: long before y alone fills a cache, it drives out what is needed.
