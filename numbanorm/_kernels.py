@@ -866,21 +866,28 @@ def _backward_in_place(dxs, xs, a, r, m, b, c):
         dxs[i] = _input_gradient(dxs[i], xs[i], True, a, r, m, b, c)
 
 
-@njit(**STREAM)
-def _stream_backward(dys, xs, a, r, m, b, c, buffer, kept, dx, at):
-    """Make the gradient of xs (n,), and write it to dx (N,), as _stream_applied does."""
-    n = xs.shape[0]
-    for lo in range(0, n, BUFFER):
-        hi = min(lo + BUFFER, n)
-        _backward(dys[lo:hi], xs[lo:hi], a, r, m, b, c, buffer[kept:])
-        kept, at = _flush(buffer, kept + hi - lo, dx, at)
-    return kept, at
-
-
 @njit(**CONTRACT)
 def _masked_backward(dys, xs, counts, a, r, m, b, c, dxs):
     for i in range(xs.shape[0]):
         dxs[i] = _input_gradient(dys[i], xs[i], counts[i], a, r, m, b, c)
+
+
+@njit(**STREAM)
+def _stream_backward(dys, xs, counts, a, r, m, b, c, buffer, kept, dx, at):
+    """Make the gradient of xs (n,), and write it to dx (N,), as _stream_applied does.
+
+    ``counts`` (n,) is the mask, or None.
+    """
+    n = xs.shape[0]
+    for lo in range(0, n, BUFFER):
+        hi = min(lo + BUFFER, n)
+        target = buffer[kept:]
+        if counts is None:
+            _backward(dys[lo:hi], xs[lo:hi], a, r, m, b, c, target)
+        else:
+            _masked_backward(dys[lo:hi], xs[lo:hi], counts[lo:hi], a, r, m, b, c, target)
+        kept, at = _flush(buffer, kept + hi - lo, dx, at)
+    return kept, at
 
 
 @cached_njit(**FLAGS)
@@ -937,14 +944,15 @@ def _backward_rows(dy, x, mask, o, lo, hi, c0, c1, a, r, m, b, c, way, buffer, d
         if way == STREAMED and at + kept != start + i * x.shape[2]:
             _finish(buffer, kept, out, at)
             kept, at = np.intp(0), start + i * x.shape[2]
+        target = _target(dxs, way, buffer, kept)
         if mask is not None:
-            _masked_backward_row(dys, xs, mask[o, i, c0:c1], a, r, m, b, c, dxs)
+            _masked_backward_row(dys, xs, mask[o, i, c0:c1], a, r, m, b, c, target)
         elif way == IN_PLACE:
             _backward_row_in_place(dxs, xs, a, r, m, b, c)
         else:
-            _backward_row(dys, xs, a, r, m, b, c, _target(dxs, way, buffer, kept))
-            if way == STREAMED:
-                kept, at = _flush(buffer, kept + c1 - c0, out, at)
+            _backward_row(dys, xs, a, r, m, b, c, target)
+        if way == STREAMED:
+            kept, at = _flush(buffer, kept + c1 - c0, out, at)
     _finish(buffer, kept, out, at)
 
 
@@ -1274,12 +1282,14 @@ def backward_groups(
                 a, r, m, b, c = row[0], rows[g, 0], rows[g, 1], rows[g, 2], rows[g, 3]
                 if not live:
                     _scale(dy_rows[p], a, dx_rows[p])
+                elif way == STREAMED:
+                    rest = a, r, m, b, c, buffer, kept, out, at
+                    if mask is None:
+                        kept, at = _stream_backward(dy_rows[p], x_rows[p], None, *rest)
+                    else:
+                        kept, at = _stream_backward(dy_rows[p], x_rows[p], counts[p], *rest)
                 elif mask is not None:
                     _masked_backward(dy_rows[p], x_rows[p], counts[p], a, r, m, b, c, dx_rows[p])
-                elif way == STREAMED:
-                    kept, at = _stream_backward(
-                        dy_rows[p], x_rows[p], a, r, m, b, c, buffer, kept, out, at
-                    )
                 elif way == IN_PLACE:
                     _backward_in_place(dx_rows[p], x_rows[p], a, r, m, b, c)
                 else:
@@ -1683,21 +1693,25 @@ def _backward_elements_in_place(dxs, xs, weight, m, rstd, t, c0, c1):
         dxs[i] = _element_gradient(dxs[i], xs[i], True, weight[i], m, rstd, t, c0, c1)
 
 
-@njit(**STREAM)
-def _stream_backward_elements(dys, xs, weight, m, rstd, t, c0, c1, buffer, kept, dx, at):
-    """Make the gradient of xs (n,), and write it to dx (N,), as _stream_applied does."""
-    n = xs.shape[0]
-    for lo in range(0, n, BUFFER):
-        hi = min(lo + BUFFER, n)
-        _backward_elements(dys[lo:hi], xs[lo:hi], weight[lo:hi], m, rstd, t, c0, c1, buffer[kept:])
-        kept, at = _flush(buffer, kept + hi - lo, dx, at)
-    return kept, at
-
-
 @njit(**CONTRACT)
 def _masked_backward_elements(dys, xs, counts, weight, m, rstd, t, c0, c1, dxs):
     for i in range(xs.shape[0]):
         dxs[i] = _element_gradient(dys[i], xs[i], counts[i], weight[i], m, rstd, t, c0, c1)
+
+
+@njit(**STREAM)
+def _stream_backward_elements(dys, xs, counts, weight, m, rstd, t, c0, c1, buffer, kept, dx, at):
+    """Make the gradient of xs (n,), and write it to dx (N,), as _stream_backward does."""
+    n = xs.shape[0]
+    for lo in range(0, n, BUFFER):
+        hi = min(lo + BUFFER, n)
+        dys_here, xs_here, rest = dys[lo:hi], xs[lo:hi], (weight[lo:hi], m, rstd, t, c0, c1)
+        if counts is None:
+            _backward_elements(dys_here, xs_here, *rest, buffer[kept:])
+        else:
+            _masked_backward_elements(dys_here, xs_here, counts[lo:hi], *rest, buffer[kept:])
+        kept, at = _flush(buffer, kept + hi - lo, dx, at)
+    return kept, at
 
 
 @njit(**CONTRACT)
@@ -1827,18 +1841,19 @@ def backward_elements(
                     m, r, t = rows[j, 0], rows[j, 1], rows[j, 2]
                     if not live:
                         _apply_weight(dy[i], weight[k], r, dx[i])
-                    elif mask is not None:
-                        _masked_backward_elements(
-                            dy[i], x[i], mask[i], weight[k], m, r, t, c[0, j], c[1, j], dx[i]
-                        )
                     elif way == STREAMED:
                         if at + kept != i * length:
                             _finish(buffer, kept, out, at)
                             kept, at = np.intp(0), i * length
-                        kept, at = _stream_backward_elements(
-                            dy[i], x[i], weight[k], m, r, t, c[0, j], c[1, j],
-                            buffer, kept, out, at,
-                        )  # fmt: skip
+                        others = weight[k], m, r, t, c[0, j], c[1, j], buffer, kept, out, at
+                        if mask is None:
+                            kept, at = _stream_backward_elements(dy[i], x[i], None, *others)
+                        else:
+                            kept, at = _stream_backward_elements(dy[i], x[i], mask[i], *others)
+                    elif mask is not None:
+                        _masked_backward_elements(
+                            dy[i], x[i], mask[i], weight[k], m, r, t, c[0, j], c[1, j], dx[i]
+                        )
                     elif way == IN_PLACE:
                         _backward_elements_in_place(
                             dx[i], x[i], weight[k], m, r, t, c[0, j], c[1, j]
