@@ -238,13 +238,13 @@ class Plan:
     def _see_element_rows(self, m: int, d: int, n_weights: int) -> None:
         self.view, self.groups_shape, self.weights_shape = (m, d), (m,), (n_weights, d)
         self.tiles = Tiles(1, d, max(1, TASK // max(d, 1)))
-        # Each part has its own sums of the parameters' gradients, which takes room and time. Powers
-        # of 2 are shared out evenly.
+        # Each part has its own sums of the parameters' gradients, which takes room and time.
+        # Samples of several rows are longer, so that fewer make a part. Powers of 2 are shared out
+        # evenly.
         n_samples = m // n_weights
         several = 1 if m * d < LONG_TASK else min(n_samples, 2)
         n_parts = min(max(n_samples // (64 if n_weights == 1 else 8), several), TASKS)
-        n_parts = 1 << max(n_parts.bit_length() - 1, 0)
-        self.gradient_parts = n_parts, n_weights * d // self.span
+        self.gradient_parts = 1 << (n_parts.bit_length() - 1), n_weights * d // self.span
 
     def _see_element_columns(
         self, outer: Iterable[int], reduced: Iterable[int], within: Iterable[int]

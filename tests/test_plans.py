@@ -22,7 +22,7 @@ PLANS = {
     ),
     "rows next to each other": ({"TASK": 50}, "GroupNorm", (3, 6, 4, 5), (6, 3, 1, 20)),
     "rows with a weight for each element": (
-        {"FEW_ROWS": 1, "FEW_SAMPLES": 1, "TASK": 50}, "GroupNorm", (11, 6, 4, 5), (22, 60)
+        {"FEW_ROWS": 3, "TASK": 50}, "GroupNorm", (17, 6, 4, 5), (34, 60)
     ),
     "rows apart": (
         {"SHORT_ROW": 0, "ROW_RUN": 60}, "BatchNorm2d", (3, 4, 5, 6), (1, 3, 4, 30)
