@@ -25,7 +25,7 @@ and makes constant data exact at any offset; sums in float64 still run at the sp
 A long axis L is cut into parts, whose length depends on the shape alone, and each part has a
 place of its own in the result: the bits do not depend on the number of threads.
 
-``way`` says how the output is written, see :mod:`numbanorm._stores`. What is made of lent arrays
+``way`` says how the output is written, see :mod:`numbanorm._lines`. What is made of lent arrays
 has no owner, and costs nothing to make, see :func:`numbanorm._launch.lend`.
 """
 
@@ -36,7 +36,7 @@ from numba import njit, prange
 
 from numbanorm._cache import cached_njit
 from numbanorm._launch import call_share, keep, lend, share
-from numbanorm._stores import (
+from numbanorm._lines import (
     IN_PLACE,
     STREAMED,
     fence,

@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 from numbanorm import _kernels, _threads
 from numbanorm._axes import TASKS, Array, Axes, Geometry, Plan, memory_order
 from numbanorm._checks import bool_mask, float_array, output_array, same_memory
-from numbanorm._stores import DIRECT, IN_PLACE, STREAMED, cache_size
+from numbanorm._lines import DIRECT, IN_PLACE, STREAMED, cache_size
 from numbanorm.moments import Moments, Parts, merge_pieces, piece_moments
 
 Float64 = NDArray[np.float64]

@@ -10,7 +10,7 @@ import pytest
 from cases import CASES, by_id, cases, normal
 
 from numbanorm import _axes, _normalize, _threads
-from numbanorm._stores import STREAMED
+from numbanorm._lines import STREAMED
 
 # For each, the limits, a case and a shape that then take the view.
 PLANS = {

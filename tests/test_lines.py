@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from numba import njit
 
-from numbanorm._stores import LINE, cache_size, fence, line_size, store_line, to_next_line
+from numbanorm._lines import LINE, cache_size, fence, line_size, store_line, to_next_line
 
 
 @njit
@@ -42,7 +42,7 @@ def sizes(tmp_path, monkeypatch):
         for i, text in enumerate(texts):
             (tmp_path / f"index{i}").mkdir()
             (tmp_path / f"index{i}" / "size").write_text(text)
-        monkeypatch.setattr("numbanorm._stores.CACHES", tmp_path)
+        monkeypatch.setattr("numbanorm._lines.CACHES", tmp_path)
         cache_size.cache_clear()
 
     yield write_files
