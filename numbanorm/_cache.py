@@ -34,7 +34,7 @@ try:
     # Read while it is imported, and not again: it may be edited while the process runs.
     _SOURCE = b"".join(
         pkgutil.get_data("numbanorm", file) or b""
-        for file in ("_kernels.py", "_launch.py", "_lines.py")
+        for file in ("_kernels.py", "_launch.py", "_lines.py", "_vectors.py")
     )
 except OSError:
     # Nothing says which source a file is of, so that none must fit.

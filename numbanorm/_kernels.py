@@ -25,8 +25,8 @@ and makes constant data exact at any offset; sums in float64 still run at the sp
 A long axis L is cut into parts, whose length depends on the shape alone, and each part has a
 place of its own in the result: the bits do not depend on the number of threads.
 
-``way`` says how the output is written, see :mod:`numbanorm._lines`. What is made of lent arrays
-has no owner, and costs nothing to make, see :func:`numbanorm._launch.lend`.
+``streamed`` says whether the output is written past the caches, see :mod:`numbanorm._lines`. What
+is made of lent arrays has no owner, and costs nothing to make, see :func:`numbanorm._launch.lend`.
 """
 
 from typing import Any
@@ -37,15 +37,15 @@ from numba import njit, prange
 from numbanorm._cache import cached_njit
 from numbanorm._launch import call_share, keep, lend, share
 from numbanorm._lines import (
-    IN_PLACE,
-    STREAMED,
     fence,
     line_size,
     room,
     rows_of,
     store_line,
+    stretch,
     to_next_line,
 )
+from numbanorm._vectors import LANES, fetch, is_finite, load, splat, store, total, where, widen
 
 # With the numpy error model no division is tested for zero, which would keep loops scalar. No
 # function written in C calls a kernel.
@@ -80,10 +80,25 @@ def _copy(values, target):
 
 
 @njit(**LEAF)
+def _three_rows(memory, n):
+    """Return three rows (n,) of memory that rows_of has room for."""
+    rows = rows_of(memory, 3)
+    size = rows.shape[1]
+    return stretch(rows, 0, n), stretch(rows, size, n), stretch(rows, 2 * size, n)
+
+
+@njit(**LEAF)
 def _copy_columns(arrays, a, c0, c1, rows):
     """Copy columns c0 to c1 of row a of each of n arrays (A, C) to the rows (n, ...)."""
     for k in range(len(arrays)):
-        _copy(arrays[k][a, c0:c1], rows[k])
+        row = arrays[k]
+        _copy(stretch(row, a * row.shape[1] + c0, c1 - c0), rows[k])
+
+
+# How far ahead of a loop over a row memory is asked for, in elements.
+AHEAD = 1 << 11
+# Rows that are added to a vector of columns at a time, and how many ahead memory is asked for.
+ROWS = 4
 
 
 # ---------------------------------------------------------------------------------------------
@@ -91,29 +106,46 @@ def _copy_columns(arrays, a, c0, c1, rows):
 # ---------------------------------------------------------------------------------------------
 
 
-@njit(**REORDER)
+@njit(**LEAF)
 def _shifted_sums(xs, shift):
     """Sum x - shift and its square over xs (n,)."""
-    s1, s2 = 0.0, 0.0
-    for i in range(xs.shape[0]):
-        d = np.float64(xs[i]) - shift
-        s1 += d
-        s2 += d * d
+    n = xs.shape[0]
+    whole = n // LANES * LANES
+    center, sum_1, sum_2 = splat(shift), splat(0.0), splat(0.0)
+    for i in range(0, whole, LANES):
+        fetch(xs, i + AHEAD)
+        d = widen(load(xs, i, None)) - center
+        sum_1 += d
+        sum_2 += d * d
+    s1, s2 = total(sum_1), total(sum_2)
+    for i in range(whole, n):
+        rest = np.float64(xs[i]) - shift
+        s1 += rest
+        s2 += rest * rest
     return s1, s2
 
 
-@njit(**REORDER)
+@njit(**LEAF)
 def _masked_shifted_sums(xs, counts, shift):
     """Sum 1, x - shift and its square over xs (n,) where counts (n,) is True."""
-    n, s1, s2 = 0, 0.0, 0.0
-    for i in range(xs.shape[0]):
-        # x is read in any case: a load that depends on the mask is not prefetched.
-        d = np.float64(xs[i]) - shift
-        d = d if counts[i] else 0.0
-        n += counts[i]
-        s1 += d
-        s2 += d * d
-    return n, s1, s2
+    n = xs.shape[0]
+    whole = n // LANES * LANES
+    center, zero, one = splat(shift), splat(0.0), splat(1.0)
+    # The last elements come first, so that nothing waits for a branch.
+    here = load(counts, whole, n - whole)
+    sum_0 = where(here, one, zero)
+    # x is read in any case: a load that depends on the mask is not fetched ahead.
+    sum_1 = where(here, widen(load(xs, whole, n - whole)) - center, zero)
+    sum_2 = sum_1 * sum_1
+    for i in range(0, whole, LANES):
+        fetch(xs, i + AHEAD)
+        fetch(counts, i + AHEAD)
+        here = load(counts, i, None)
+        d = where(here, widen(load(xs, i, None)) - center, zero)
+        sum_0 += where(here, one, zero)
+        sum_1 += d
+        sum_2 += d * d
+    return np.intp(total(sum_0)), total(sum_1), total(sum_2)
 
 
 @njit(**LEAF)
@@ -204,26 +236,59 @@ def moments_rows(threads, x, mask, part, block, count, mean, rest, m2):
             m2[first + i, k, 0] = s
 
 
-@njit(**CONTRACT)
-def _add_row(xs, shift, s1, s2):
-    """Add a row (n,) to the shifted sums of the columns, s1 and s2 (n,)."""
-    # Four rows a call are faster in cache, but half as fast from memory: what is read in one run
-    # is there before it is needed.
-    for c in range(s1.shape[0]):
-        d = np.float64(xs[c]) - np.float64(shift[c])
-        s1[c] += d
-        s2[c] += d * d
+@njit(**LEAF)
+def _add_to_vector(dy, x, counts, at, step, n_rows, coming, stride, c, n, center, s0, s1):
+    """Add rows to a vector of columns, see _add_to_columns, from c on; see load about n.
+
+    Rows of dy, x and counts (N,) begin at ``at``, ``step`` apart; what is read next is at
+    ``coming``.
+    """
+    middle, sum_0, sum_1 = load(center, c, n), load(s0, c, n), load(s1, c, n)
+    for _ in range(n_rows):
+        fetch(x, coming)
+        if counts is not None:
+            fetch(counts, coming)
+        if dy is None:
+            d = widen(load(x, at, n)) - middle
+            if counts is not None:
+                d = where(load(counts, at, n), d, splat(0.0))
+            sum_0 += d
+            sum_1 += d * d
+        else:
+            fetch(dy, coming)
+            w, d = _gradient_terms(dy, x, counts, at, n, middle)
+            sum_0 += w
+            sum_1 += w * d
+        at += step
+        coming += stride
+    store(sum_0, s0, c, n)
+    store(sum_1, s1, c, n)
 
 
-@njit(**CONTRACT)
-def _add_masked_row(xs, counts, shift, s1, s2):
-    """Add a row (n,), as _add_row does, where counts (n,) is True."""
-    for c in range(s1.shape[0]):
-        # Both are read in any case, see _masked_shifted_sums.
-        d = np.float64(xs[c]) - shift[c]
-        d = d if counts[c] else 0.0
-        s1[c] += d
-        s2[c] += d * d
+@njit(**LEAF)
+def _add_to_columns(dy, x, counts, a, lo, hi, c0, c1, center, s0, s1):
+    """Add rows lo to hi of x[a], columns c0 to c1, to sums of w and w * (x - center).
+
+    w is dy, or x - center if that is None; counts, of whose elements only those enter that are
+    True, and dy are as x in memory (N,), and counts may be None.
+    """
+    xs, step, width = stretch(x, 0, x.size), x.shape[2], c1 - c0
+    # The rows that come next are asked for in the order of memory, if they are whole.
+    spread, stride = (ROWS, LANES) if width == step else (1, step)
+    whole = width // LANES * LANES
+    for i in range(lo, hi, ROWS):
+        at, n_rows = (a * x.shape[1] + i) * step + c0, min(ROWS, hi - i)
+        for c in range(0, whole, LANES):
+            coming = at + ROWS * step + spread * c
+            _add_to_vector(
+                dy, xs, counts, at + c, step, n_rows, coming, stride, c, None, center, s0, s1
+            )
+        if whole < width:
+            coming = at + ROWS * step + spread * whole
+            _add_to_vector(
+                dy, xs, counts, at + whole, step, n_rows, coming, stride, whole, width - whole,
+                center, s0, s1,
+            )  # fmt: skip
 
 
 @njit(**CONTRACT)
@@ -247,14 +312,13 @@ def _find_first(xs, counts, found, shift):
 def _add_rows(x, mask, a, lo, hi, c0, c1, shift, n, s1, s2):
     """Add rows lo to hi of x[a], columns c0 to c1, to their counts and shifted sums."""
     if mask is None:
-        for i in range(lo, hi):
-            _add_row(x[a, i, c0:c1], shift, s1, s2)
+        _add_to_columns(None, x, None, a, lo, hi, c0, c1, shift, s1, s2)
         n += hi - lo
     else:
-        for i in range(lo, hi):
-            _add_masked_row(x[a, i, c0:c1], mask[a, i, c0:c1], shift, s1, s2)
-            if (i - lo) % 4 == 3:
-                _add_counts(mask[a, i - 3 : i + 1, c0:c1], n)
+        counts = stretch(mask, 0, mask.size)
+        _add_to_columns(None, x, counts, a, lo, hi, c0, c1, shift, s1, s2)
+        for i in range(lo, hi - 3, 4):
+            _add_counts(mask[a, i : i + 4, c0:c1], n)
         for i in range(hi - (hi - lo) % 4, hi):
             n += mask[a, i, c0:c1]
 
@@ -312,21 +376,21 @@ def moments_columns(threads, x, mask, part, width, count, mean, rest, m2):
         c1 = min(n_folded, c0 + width)
         lo = k * part
         hi = min(length, lo + part)
-        own = np.zeros(c1 - c0, np.int64), np.zeros(room(3, c1 - c0, mean), mean.dtype)
+        here = c1 - c0
+        own = np.zeros(here, np.int64), np.zeros(room(3, here, mean), mean.dtype)
         n, memory = lend(own)
-        rows = rows_of(memory, 3)
-        s1, s2, shifts = rows[0, : c1 - c0], rows[1, : c1 - c0], rows[2, : c1 - c0]
+        s1, s2, shifts = _three_rows(memory, here)
         if mask is not None:
             _first_of_columns(x[a, lo:hi, c0:c1], mask[a, lo:hi, c0:c1], shifts)
         elif lo < hi:
-            _copy(x[a, lo, c0:c1], shifts)
+            _copy(stretch(x, (a * length + lo) * n_folded + c0, here), shifts)
         _add_rows(x, mask, a, lo, hi, c0, c1, shifts, n, s1, s2)
         _unshift_columns(n, shifts, s1, s2)
-        n_here = min(c1, n_columns) - c0
-        _copy(n[:n_here], count[a, k, c0:])
-        _copy(shifts[:n_here], mean[a, k, c0:])
-        _copy(s1[:n_here], rest[a, k, c0:])
-        _copy(s2[:n_here], m2[a, k, c0:])
+        at, kept = (a * n_parts + k) * n_columns + c0, min(c1, n_columns) - c0
+        _copy(stretch(n, 0, kept), stretch(count, at, kept))
+        _copy(stretch(shifts, 0, kept), stretch(mean, at, kept))
+        _copy(stretch(s1, 0, kept), stretch(rest, at, kept))
+        _copy(stretch(s2, 0, kept), stretch(m2, at, kept))
         # Folded rows are one block; what they have of the same column is merged here.
         for f in range(n_columns, c1 - c0, n_columns):
             for c in range(n_columns):
@@ -558,15 +622,15 @@ STREAM = INNER
 
 
 @njit(**LEAF)
-def _buffer(n, way, y):
+def _buffer(n, streamed, y):
     """Return a buffer for n elements on their way to y, and those that are kept."""
-    return np.empty(n + line_size(y) if way == STREAMED else 0, y.dtype)
+    return np.empty(n + line_size(y) if streamed else 0, y.dtype)
 
 
 @njit(**LEAF)
-def _target(ys, way, buffer, kept):
-    """Return where to write what is to come to ys (n,): there, or after what is kept."""
-    return buffer[kept : kept + ys.shape[0]] if way == STREAMED else ys
+def _target(y, at, n, streamed, buffer, kept):
+    """Return where to write the n elements that come to y (N,) at ``at``, or after what is kept."""
+    return stretch(buffer, kept, n) if streamed else stretch(y, at, n)
 
 
 @njit(**LEAF)
@@ -605,32 +669,37 @@ def _scale_shift(x, m, s, t):
     return (x - m) * s + t
 
 
-@njit(**CONTRACT)
-def _apply(xs, m, s, t, ys):
-    for i in range(xs.shape[0]):
-        ys[i] = _scale_shift(xs[i], m, s, t)
+@njit(**LEAF)
+def _apply_vector(xs, i, n, m, s, t, ys):
+    store(_scale_shift(load(xs, i, n), m, s, t), ys, i, n)
 
 
-# A loop of one array needs no test for overlap, which would send y over x to a scalar loop.
-@njit(**CONTRACT)
-def _apply_in_place(ys, m, s, t):
-    for i in range(ys.shape[0]):
-        ys[i] = _scale_shift(ys[i], m, s, t)
+@njit(**LEAF)
+def _apply(xs, m, s, t, ys, ahead):
+    """Scale and shift xs (n,); ask for what is so far ahead of it."""
+    n = xs.shape[0]
+    whole = n // LANES * LANES
+    m, s, t = splat(m), splat(s), splat(t)
+    for i in range(0, whole, LANES):
+        fetch(xs, i + ahead)
+        _apply_vector(xs, i, None, m, s, t, ys)
+    if whole < n:
+        _apply_vector(xs, whole, n - whole, m, s, t, ys)
 
 
 @njit(**STREAM)
-def _stream_applied(xs, m, s, t, buffer, kept, y, at):
+def _stream_applied(xs, m, s, t, buffer, kept, y, at, ahead):
     """Scale and shift xs (n,), and write it to y (N,) from ``at`` on, after what was kept."""
     n = xs.shape[0]
     for lo in range(0, n, BUFFER):
-        hi = min(lo + BUFFER, n)
-        _apply(xs[lo:hi], m, s, t, buffer[kept:])
-        kept, at = _flush(buffer, kept + hi - lo, y, at)
+        here = min(BUFFER, n - lo)
+        _apply(stretch(xs, lo, here), m, s, t, stretch(buffer, kept, here), ahead)
+        kept, at = _flush(buffer, kept + here, y, at)
     return kept, at
 
 
 @cached_njit(**FLAGS)
-def apply_rows(threads, x, part, block, m, s, t, way, y):
+def apply_rows(threads, x, part, block, m, s, t, y):
     """Scale and shift each piece: x (P, L), m, s, t (P, 1) -> y (P, L)."""
     n_parts = max(1, (x.shape[1] + part - 1) // part)
     begin, end = share(threads, (x.shape[0] + block - 1) // block * n_parts)
@@ -641,46 +710,47 @@ def apply_rows(threads, x, part, block, m, s, t, way, y):
         ys = _tile(y, task, n_parts, part, block)
         for i in range(xs.shape[0]):
             p = first + i
-            if way == IN_PLACE:
-                _apply_in_place(ys[i], m[p, 0], s[p, 0], t[p, 0])
-            else:
-                _apply(xs[i], m[p, 0], s[p, 0], t[p, 0], ys[i])
-
-
-@njit(**CONTRACT)
-def _apply_row(xs, m, s, t, ys):
-    for c in range(xs.shape[0]):
-        ys[c] = _scale_shift(xs[c], m[c], s[c], t[c])
-
-
-@njit(**CONTRACT)
-def _apply_row_in_place(ys, m, s, t):
-    for c in range(ys.shape[0]):
-        ys[c] = _scale_shift(ys[c], m[c], s[c], t[c])
+            _apply(xs[i], m[p, 0], s[p, 0], t[p, 0], ys[i], AHEAD)
 
 
 @njit(**LEAF)
-def _apply_rows(x, a, lo, hi, c0, c1, m, s, t, way, buffer, y):
+def _apply_to_vector(xs, c, n, m, s, t, ys):
+    y = _scale_shift(load(xs, c, n), load(m, c, n), load(s, c, n), load(t, c, n))
+    store(y, ys, c, n)
+
+
+@njit(**LEAF)
+def _apply_row(xs, m, s, t, ys, ahead):
+    """Scale and shift a row (n,); ask for what is so far ahead of it."""
+    n = xs.shape[0]
+    whole = n // LANES * LANES
+    for c in range(0, whole, LANES):
+        fetch(xs, c + ahead)
+        _apply_to_vector(xs, c, None, m, s, t, ys)
+    if whole < n:
+        _apply_to_vector(xs, whole, n - whole, m, s, t, ys)
+
+
+@njit(**LEAF)
+def _apply_rows(x, a, lo, hi, c0, c1, m, s, t, streamed, buffer, y):
     """Scale and shift rows lo to hi of x[a], columns c0 to c1: m, s, t (c1 - c0,)."""
-    out = y.reshape(y.size)
-    start = a * x.shape[1] * x.shape[2] + c0
-    kept, at = np.intp(0), start + lo * x.shape[2]
-    for i in range(lo, hi):
-        xs, ys = x[a, i, c0:c1], y[a, i, c0:c1]
-        if way == STREAMED and at + kept != start + i * x.shape[2]:
+    out, n, step = stretch(y, 0, y.size), c1 - c0, x.shape[2]
+    place = (a * x.shape[1] + lo) * step + c0
+    kept, at = np.intp(0), place
+    for _ in range(lo, hi):
+        if streamed and at + kept != place:
             _finish(buffer, kept, out, at)
-            kept, at = np.intp(0), start + i * x.shape[2]
-        if way == IN_PLACE:
-            _apply_row_in_place(ys, m, s, t)
-        else:
-            _apply_row(xs, m, s, t, _target(ys, way, buffer, kept))
-            if way == STREAMED:
-                kept, at = _flush(buffer, kept + c1 - c0, out, at)
+            kept, at = np.intp(0), place
+        xs, target = stretch(x, place, n), _target(out, place, n, streamed, buffer, kept)
+        _apply_row(xs, m, s, t, target, ROWS * step)
+        if streamed:
+            kept, at = _flush(buffer, kept + n, out, at)
+        place += step
     _finish(buffer, kept, out, at)
 
 
 @cached_njit(**FLAGS)
-def apply_columns(threads, x, part, width, m, s, t, way, y):
+def apply_columns(threads, x, part, width, m, s, t, streamed, y):
     """Scale and shift each piece: x (A, L, C), m, s, t (A, C) -> y (A, L, C)."""
     n_outer, length, n_columns = x.shape
     n_parts = max(1, (length + part - 1) // part)
@@ -693,11 +763,11 @@ def apply_columns(threads, x, part, width, m, s, t, way, y):
         hi = min(length, lo + part)
         c0 = (task % n_blocks) * width
         c1 = min(n_columns, c0 + width)
-        own = np.empty(room(3, c1 - c0, y), y.dtype), _buffer(c1 - c0, way, y)
+        own = np.empty(room(3, c1 - c0, y), y.dtype), _buffer(c1 - c0, streamed, y)
         memory, buffer = lend(own)
         rows = rows_of(memory, 3)
         _copy_columns((m, s, t), a, c0, c1, rows)
-        _apply_rows(x, a, lo, hi, c0, c1, rows[0], rows[1], rows[2], way, buffer, y)
+        _apply_rows(x, a, lo, hi, c0, c1, rows[0], rows[1], rows[2], streamed, buffer, y)
         keep(own)
     fence()
 
@@ -708,40 +778,47 @@ def apply_columns(threads, x, part, width, m, s, t, way, y):
 # ---------------------------------------------------------------------------------------------
 
 
-@njit(**CONTRACT)
-def _enters(dy, x, counts):
-    """Tell whether an element enters the sums of backward.
+@njit(**LEAF)
+def _enters(dy, x, counts, zero):
+    """Tell which elements of vectors enter the sums of backward.
 
     A masked-out element is normalised too, so that its dy counts, unless dy is 0 or there is
     nothing finite to normalise: what stands there then must not turn the sums into NaN.
     """
-    # No "and", no "or": their branches would keep the loops scalar.
-    return counts | ((dy != 0) & (abs(x) < np.inf))
+    return counts | ((dy != zero) & is_finite(x))
 
 
-@njit(**REORDER)
-def _gradient_sums(dys, xs, mean):
-    """Sum dy and dy * (x - mean) over dys, xs (n,)."""
-    s0, s1 = 0.0, 0.0
-    for i in range(xs.shape[0]):
-        d = np.float64(dys[i])
-        s0 += d
-        s1 += d * (np.float64(xs[i]) - mean)
-    return s0, s1
+@njit(**LEAF)
+def _gradient_terms(dys, xs, counts, i, n, center):
+    """Return vectors of dy and x - center from i on, and 0 where they do not enter the sums.
+
+    ``counts`` is the mask or None; see load about n.
+    """
+    dy, x = load(dys, i, n), load(xs, i, n)
+    w, d = widen(dy), widen(x) - center
+    if counts is not None:
+        enters = _enters(dy, x, load(counts, i, n), splat(dys.dtype.type(0.0)))
+        w, d = where(enters, w, splat(0.0)), where(enters, d, splat(0.0))
+    return w, d
 
 
-@njit(**REORDER)
-def _masked_gradient_sums(dys, xs, counts, mean):
-    """Sum dy and dy * (x - mean) over dys, xs (n,) where they enter; counts (n,) is the mask."""
-    s0, s1 = 0.0, 0.0
-    for i in range(xs.shape[0]):
-        enters = _enters(dys[i], xs[i], counts[i])
-        d = np.float64(dys[i])
-        x_c = np.float64(xs[i]) - mean
-        g = d if enters else 0.0
-        s0 += g
-        s1 += g * (x_c if enters else 0.0)
-    return s0, s1
+@njit(**LEAF)
+def _gradient_sums(dys, xs, counts, mean):
+    """Sum dy and dy * (x - mean) over dys, xs (n,); counts (n,) is the mask, or None."""
+    n = xs.shape[0]
+    whole = n // LANES * LANES
+    center = splat(mean)
+    # The last elements come first, so that nothing waits for a branch: where dy is 0, nothing is
+    # added.
+    sum_0, d = _gradient_terms(dys, xs, counts, whole, n - whole, center)
+    sum_1 = sum_0 * d
+    for i in range(0, whole, LANES):
+        fetch(dys, i + AHEAD)
+        fetch(xs, i + AHEAD)
+        w, d = _gradient_terms(dys, xs, counts, i, None, center)
+        sum_0 += w
+        sum_1 += w * d
+    return total(sum_0), total(sum_1)
 
 
 @cached_njit(**FLAGS)
@@ -760,55 +837,41 @@ def gradient_sums_rows(threads, dy, x, mask, part, block, mean, s0, s1):
         for i in range(xs.shape[0]):
             p = first + i
             if mask is None:
-                sums = _gradient_sums(dys[i], xs[i], mean[p, 0])
+                sums = _gradient_sums(dys[i], xs[i], None, mean[p, 0])
             else:
-                sums = _masked_gradient_sums(dys[i], xs[i], counts[i], mean[p, 0])
+                sums = _gradient_sums(dys[i], xs[i], counts[i], mean[p, 0])
             s0[p, k, 0] = sums[0]
             s1[p, k, 0] = sums[1]
 
 
-@njit(**CONTRACT)
-def _add_gradient_row(dys, xs, mean, s0, s1):
-    """Add a row (n,) to the columns' sums of dy and dy * (x - mean), s0 and s1 (n,)."""
-    for c in range(s0.shape[0]):
-        d = np.float64(dys[c])
-        s0[c] += d
-        s1[c] += d * (np.float64(xs[c]) - mean[c])
+@njit(**LEAF)
+def _entering_vector(dys, xs, counts, i, n, dys_in, xs_in):
+    dy, x, zero = load(dys, i, n), load(xs, i, n), splat(xs.dtype.type(0.0))
+    enters = _enters(dy, x, load(counts, i, n), zero)
+    store(where(enters, dy, zero), dys_in, i, n)
+    store(where(enters, x, zero), xs_in, i, n)
 
 
-@njit(**CONTRACT)
+@njit(**LEAF)
 def _entering(dys, xs, counts, dys_in, xs_in):
     """Write dy and x where they enter the sums of backward, else 0: rows (n,)."""
-    for i in range(dys.shape[0]):
-        dy, x = dys[i], xs[i]
-        enters = _enters(dy, x, counts[i])
-        dys_in[i] = dy if enters else 0.0
-        xs_in[i] = x if enters else 0.0
-
-
-@njit(**CONTRACT)
-def _add_masked_gradient_row(dys, xs, counts, mean, s0, s1):
-    """Add a row (n,), as _add_gradient_row does, where dy and x enter."""
-    for c in range(s0.shape[0]):
-        dy, x = dys[c], xs[c]
-        enters = _enters(dy, x, counts[c])
-        d = np.float64(dy)
-        x_c = np.float64(x) - mean[c]
-        g = d if enters else 0.0
-        s0[c] += g
-        s1[c] += g * (x_c if enters else 0.0)
+    n = xs.shape[0]
+    whole = n // LANES * LANES
+    for i in range(0, whole, LANES):
+        _entering_vector(dys, xs, counts, i, None, dys_in, xs_in)
+    if whole < n:
+        _entering_vector(dys, xs, counts, whole, n - whole, dys_in, xs_in)
 
 
 @njit(**LEAF)
 def _add_gradient_rows(dy, x, mask, a, lo, hi, c0, c1, mean, s0, s1):
-    """Add rows lo to hi of dy[a] and x[a], columns c0 to c1, to the sums of _add_gradient_row."""
-    for i in range(lo, hi):
-        if mask is None:
-            _add_gradient_row(dy[a, i, c0:c1], x[a, i, c0:c1], mean, s0, s1)
-        else:
-            _add_masked_gradient_row(
-                dy[a, i, c0:c1], x[a, i, c0:c1], mask[a, i, c0:c1], mean, s0, s1
-            )
+    """Add rows lo to hi of dy[a] and x[a], columns c0 to c1, to the columns' sums."""
+    dys = stretch(dy, 0, dy.size)
+    if mask is None:
+        _add_to_columns(dys, x, None, a, lo, hi, c0, c1, mean, s0, s1)
+    else:
+        counts = stretch(mask, 0, mask.size)
+        _add_to_columns(dys, x, counts, a, lo, hi, c0, c1, mean, s0, s1)
 
 
 @cached_njit(**FLAGS)
@@ -828,20 +891,17 @@ def gradient_sums_columns(threads, dy, x, mask, part, width, mean, s0, s1):
         c0 = (task % n_blocks) * width
         c1 = min(n_folded, c0 + width)
         own = (np.zeros(room(3, c1 - c0, mean), mean.dtype),)
-        sums = rows_of(own[0], 3)
-        _copy(mean[a, c0:c1], sums[2])
+        sum_0, sum_1, means = _three_rows(own[0], c1 - c0)
+        _copy(stretch(mean, a * n_folded + c0, c1 - c0), means)
         lo, hi = k * part, min(length, (k + 1) * part)
-        _add_gradient_rows(
-            dy, x, mask, a, lo, hi, c0, c1,
-            sums[2, : c1 - c0], sums[0, : c1 - c0], sums[1, : c1 - c0],
-        )  # fmt: skip
+        _add_gradient_rows(dy, x, mask, a, lo, hi, c0, c1, means, sum_0, sum_1)
         for c in range(c0, min(c1, n_columns)):
-            s0[a, k, c] = sums[0, c - c0]
-            s1[a, k, c] = sums[1, c - c0]
+            s0[a, k, c] = sum_0[c - c0]
+            s1[a, k, c] = sum_1[c - c0]
         for f in range(n_columns, c1 - c0, n_columns):
             for c in range(n_columns):
-                s0[a, k, c] += sums[0, f + c]
-                s1[a, k, c] += sums[1, f + c]
+                s0[a, k, c] += sum_0[f + c]
+                s1[a, k, c] += sum_1[f + c]
         keep(own)
 
 
@@ -851,47 +911,57 @@ def _input_gradient(dy, x, counts, a, r, m, b, c):
     # r stays apart from b and c: at |x| = 1e30 their products would underflow in float32.
     direct = a * dy
     whole = direct + r * ((x - m) * b + c)
-    return whole if counts else direct
+    if counts is None:
+        return whole
+    return where(counts, whole, direct)
 
 
-@njit(**CONTRACT)
-def _backward(dys, xs, a, r, m, b, c, dxs):
-    for i in range(xs.shape[0]):
-        dxs[i] = _input_gradient(dys[i], xs[i], True, a, r, m, b, c)
+@njit(**LEAF)
+def _backward_vector(dys, xs, counts, i, n, a, r, m, b, c, dxs):
+    dy, x = load(dys, i, n), load(xs, i, n)
+    if counts is None:
+        dx = _input_gradient(dy, x, None, a, r, m, b, c)
+    else:
+        dx = _input_gradient(dy, x, load(counts, i, n), a, r, m, b, c)
+    store(dx, dxs, i, n)
 
 
-@njit(**CONTRACT)
-def _backward_in_place(dxs, xs, a, r, m, b, c):
-    for i in range(xs.shape[0]):
-        dxs[i] = _input_gradient(dxs[i], xs[i], True, a, r, m, b, c)
-
-
-@njit(**CONTRACT)
-def _masked_backward(dys, xs, counts, a, r, m, b, c, dxs):
-    for i in range(xs.shape[0]):
-        dxs[i] = _input_gradient(dys[i], xs[i], counts[i], a, r, m, b, c)
+@njit(**LEAF)
+def _backward(dys, xs, counts, a, r, m, b, c, dxs, ahead):
+    """Write the gradient of xs (n,), with the mask or None; ask for what is so far ahead of it."""
+    n = xs.shape[0]
+    whole = n // LANES * LANES
+    a, r, m, b, c = splat(a), splat(r), splat(m), splat(b), splat(c)
+    for i in range(0, whole, LANES):
+        fetch(dys, i + ahead)
+        fetch(xs, i + ahead)
+        _backward_vector(dys, xs, counts, i, None, a, r, m, b, c, dxs)
+    if whole < n:
+        _backward_vector(dys, xs, counts, whole, n - whole, a, r, m, b, c, dxs)
 
 
 @njit(**STREAM)
-def _stream_backward(dys, xs, counts, a, r, m, b, c, buffer, kept, dx, at):
+def _stream_backward(dys, xs, counts, a, r, m, b, c, buffer, kept, dx, at, ahead):
     """Make the gradient of xs (n,), and write it to dx (N,), as _stream_applied does.
 
     ``counts`` (n,) is the mask, or None.
     """
     n = xs.shape[0]
     for lo in range(0, n, BUFFER):
-        hi = min(lo + BUFFER, n)
-        target = buffer[kept:]
+        here = min(BUFFER, n - lo)
+        dys_here, xs_here = stretch(dys, lo, here), stretch(xs, lo, here)
+        target = stretch(buffer, kept, here)
         if counts is None:
-            _backward(dys[lo:hi], xs[lo:hi], a, r, m, b, c, target)
+            _backward(dys_here, xs_here, None, a, r, m, b, c, target, ahead)
         else:
-            _masked_backward(dys[lo:hi], xs[lo:hi], counts[lo:hi], a, r, m, b, c, target)
-        kept, at = _flush(buffer, kept + hi - lo, dx, at)
+            counts_here = stretch(counts, lo, here)
+            _backward(dys_here, xs_here, counts_here, a, r, m, b, c, target, ahead)
+        kept, at = _flush(buffer, kept + here, dx, at)
     return kept, at
 
 
 @cached_njit(**FLAGS)
-def backward_rows(threads, dy, x, mask, part, block, a, r, m, b, c, way, dx):
+def backward_rows(threads, dy, x, mask, part, block, a, r, m, b, c, dx):
     """Write dx: dy, x, mask or None (P, L), a, r, m, b, c (P, 1) -> dx (P, L)."""
     n_parts = max(1, (x.shape[1] + part - 1) // part)
     begin, end = share(threads, (x.shape[0] + block - 1) // block * n_parts)
@@ -905,59 +975,57 @@ def backward_rows(threads, dy, x, mask, part, block, a, r, m, b, c, way, dx):
             counts = _tile(mask, task, n_parts, part, block)
         for i in range(xs.shape[0]):
             p = first + i
-            if mask is not None:
-                _masked_backward(
-                    dys[i], xs[i], counts[i], a[p, 0], r[p, 0], m[p, 0], b[p, 0], c[p, 0], dxs[i]
-                )
-            elif way == IN_PLACE:
-                _backward_in_place(dxs[i], xs[i], a[p, 0], r[p, 0], m[p, 0], b[p, 0], c[p, 0])
+            rest = a[p, 0], r[p, 0], m[p, 0], b[p, 0], c[p, 0], dxs[i], AHEAD
+            if mask is None:
+                _backward(dys[i], xs[i], None, *rest)
             else:
-                _backward(dys[i], xs[i], a[p, 0], r[p, 0], m[p, 0], b[p, 0], c[p, 0], dxs[i])
-
-
-@njit(**CONTRACT)
-def _backward_row(dys, xs, a, r, m, b, c, dxs):
-    for i in range(xs.shape[0]):
-        dxs[i] = _input_gradient(dys[i], xs[i], True, a[i], r[i], m[i], b[i], c[i])
-
-
-@njit(**CONTRACT)
-def _masked_backward_row(dys, xs, counts, a, r, m, b, c, dxs):
-    for i in range(xs.shape[0]):
-        dxs[i] = _input_gradient(dys[i], xs[i], counts[i], a[i], r[i], m[i], b[i], c[i])
-
-
-@njit(**CONTRACT)
-def _backward_row_in_place(dxs, xs, a, r, m, b, c):
-    for i in range(xs.shape[0]):
-        dxs[i] = _input_gradient(dxs[i], xs[i], True, a[i], r[i], m[i], b[i], c[i])
+                _backward(dys[i], xs[i], counts[i], *rest)
 
 
 @njit(**LEAF)
-def _backward_rows(dy, x, mask, o, lo, hi, c0, c1, a, r, m, b, c, way, buffer, dx):
+def _backward_columns_vector(dys, xs, counts, i, n, a, r, m, b, c, dxs):
+    rest = load(a, i, n), load(r, i, n), load(m, i, n), load(b, i, n), load(c, i, n), dxs
+    _backward_vector(dys, xs, counts, i, n, *rest)
+
+
+@njit(**LEAF)
+def _backward_row(dys, xs, counts, a, r, m, b, c, dxs, ahead):
+    """Write the gradient of a row, as _backward does, with coefficients (n,)."""
+    n = xs.shape[0]
+    whole = n // LANES * LANES
+    for i in range(0, whole, LANES):
+        fetch(dys, i + ahead)
+        fetch(xs, i + ahead)
+        _backward_columns_vector(dys, xs, counts, i, None, a, r, m, b, c, dxs)
+    if whole < n:
+        _backward_columns_vector(dys, xs, counts, whole, n - whole, a, r, m, b, c, dxs)
+
+
+@njit(**LEAF)
+def _backward_rows(dy, x, mask, o, lo, hi, c0, c1, a, r, m, b, c, streamed, buffer, dx):
     """Write rows lo to hi of dx[o], columns c0 to c1: a, r, m, b, c (c1 - c0,)."""
-    out = dx.reshape(dx.size)
-    start = o * x.shape[1] * x.shape[2] + c0
-    kept, at = np.intp(0), start + lo * x.shape[2]
-    for i in range(lo, hi):
-        dys, xs, dxs = dy[o, i, c0:c1], x[o, i, c0:c1], dx[o, i, c0:c1]
-        if way == STREAMED and at + kept != start + i * x.shape[2]:
+    out, n, step = stretch(dx, 0, dx.size), c1 - c0, x.shape[2]
+    place = (o * x.shape[1] + lo) * step + c0
+    kept, at = np.intp(0), place
+    for _ in range(lo, hi):
+        if streamed and at + kept != place:
             _finish(buffer, kept, out, at)
-            kept, at = np.intp(0), start + i * x.shape[2]
-        target = _target(dxs, way, buffer, kept)
-        if mask is not None:
-            _masked_backward_row(dys, xs, mask[o, i, c0:c1], a, r, m, b, c, target)
-        elif way == IN_PLACE:
-            _backward_row_in_place(dxs, xs, a, r, m, b, c)
+            kept, at = np.intp(0), place
+        dys, xs = stretch(dy, place, n), stretch(x, place, n)
+        target = _target(out, place, n, streamed, buffer, kept)
+        if mask is None:
+            _backward_row(dys, xs, None, a, r, m, b, c, target, ROWS * step)
         else:
-            _backward_row(dys, xs, a, r, m, b, c, target)
-        if way == STREAMED:
-            kept, at = _flush(buffer, kept + c1 - c0, out, at)
+            counts = stretch(mask, place, n)
+            _backward_row(dys, xs, counts, a, r, m, b, c, target, ROWS * step)
+        if streamed:
+            kept, at = _flush(buffer, kept + n, out, at)
+        place += step
     _finish(buffer, kept, out, at)
 
 
 @cached_njit(**FLAGS)
-def backward_columns(threads, dy, x, mask, part, width, a, r, m, b, c, way, dx):
+def backward_columns(threads, dy, x, mask, part, width, a, r, m, b, c, streamed, dx):
     """Write dx: dy, x, mask or None (A, L, C), a, r, m, b, c (A, C) -> dx (A, L, C)."""
     n_outer, length, n_columns = x.shape
     n_parts = max(1, (length + part - 1) // part)
@@ -970,13 +1038,13 @@ def backward_columns(threads, dy, x, mask, part, width, a, r, m, b, c, way, dx):
         hi = min(length, lo + part)
         c0 = (task % n_blocks) * width
         c1 = min(n_columns, c0 + width)
-        own = np.empty(room(5, c1 - c0, dx), dx.dtype), _buffer(c1 - c0, way, dx)
+        own = np.empty(room(5, c1 - c0, dx), dx.dtype), _buffer(c1 - c0, streamed, dx)
         memory, buffer = lend(own)
         rows = rows_of(memory, 5)
         _copy_columns((a, r, m, b, c), o, c0, c1, rows)
         _backward_rows(
             dy, x, mask, o, lo, hi, c0, c1,
-            rows[0], rows[1], rows[2], rows[3], rows[4], way, buffer, dx,
+            rows[0], rows[1], rows[2], rows[3], rows[4], streamed, buffer, dx,
         )  # fmt: skip
         keep(own)
     fence()
@@ -1032,32 +1100,42 @@ def _statistics_of_rows(x, mask, first, last, center, count, mean, var):
         _write_statistics(g, n, mu, m2, center, count, mean, var)
 
 
-@njit(**CONTRACT)
-def _normalize_elements(xs, weight, bias, m, rstd, t, ys):
-    for i in range(xs.shape[0]):
-        ys[i] = _scale_shift(xs[i], m, rstd, t) * weight[i] + bias[i]
+@njit(**LEAF)
+def _normalize_vector(xs, i, n, weight, bias, m, rstd, t, ys):
+    x_hat = _scale_shift(load(xs, i, n), m, rstd, t)
+    store(x_hat * load(weight, i, n) + load(bias, i, n), ys, i, n)
 
 
-@njit(**CONTRACT)
-def _normalize_elements_in_place(ys, weight, bias, m, rstd, t):
-    for i in range(ys.shape[0]):
-        ys[i] = _scale_shift(ys[i], m, rstd, t) * weight[i] + bias[i]
+@njit(**LEAF)
+def _normalize_elements(xs, weight, bias, m, rstd, t, ys, ahead):
+    """Normalise xs (n,); ask for what is so far ahead of it."""
+    n = xs.shape[0]
+    whole = n // LANES * LANES
+    m, rstd, t = splat(m), splat(rstd), splat(t)
+    for i in range(0, whole, LANES):
+        fetch(xs, i + ahead)
+        _normalize_vector(xs, i, None, weight, bias, m, rstd, t, ys)
+    if whole < n:
+        _normalize_vector(xs, whole, n - whole, weight, bias, m, rstd, t, ys)
 
 
 @njit(**STREAM)
-def _stream_normalized(xs, weight, bias, m, rstd, t, buffer, kept, y, at):
+def _stream_normalized(xs, weight, bias, m, rstd, t, buffer, kept, y, at, ahead):
     """Normalise xs (n,), and write it to y (N,), as _stream_applied does."""
     n = xs.shape[0]
     for lo in range(0, n, BUFFER):
-        hi = min(lo + BUFFER, n)
-        _normalize_elements(xs[lo:hi], weight[lo:hi], bias[lo:hi], m, rstd, t, buffer[kept:])
-        kept, at = _flush(buffer, kept + hi - lo, y, at)
+        here = min(BUFFER, n - lo)
+        _normalize_elements(
+            stretch(xs, lo, here), stretch(weight, lo, here), stretch(bias, lo, here),
+            m, rstd, t, stretch(buffer, kept, here), ahead,
+        )  # fmt: skip
+        kept, at = _flush(buffer, kept + here, y, at)
     return kept, at
 
 
 @cached_njit(**FLAGS)
 def forward_elements(
-    threads, x, mask, weight, bias, eps, center, live, block, way, count, mean, var, y
+    threads, x, mask, weight, bias, eps, center, live, block, streamed, count, mean, var, y
 ):
     """Normalise rows: x, mask or None, y (M, D), weight, bias (G, D), count, mean, var (M,).
 
@@ -1066,11 +1144,13 @@ def forward_elements(
     n_weights = weight.shape[0]
     begin, end = share(threads, (x.shape[0] + block - 1) // block)
     x, weight, bias, count, mean, var, y = lend((x, weight, bias, count, mean, var, y))
-    own = np.empty(min(block, x.shape[0])), np.empty(3, y.dtype), _buffer(BUFFER, way, y)
+    own = np.empty(min(block, x.shape[0])), np.empty(3, y.dtype), _buffer(BUFFER, streamed, y)
     rstd, row, buffer = lend(own)
-    kept, out = np.intp(0), y.reshape(y.size)
+    kept, out = np.intp(0), stretch(y, 0, y.size)
     at = begin * block * x.shape[1]
     k = begin * block % n_weights
+    # While some rows are written, those that come next are asked for.
+    ahead = block * x.shape[1]
     for task in range(begin, end):
         first, last = task * block, min((task + 1) * block, x.shape[0])
         # Three loops: a short row waits longer for a root than for its sums.
@@ -1081,12 +1161,10 @@ def forward_elements(
             _row_coefficients(mean[g], rstd[g - first], row)
             m, r, t = row[0], row[1], row[2]
             w, b = weight[k], bias[k]
-            if way == STREAMED:
-                kept, at = _stream_normalized(x[g], w, b, m, r, t, buffer, kept, out, at)
-            elif way == IN_PLACE:
-                _normalize_elements_in_place(y[g], w, b, m, r, t)
+            if streamed:
+                kept, at = _stream_normalized(x[g], w, b, m, r, t, buffer, kept, out, at, ahead)
             else:
-                _normalize_elements(x[g], w, b, m, r, t, y[g])
+                _normalize_elements(x[g], w, b, m, r, t, y[g], ahead)
             k = k + 1 if k + 1 < n_weights else 0
     _finish(buffer, kept, out, at)
     fence()
@@ -1120,7 +1198,7 @@ def _next_groups(first, end, shape, block):
 
 @cached_njit(**FLAGS)
 def forward_groups(
-    threads, x, mask, feature, weight, bias, eps, center, live, block, way,
+    threads, x, mask, feature, weight, bias, eps, center, live, block, streamed,
     count, mean, var, y,
 ):  # fmt: skip
     """Normalise groups of R rows: x, mask or None, y (A, R, B, L), weight, bias (F,).
@@ -1142,14 +1220,16 @@ def forward_groups(
         mask_groups = mask.reshape(groups.shape)
         mask_rows = mask.reshape(x_rows.shape)
     y_rows = y.reshape(x_rows.shape)
-    own = np.empty(min(block, end - first)), np.empty(3, y.dtype), _buffer(BUFFER, way, y)
+    own = np.empty(min(block, end - first)), np.empty(3, y.dtype), _buffer(BUFFER, streamed, y)
     rstd, row, buffer = lend(own)
-    kept, out = np.intp(0), y.reshape(y.size)
+    kept, out = np.intp(0), stretch(y, 0, y.size)
     at = first * n_rows * length
     # A thread's groups are next to each other: the longer a run is, the faster it is read.
     while first < end:
         n_here, start, step, n_runs, n_in_run = _next_groups(first, end, x.shape, block)
         last = first + n_here
+        # While some groups are written, those that come next are asked for, if that is one run.
+        ahead = AHEAD if apart else n_here * n_rows * length
         if live and apart:
             own_sums = np.zeros(n_here, np.int64), np.zeros((3, n_here))
             n, sums = lend(own_sums)
@@ -1192,14 +1272,12 @@ def forward_groups(
                 row[0] = mu
                 row[1] = scale
                 row[2] = (np.float64(row[0]) - mu) * scale + bias[f]
-                if way == STREAMED:
+                if streamed:
                     kept, at = _stream_applied(
-                        x_rows[p], row[0], row[1], row[2], buffer, kept, out, at
+                        x_rows[p], row[0], row[1], row[2], buffer, kept, out, at, ahead
                     )
-                elif way == IN_PLACE:
-                    _apply_in_place(y_rows[p], row[0], row[1], row[2])
                 else:
-                    _apply(x_rows[p], row[0], row[1], row[2], y_rows[p])
+                    _apply(x_rows[p], row[0], row[1], row[2], y_rows[p], ahead)
         first = last
     _finish(buffer, kept, out, at)
     fence()
@@ -1220,7 +1298,7 @@ def _group_coefficients(count, mean, rstd, g0, g1, center, row):
 
 @cached_njit(**FLAGS)
 def backward_groups(
-    threads, dy, x, mask, feature, weight, eps, center, live, block, way,
+    threads, dy, x, mask, feature, weight, eps, center, live, block, streamed,
     count, mean, var, dx, s0, s1,
 ):  # fmt: skip
     """Write dx of groups of R rows, and each row's sums of dy and dy * x_hat, s0, s1 (A * R * B,).
@@ -1241,11 +1319,11 @@ def backward_groups(
     n_most = min(block, end - first)
     own = (
         np.empty((3, n_most)), np.empty((n_most, 4), dx.dtype), np.empty(1, dx.dtype),
-        _buffer(BUFFER, way, dx),
+        _buffer(BUFFER, streamed, dx),
     )  # fmt: skip
     sums, rows, row, buffer = lend(own)
     rstd, g0, g1 = sums[0], sums[1], sums[2]
-    kept, out = np.intp(0), dx.reshape(dx.size)
+    kept, out = np.intp(0), stretch(dx, 0, dx.size)
     at = first * n_rows * length
     # A thread's groups are next to each other: the longer a run is, the faster it is read.
     while first < end:
@@ -1258,9 +1336,9 @@ def backward_groups(
                 g = j if apart else i
                 mu = mean[first + g]
                 if mask is None:
-                    sum_1, sum_x = _gradient_sums(dy_rows[p], x_rows[p], mu)
+                    sum_1, sum_x = _gradient_sums(dy_rows[p], x_rows[p], None, mu)
                 else:
-                    sum_1, sum_x = _masked_gradient_sums(dy_rows[p], x_rows[p], counts[p], mu)
+                    sum_1, sum_x = _gradient_sums(dy_rows[p], x_rows[p], counts[p], mu)
                 s0[p] = sum_1
                 s1[p] = sum_x
                 g0[g] += weight[feature[p]] * sum_1
@@ -1279,21 +1357,19 @@ def backward_groups(
                 g = j if apart else i
                 s1[p] *= rstd[g]
                 row[0] = rstd[g] * weight[feature[p]]
-                a, r, m, b, c = row[0], rows[g, 0], rows[g, 1], rows[g, 2], rows[g, 3]
+                by = row[0], rows[g, 0], rows[g, 1], rows[g, 2], rows[g, 3]
                 if not live:
-                    _scale(dy_rows[p], a, dx_rows[p])
-                elif way == STREAMED:
-                    rest = a, r, m, b, c, buffer, kept, out, at
+                    _scale(dy_rows[p], row[0], dx_rows[p])
+                elif streamed:
+                    rest = buffer, kept, out, at, AHEAD
                     if mask is None:
-                        kept, at = _stream_backward(dy_rows[p], x_rows[p], None, *rest)
+                        kept, at = _stream_backward(dy_rows[p], x_rows[p], None, *by, *rest)
                     else:
-                        kept, at = _stream_backward(dy_rows[p], x_rows[p], counts[p], *rest)
-                elif mask is not None:
-                    _masked_backward(dy_rows[p], x_rows[p], counts[p], a, r, m, b, c, dx_rows[p])
-                elif way == IN_PLACE:
-                    _backward_in_place(dx_rows[p], x_rows[p], a, r, m, b, c)
+                        kept, at = _stream_backward(dy_rows[p], x_rows[p], counts[p], *by, *rest)
+                elif mask is None:
+                    _backward(dy_rows[p], x_rows[p], None, *by, dx_rows[p], AHEAD)
                 else:
-                    _backward(dy_rows[p], x_rows[p], a, r, m, b, c, dx_rows[p])
+                    _backward(dy_rows[p], x_rows[p], counts[p], *by, dx_rows[p], AHEAD)
         first += n_here
     _finish(buffer, kept, out, at)
     fence()
@@ -1342,7 +1418,7 @@ def _fill_columns(first, span, n_columns, n_folded, row, rows):
 
 @cached_njit(**FLAGS)
 def forward_group_columns(
-    threads, x, mask, feature, weight, bias, eps, center, live, width, span, way,
+    threads, x, mask, feature, weight, bias, eps, center, live, width, span, streamed,
     count, mean, var, y,
 ):  # fmt: skip
     """Normalise groups of columns: x, mask or None, y (A, L, F * C), weight, bias (F,).
@@ -1368,8 +1444,7 @@ def forward_group_columns(
         if live:
             own_sums = np.zeros(c1 - c0, np.int64), np.zeros(room(3, c1 - c0, mean), mean.dtype)
             n, memory = lend(own_sums)
-            sums = rows_of(memory, 3)
-            s1, s2, shift = sums[0, : c1 - c0], sums[1, : c1 - c0], sums[2, : c1 - c0]
+            s1, s2, shift = _three_rows(memory, c1 - c0)
             _shifts_of_groups(x, mask, a, c0, c1, n_columns, size, shift)
             _add_rows(x, mask, a, 0, length, c0, c1, shift, n, s1, s2)
             for g in range(n_here):
@@ -1385,7 +1460,7 @@ def forward_group_columns(
         own = (
             _rstds(count[first:last], var[first:last], eps),
             np.empty(room(3, c1 - c0, y), y.dtype), np.empty(3, y.dtype),
-            _buffer(c1 - c0, way, y),
+            _buffer(c1 - c0, streamed, y),
         )  # fmt: skip
         rstd, memory, row, buffer = lend(own)
         rows = rows_of(memory, 3)
@@ -1399,14 +1474,14 @@ def forward_group_columns(
                 row[2] = (np.float64(row[0]) - mu) * scale + bias[feature[p]]
                 _fill_columns(c, span, n_columns, c1 - c0, row, rows)
                 p += 1
-        _apply_rows(x, a, 0, length, c0, c1, rows[0], rows[1], rows[2], way, buffer, y)
+        _apply_rows(x, a, 0, length, c0, c1, rows[0], rows[1], rows[2], streamed, buffer, y)
         keep(own)
     fence()
 
 
 @cached_njit(**FLAGS)
 def backward_group_columns(
-    threads, dy, x, mask, feature, weight, eps, center, live, width, span, way,
+    threads, dy, x, mask, feature, weight, eps, center, live, width, span, streamed,
     count, mean, var, dx, s0, s1,
 ):  # fmt: skip
     """Write dx of groups of columns, and the sums of dy and dy * x_hat over each span.
@@ -1429,7 +1504,7 @@ def backward_group_columns(
         own = (
             np.zeros(room(3, c1 - c0, mean), mean.dtype), np.empty(room(5, c1 - c0, dx), dx.dtype),
             np.empty(5, dx.dtype), _rstds(count[first:last], var[first:last], eps),
-            _buffer(c1 - c0, way, dx),
+            _buffer(c1 - c0, streamed, dx),
         )  # fmt: skip
         sums, memory, row, rstd, buffer = lend(own)
         s, rows = rows_of(sums, 3), rows_of(memory, 5)
@@ -1469,7 +1544,7 @@ def backward_group_columns(
         else:
             _backward_rows(
                 dy, x, mask, a, 0, length, c0, c1,
-                rows[0], rows[1], rows[2], rows[3], rows[4], way, buffer, dx,
+                rows[0], rows[1], rows[2], rows[3], rows[4], streamed, buffer, dx,
             )  # fmt: skip
         keep(own)
     fence()
@@ -1492,21 +1567,26 @@ def feature_gradients(feature, s0, s1, dbias, dweight):
 # Element columns: the same where a group is a column of x (A, D, B), and row i has weight i.
 
 
-@njit(**CONTRACT)
+@njit(**LEAF)
+def _normalize_row_vector(xs, c, n, m, rstd, t, weight, bias, ys):
+    x_hat = _scale_shift(load(xs, c, n), load(m, c, n), load(rstd, c, n), load(t, c, n))
+    store(x_hat * weight + bias, ys, c, n)
+
+
+@njit(**LEAF)
 def _normalize_row(xs, m, rstd, t, weight, bias, ys):
-    for c in range(xs.shape[0]):
-        ys[c] = _scale_shift(xs[c], m[c], rstd[c], t[c]) * weight + bias
-
-
-@njit(**CONTRACT)
-def _normalize_row_in_place(ys, m, rstd, t, weight, bias):
-    for c in range(ys.shape[0]):
-        ys[c] = _scale_shift(ys[c], m[c], rstd[c], t[c]) * weight + bias
+    n = xs.shape[0]
+    whole = n // LANES * LANES
+    weight, bias = splat(weight), splat(bias)
+    for c in range(0, whole, LANES):
+        _normalize_row_vector(xs, c, None, m, rstd, t, weight, bias, ys)
+    if whole < n:
+        _normalize_row_vector(xs, whole, n - whole, m, rstd, t, weight, bias, ys)
 
 
 @cached_njit(**FLAGS)
 def forward_element_columns(
-    threads, x, weight, bias, eps, center, live, width, way, count, mean, var, y
+    threads, x, weight, bias, eps, center, live, width, count, mean, var, y
 ):
     """Normalise columns: x, y (A, D, B), weight, bias (D,), count, mean, var (A, B).
 
@@ -1523,8 +1603,8 @@ def forward_element_columns(
             shift = np.zeros(c1 - c0)
             if length > 0:
                 _copy(x[a, 0, c0:c1], shift)
-            for i in range(length):
-                _add_row(x[a, i, c0:c1], shift, s1, s2)
+            n = np.zeros(c1 - c0, np.int64)
+            _add_rows(x, None, a, 0, length, c0, c1, shift, n, s1, s2)
             for c in range(c0, c1):
                 mu, _, m2 = _unshift(length, shift[c - c0], s1[c - c0], s2[c - c0])
                 _write_statistics((a, c), length, mu, m2, center, count, mean, var)
@@ -1534,10 +1614,7 @@ def forward_element_columns(
             _row_coefficients(mean[a, c], rstds[c - c0], rows[c - c0])
         m, rstd, t = rows[:, 0].copy(), rows[:, 1].copy(), rows[:, 2].copy()
         for i in range(length):
-            if way == IN_PLACE:
-                _normalize_row_in_place(y[a, i, c0:c1], m, rstd, t, weight[i], bias[i])
-            else:
-                _normalize_row(x[a, i, c0:c1], m, rstd, t, weight[i], bias[i], y[a, i, c0:c1])
+            _normalize_row(x[a, i, c0:c1], m, rstd, t, weight[i], bias[i], y[a, i, c0:c1])
 
 
 @njit(**CONTRACT)
@@ -1559,16 +1636,24 @@ def _row_gradients(dys, xs, m, rstd, t):
     return dweight, dbias
 
 
-@njit(**CONTRACT)
+@njit(**LEAF)
+def _backward_element_row_vector(dys, xs, i, n, weight, m, rstd, t, c0, c1, dxs):
+    dx = _element_gradient(
+        load(dys, i, n), load(xs, i, n), None, weight,
+        load(m, i, n), load(rstd, i, n), load(t, i, n), load(c0, i, n), load(c1, i, n),
+    )  # fmt: skip
+    store(dx, dxs, i, n)
+
+
+@njit(**LEAF)
 def _backward_element_row(dys, xs, weight, m, rstd, t, c0, c1, dxs):
-    for c in range(xs.shape[0]):
-        dxs[c] = _element_gradient(dys[c], xs[c], True, weight, m[c], rstd[c], t[c], c0[c], c1[c])
-
-
-@njit(**CONTRACT)
-def _backward_element_row_in_place(dxs, xs, weight, m, rstd, t, c0, c1):
-    for c in range(dxs.shape[0]):
-        dxs[c] = _element_gradient(dxs[c], xs[c], True, weight, m[c], rstd[c], t[c], c0[c], c1[c])
+    n = xs.shape[0]
+    whole = n // LANES * LANES
+    weight = splat(weight)
+    for i in range(0, whole, LANES):
+        _backward_element_row_vector(dys, xs, i, None, weight, m, rstd, t, c0, c1, dxs)
+    if whole < n:
+        _backward_element_row_vector(dys, xs, whole, n - whole, weight, m, rstd, t, c0, c1, dxs)
 
 
 @njit(**CONTRACT)
@@ -1579,7 +1664,7 @@ def _apply_weight_row(dys, weight, rstd, dxs):
 
 @cached_njit(**FLAGS)
 def backward_element_columns(
-    threads, dy, x, weight, eps, center, live, affine, width, way,
+    threads, dy, x, weight, eps, center, live, affine, width,
     count, mean, var, dx, dweight, dbias,
 ):  # fmt: skip
     """Write dx and parameter gradients of columns: dy, x, dx (A, D, B), weight (D,).
@@ -1620,10 +1705,6 @@ def backward_element_columns(
                     dbias[task, i] += sum_1
                 if not live:
                     _apply_weight_row(dy[a, i, c0:c1], weight[i], rstds, dx[a, i, c0:c1])
-                elif way == IN_PLACE:
-                    _backward_element_row_in_place(
-                        dx[a, i, c0:c1], x[a, i, c0:c1], weight[i], m, rstds, t, means[0], means[1]
-                    )
                 else:
                     _backward_element_row(
                         dy[a, i, c0:c1], x[a, i, c0:c1], weight[i], m, rstds, t,
@@ -1678,39 +1759,51 @@ def _element_gradient(dy, x, counts, weight, m, rstd, t, c0, c1):
     """Return dx = rstd * (dy * weight - c0 - x_hat * c1)."""
     g = dy * weight
     whole = rstd * (g - c0 - _scale_shift(x, m, rstd, t) * c1)
-    return whole if counts else rstd * g
+    if counts is None:
+        return whole
+    return where(counts, whole, rstd * g)
 
 
-@njit(**CONTRACT)
-def _backward_elements(dys, xs, weight, m, rstd, t, c0, c1, dxs):
-    for i in range(xs.shape[0]):
-        dxs[i] = _element_gradient(dys[i], xs[i], True, weight[i], m, rstd, t, c0, c1)
+@njit(**LEAF)
+def _backward_element_vector(dys, xs, counts, i, n, weight, m, rstd, t, c0, c1, dxs):
+    dy, x, w = load(dys, i, n), load(xs, i, n), load(weight, i, n)
+    if counts is None:
+        dx = _element_gradient(dy, x, None, w, m, rstd, t, c0, c1)
+    else:
+        dx = _element_gradient(dy, x, load(counts, i, n), w, m, rstd, t, c0, c1)
+    store(dx, dxs, i, n)
 
 
-@njit(**CONTRACT)
-def _backward_elements_in_place(dxs, xs, weight, m, rstd, t, c0, c1):
-    for i in range(xs.shape[0]):
-        dxs[i] = _element_gradient(dxs[i], xs[i], True, weight[i], m, rstd, t, c0, c1)
-
-
-@njit(**CONTRACT)
-def _masked_backward_elements(dys, xs, counts, weight, m, rstd, t, c0, c1, dxs):
-    for i in range(xs.shape[0]):
-        dxs[i] = _element_gradient(dys[i], xs[i], counts[i], weight[i], m, rstd, t, c0, c1)
+@njit(**LEAF)
+def _backward_elements(dys, xs, counts, weight, m, rstd, t, c0, c1, dxs, ahead):
+    """Write the gradient of xs (n,), with the mask or None; ask for what is so far ahead of it."""
+    n = xs.shape[0]
+    whole = n // LANES * LANES
+    m, rstd, t, c0, c1 = splat(m), splat(rstd), splat(t), splat(c0), splat(c1)
+    for i in range(0, whole, LANES):
+        fetch(dys, i + ahead)
+        fetch(xs, i + ahead)
+        _backward_element_vector(dys, xs, counts, i, None, weight, m, rstd, t, c0, c1, dxs)
+    if whole < n:
+        _backward_element_vector(dys, xs, counts, whole, n - whole, weight, m, rstd, t, c0, c1, dxs)
 
 
 @njit(**STREAM)
-def _stream_backward_elements(dys, xs, counts, weight, m, rstd, t, c0, c1, buffer, kept, dx, at):
+def _stream_backward_elements(
+    dys, xs, counts, weight, m, rstd, t, c0, c1, buffer, kept, dx, at, ahead
+):
     """Make the gradient of xs (n,), and write it to dx (N,), as _stream_backward does."""
     n = xs.shape[0]
     for lo in range(0, n, BUFFER):
-        hi = min(lo + BUFFER, n)
-        dys_here, xs_here, rest = dys[lo:hi], xs[lo:hi], (weight[lo:hi], m, rstd, t, c0, c1)
+        here = min(BUFFER, n - lo)
+        dys_here, xs_here = stretch(dys, lo, here), stretch(xs, lo, here)
+        rest, target = (stretch(weight, lo, here), m, rstd, t, c0, c1), stretch(buffer, kept, here)
         if counts is None:
-            _backward_elements(dys_here, xs_here, *rest, buffer[kept:])
+            _backward_elements(dys_here, xs_here, None, *rest, target, ahead)
         else:
-            _masked_backward_elements(dys_here, xs_here, counts[lo:hi], *rest, buffer[kept:])
-        kept, at = _flush(buffer, kept + hi - lo, dx, at)
+            counts_here = stretch(counts, lo, here)
+            _backward_elements(dys_here, xs_here, counts_here, *rest, target, ahead)
+        kept, at = _flush(buffer, kept + here, dx, at)
     return kept, at
 
 
@@ -1773,7 +1866,7 @@ def _add_up(values, totals):
 
 @cached_njit(**FLAGS)
 def backward_elements(
-    threads, dy, x, mask, weight, eps, center, live, affine, way,
+    threads, dy, x, mask, weight, eps, center, live, affine, streamed,
     count, mean, var, dx, dweight, dbias,
 ):  # fmt: skip
     """Write dx and parameter gradients of rows: dy, x, mask or None, dx (M, D), weight (G, D).
@@ -1794,13 +1887,14 @@ def backward_elements(
         np.empty(block * n_weights), np.empty((4, 2)), np.empty((4, 3), dx.dtype),
         np.empty((2, 4), dx.dtype),
         np.empty((2, 4, 0 if mask is None else min(ELEMENTS, length)), x.dtype),
-        _buffer(BUFFER, way, dx),
+        _buffer(BUFFER, streamed, dx),
         np.empty(room(2, n_weights * length if affine else 0, dweight), dweight.dtype),
     )  # fmt: skip
     rstd, sums, rows, c, entering, buffer, memory = lend(own)
     gradients = rows_of(memory, 2)  # of weight and bias
-    kept, out = np.intp(0), dx.reshape(dx.size)
+    kept, out = np.intp(0), stretch(dx, 0, dx.size)
     at = begin * block * n_weights * length
+    ahead = 4 * length if n_weights == 1 else length
     for task in range(begin, end):
         first, last = task * block, min((task + 1) * block, n_samples)
         i0, i1 = first * n_weights, last * n_weights
@@ -1839,27 +1933,24 @@ def backward_elements(
                 for j in range(n_here):
                     i = row + j * n_weights
                     m, r, t = rows[j, 0], rows[j, 1], rows[j, 2]
+                    by = weight[k], m, r, t, c[0, j], c[1, j]
                     if not live:
                         _apply_weight(dy[i], weight[k], r, dx[i])
-                    elif way == STREAMED:
+                    elif streamed:
                         if at + kept != i * length:
                             _finish(buffer, kept, out, at)
                             kept, at = np.intp(0), i * length
-                        others = weight[k], m, r, t, c[0, j], c[1, j], buffer, kept, out, at
+                        where_to = buffer, kept, out, at, ahead
                         if mask is None:
-                            kept, at = _stream_backward_elements(dy[i], x[i], None, *others)
+                            kept, at = _stream_backward_elements(dy[i], x[i], None, *by, *where_to)
                         else:
-                            kept, at = _stream_backward_elements(dy[i], x[i], mask[i], *others)
-                    elif mask is not None:
-                        _masked_backward_elements(
-                            dy[i], x[i], mask[i], weight[k], m, r, t, c[0, j], c[1, j], dx[i]
-                        )
-                    elif way == IN_PLACE:
-                        _backward_elements_in_place(
-                            dx[i], x[i], weight[k], m, r, t, c[0, j], c[1, j]
-                        )
+                            kept, at = _stream_backward_elements(
+                                dy[i], x[i], mask[i], *by, *where_to
+                            )
+                    elif mask is None:
+                        _backward_elements(dy[i], x[i], None, *by, dx[i], ahead)
                     else:
-                        _backward_elements(dy[i], x[i], weight[k], m, r, t, c[0, j], c[1, j], dx[i])
+                        _backward_elements(dy[i], x[i], mask[i], *by, dx[i], ahead)
         if affine:
             _add_up(gradients[0, : n_weights * length], dweight[task])
             _add_up(gradients[1, : n_weights * length], dbias[task])

@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 from numbanorm import _kernels, _threads
 from numbanorm._axes import TASKS, Array, Axes, Geometry, Plan, memory_order
 from numbanorm._checks import bool_mask, float_array, output_array, same_memory
-from numbanorm._lines import DIRECT, IN_PLACE, STREAMED, cache_size
+from numbanorm._lines import cache_size
 from numbanorm.moments import Moments, Parts, merge_pieces, piece_moments
 
 Float64 = NDArray[np.float64]
@@ -192,11 +192,11 @@ def normalize(
     plan = saved.plan
     target, unset = plan.to_target(y)
     saved.fixed = fixed is not None
-    way = _way(saved, saved.x_is_lost and unset is None, 1, target)
+    streamed = _is_streamed(saved, saved.x_is_lost and unset is None, 1, target)
     if plan.by_group:
-        _forward_groups(saved, weight, bias, fixed, way, target)
+        _forward_groups(saved, weight, bias, fixed, streamed, target)
     else:
-        _forward_pieces(saved, weight, bias, fixed, way, target)
+        _forward_pieces(saved, weight, bias, fixed, streamed, target)
     if unset is not None:
         unset[...] = target.reshape(unset.shape)
     return y, saved
@@ -245,10 +245,11 @@ def restore(
     return saved
 
 
-def _way(saved: Saved, in_place: bool, n_read: int, y: Array) -> int:
-    """Return how y is written, the view of an output that is made of so many arrays of its size."""
-    if in_place:
-        return IN_PLACE
+def _is_streamed(saved: Saved, in_place: bool, n_read: int, y: Array) -> bool:
+    """Tell whether y, the view of an output, is written past the caches.
+
+    It is made of so many arrays of its size.
+    """
     plan, size = saved.plan, cache_size()
     # Where x is read once there is nothing to be kept in a cache, and no gain.
     once = saved.fixed and len(saved.geometry.reductions) == 1
@@ -256,10 +257,10 @@ def _way(saved: Saved, in_place: bool, n_read: int, y: Array) -> int:
     in_runs = plan.by_group
     if plan.columns:
         in_runs = not plan.elements and plan.tiles.block >= min(plan.view[-1], STREAM_PARTS_FROM)
-    if once or not in_runs or y.shape[-1] < STREAM_FROM or size is None:
-        return DIRECT
+    if in_place or once or not in_runs or y.shape[-1] < STREAM_FROM or size is None:
+        return False
     # A step has other arrays yet: long before y alone fills a cache, it drives out what is needed.
-    return STREAMED if (n_read + 1) * y.nbytes >= size // 4 else DIRECT
+    return (n_read + 1) * y.nbytes >= size // 4
 
 
 def _forward_groups(
@@ -267,7 +268,7 @@ def _forward_groups(
     weight: Array | None,
     bias: Array | None,
     fixed: tuple[Array, Array] | None,
-    way: int,
+    streamed: bool,
     y: Array,
 ) -> None:
     plan, shape = saved.plan, saved.plan.groups_shape
@@ -279,8 +280,9 @@ def _forward_groups(
         saved.n = np.ones(shape, np.int64)
         saved.mean, saved.var = plan.from_grid(mean), plan.from_grid(var)
     parameters = saved.weight, _parameter(saved, bias, 0.0, y.dtype)
+    options = () if plan.elements and plan.columns else (streamed,)
     rest = (
-        saved.eps, saved.center, fixed is None, *plan.cut, way,
+        saved.eps, saved.center, fixed is None, *plan.cut, *options,
         saved.n, saved.mean, saved.var, y,
     )  # fmt: skip
     args: tuple[Any, ...]
@@ -313,7 +315,7 @@ def _forward_pieces(
     weight: Array | None,
     bias: Array | None,
     fixed: tuple[Array, Array] | None,
-    way: int,
+    streamed: bool,
     y: Array,
 ) -> None:
     geometry, plan = saved.geometry, saved.plan
@@ -336,7 +338,7 @@ def _forward_pieces(
             array[where].reshape(shape)[...] = running.reshape(geometry.running_grid)
     saved.weight = _feature_parameter(saved, weight, 1.0)
     m, s, t = _coefficients(saved, _feature_parameter(saved, bias, 0.0), y.dtype)
-    _apply(plan, saved.x, m, s, t, way, y)
+    _apply(plan, saved.x, m, s, t, streamed, y)
 
 
 @np.errstate(all="ignore")  # NaN and Inf are the user's, and reach what they should
@@ -369,11 +371,12 @@ def _coefficients(saved: Saved, bias: Float64, dtype: Any) -> Iterable[Array]:
     return plan.fold_pieces(found)
 
 
-def _apply(plan: Plan, x: Array, m: Array, s: Array, t: Array, way: int, y: Array) -> None:
+def _apply(plan: Plan, x: Array, m: Array, s: Array, t: Array, streamed: bool, y: Array) -> None:
     """Write y = (x - m) * s + t."""
     kernel = _kernels.apply_columns if plan.columns else _kernels.apply_rows
     _, part, block = plan.tiles
-    _threads.run(kernel, y.size, x, part, block, m, s, t, way, y)
+    options = (streamed,) if plan.columns else ()
+    _threads.run(kernel, y.size, x, part, block, m, s, t, *options, y)
 
 
 def backward(
@@ -399,13 +402,13 @@ def backward(
     plan = saved.plan
     dy_view = plan.to_view(gradient)
     target, unset = plan.to_target(dx)
-    way = _way(saved, unset is None and same_memory(gradient, dx), 2, target)
+    streamed = _is_streamed(saved, unset is None and same_memory(gradient, dx), 2, target)
     differentiate = (
         _backward_elements if plan.elements
         else _backward_groups if plan.by_group
         else _backward_pieces
     )  # fmt: skip
-    parameters = differentiate(saved, dy_view, way, target)
+    parameters = differentiate(saved, dy_view, streamed, target)
     if unset is not None:
         unset[...] = target.reshape(unset.shape)
     return dx, *parameters
@@ -414,11 +417,11 @@ def backward(
 Parameters = tuple[Float64 | None, Float64 | None, Float64, Float64]
 
 
-def _backward_elements(saved: Saved, dy: Array, way: int, dx: Array) -> Parameters:
+def _backward_elements(saved: Saved, dy: Array, streamed: bool, dx: Array) -> Parameters:
     plan, geometry = saved.plan, saved.geometry
     affine = saved.has_weight or saved.has_bias
     dweight, dbias = np.zeros((2, *(plan.gradient_parts if affine else (TASKS, 0))))
-    rest = way, saved.n, saved.mean, saved.var, dx, dweight, dbias
+    rest = saved.n, saved.mean, saved.var, dx, dweight, dbias
     options = saved.eps, saved.center, not saved.fixed, affine
     if plan.columns:
         _threads.run(
@@ -428,7 +431,7 @@ def _backward_elements(saved: Saved, dy: Array, way: int, dx: Array) -> Paramete
     else:
         _threads.run(
             _kernels.backward_elements, dy.size,
-            dy, saved.x, saved.mask, saved.weight, *options, *rest,
+            dy, saved.x, saved.mask, saved.weight, *options, streamed, *rest,
         )  # fmt: skip
 
     def unfold(blocks: Array) -> Array:
@@ -452,14 +455,14 @@ def _sum(blocks: Array) -> Array:
     return total
 
 
-def _backward_groups(saved: Saved, dy: Array, way: int, dx: Array) -> Parameters:
+def _backward_groups(saved: Saved, dy: Array, streamed: bool, dx: Array) -> Parameters:
     plan, geometry = saved.plan, saved.geometry
     s0, s1 = np.empty((2, len(plan.features)))
     kernel = _kernels.backward_group_columns if plan.columns else _kernels.backward_groups
     _threads.run(
         kernel, dy.size,
         dy, saved.x, saved.mask, plan.features, saved.weight, saved.eps, saved.center,
-        not saved.fixed, *plan.cut, way, saved.n, saved.mean, saved.var, dx, s0, s1,
+        not saved.fixed, *plan.cut, streamed, saved.n, saved.mean, saved.var, dx, s0, s1,
     )  # fmt: skip
     dweight, dbias = np.zeros((2, len(saved.weight)))
     _kernels.feature_gradients(plan.features, s0, s1, dbias, dweight)
@@ -484,7 +487,7 @@ def _gradient_sums(saved: Saved, dy: Array) -> tuple[Float64, Float64]:
     return s0, s1
 
 
-def _backward_pieces(saved: Saved, dy: Array, way: int, dx: Array) -> Parameters:
+def _backward_pieces(saved: Saved, dy: Array, streamed: bool, dx: Array) -> Parameters:
     geometry, plan, groups = saved.geometry, saved.plan, saved.plan.groups
     s0, s1 = _gradient_sums(saved, dy)
     p, q = saved.mixture or ALONE
@@ -512,13 +515,14 @@ def _backward_pieces(saved: Saved, dy: Array, way: int, dx: Array) -> Parameters
     coefficients = plan.fold_pieces(coefficients)
     if saved.fixed and len(groups.slices) == 1:
         zero = np.zeros_like(coefficients[0])
-        _apply(plan, dy, zero, coefficients[0], zero, way, dx)
+        _apply(plan, dy, zero, coefficients[0], zero, streamed, dx)
     else:
         kernel = _kernels.backward_columns if plan.columns else _kernels.backward_rows
         _, part, block = plan.tiles
+        options = (streamed,) if plan.columns else ()
         _threads.run(
             kernel, dy.size,
-            dy, saved.x, saved.mask, part, block, *coefficients, way, dx,
+            dy, saved.x, saved.mask, part, block, *coefficients, *options, dx,
         )  # fmt: skip
     return (
         dweight.reshape(geometry.param_shape) if saved.has_weight else None,

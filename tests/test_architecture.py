@@ -19,6 +19,7 @@ LEVEL = {
     "_cache": 0,
     "_launch": 0,
     "_lines": 0,
+    "_vectors": 0,
     "_kernels": 1,
     "_threads": 2,
     "_checks": 2,
@@ -78,7 +79,16 @@ def test_only_one_file_imports_torch(path):
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: p.stem)
 def test_kernels_stand_in_one_file(path):
     # The compile cache of a kernel does not notice when a function in another file changes.
-    compiling = "_cache", "_kernels", "_launch", "_lines", "_threads", "_warmup", "__main__"
+    compiling = (
+        "_cache",
+        "_kernels",
+        "_launch",
+        "_lines",
+        "_threads",
+        "_vectors",
+        "_warmup",
+        "__main__",
+    )
     if path.stem not in compiling:
         assert [w for name, w in imported(path) if name.split(".")[0] == "numba"] == []
 

@@ -1,0 +1,294 @@
+"""Vectors: some elements next to each other, as a core calculates with them.
+
+A loop over arrays is vectorised by LLVM, which does not know that they do not overlap, writes each
+loop several times over for that, and takes long to do so. Here a loop says what is in registers:
+
+- Sums of columns stay there while several rows are added. In an array they would be loaded and
+  stored for each row, which takes longer than to read x from a cache; and a load waits for an
+  earlier store whose address may be the same, of which a core compares the last 12 bits: how long
+  is a matter of where the arrays happen to lie.
+- It can ask for memory ahead of what it calculates with. Left alone, a core sometimes sees a
+  pattern in what it reads, and sometimes not, which takes twice to three times as long.
+"""
+
+import operator
+from typing import Any
+
+import numba
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.core.typing.templates import AbstractTemplate, infer_global, signature
+from numba.extending import intrinsic, lower_builtin, models, register_model
+
+# Elements of a vector: float64 sums of so many, and what they are made of, fit in the registers.
+LANES = 16
+# Bytes that are asked for at once.
+LINE = 64
+
+
+class Vector(types.Type):  # type: ignore[misc]
+    """LANES elements, of which operators make others, one by one.
+
+    A product and a sum of it may be rounded together.
+    """
+
+    def __init__(self, dtype: Any) -> None:
+        self.dtype = dtype
+        super().__init__(f"Vector({dtype})")
+
+
+@register_model(Vector)
+class _VectorModel(models.PrimitiveModel):  # type: ignore[misc]
+    def __init__(self, data_model_manager: Any, vector: Any) -> None:
+        element = data_model_manager.lookup(vector.dtype).get_value_type()
+        super().__init__(data_model_manager, vector, ir.VectorType(element, LANES))
+
+
+def _define(function: Any, takes: Any, makes: Any, generate: Any) -> None:
+    """Let two vectors have an operator: for elements of some types, with others as its result."""
+
+    @infer_global(function)
+    class _Typing(AbstractTemplate):  # type: ignore[misc]
+        def generic(self, args: Any, kws: Any) -> Any:
+            if len(args) == 2 and isinstance(args[0], Vector) and args[0] == args[1]:
+                dtype = args[0].dtype
+                if isinstance(dtype, takes):
+                    return signature(Vector(makes or dtype), *args)
+            return None
+
+    @lower_builtin(function, Vector, Vector)
+    def lower(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return generate(builder, *args)
+
+
+def _rounded_together(operation: str) -> Any:
+    return lambda builder, a, b: getattr(builder, operation)(a, b, flags=("contract",))
+
+
+def _not_equal(builder: Any, a: Any, b: Any) -> Any:
+    return builder.fcmp_unordered("!=", a, b)
+
+
+def _of_booleans(operation: str) -> Any:
+    return lambda builder, a, b: getattr(builder, operation)(a, b)
+
+
+for _function, _operation in (
+    (operator.add, "fadd"), (operator.iadd, "fadd"), (operator.sub, "fsub"), (operator.mul, "fmul"),
+):  # fmt: skip
+    _define(_function, types.Float, None, _rounded_together(_operation))
+for _function, _operation in ((operator.or_, "or_"), (operator.and_, "and_")):
+    _define(_function, types.Boolean, None, _of_booleans(_operation))
+_define(operator.ne, types.Float, types.boolean, _not_equal)
+
+
+def _place(context: Any, builder: Any, array_type: Any, array: Any, i: Any) -> Any:
+    data = context.make_array(array_type)(context, builder, array).data
+    return builder.gep(data, [i])
+
+
+def _size(dtype: Any) -> int:
+    """Return the bytes of an element in memory."""
+    return 1 if dtype == types.boolean else int(dtype.bitwidth // 8)
+
+
+def _is_whole(n: Any) -> bool:
+    return isinstance(n, types.NoneType)
+
+
+def _splat(builder: Any, value: Any) -> Any:
+    vector = ir.Constant(ir.VectorType(value.type, LANES), ir.Undefined)
+    for k in range(LANES):
+        vector = builder.insert_element(vector, value, ir.Constant(ir.IntType(32), k))
+    return vector
+
+
+def _numbers(integer: Any, first: int, n: int) -> Any:
+    return ir.Constant(ir.VectorType(integer, n), list(range(first, first + n)))
+
+
+def _first(builder: Any, n: Any) -> Any:
+    """Return a mask of the first n elements of a vector."""
+    word = ir.IntType(32)
+    return builder.icmp_signed(
+        "<", _numbers(word, 0, LANES), _splat(builder, builder.trunc(n, word))
+    )
+
+
+def _masked(builder: Any, name: str, dtype: Any, result: Any, *args: Any) -> Any:
+    """Call llvm.masked.load or store."""
+    suffix = f"v{LANES}{'i8' if dtype == types.boolean else f'f{dtype.bitwidth}'}"
+    function = cgutils.get_or_insert_function(
+        builder.module,
+        ir.FunctionType(result, [arg.type for arg in args]),
+        f"llvm.masked.{name}.{suffix}.p0{suffix}",
+    )
+    return builder.call(function, args)
+
+
+@intrinsic
+def load(typing_context: Any, array: Any, i: Any, n: Any) -> Any:
+    """Return the elements from array[i] on: all, or if n is not None its first n, and 0."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        array_value, i, n_value = args
+        # A boolean has a byte in memory, and a bit in a vector.
+        vector = ir.VectorType(context.get_data_type(array.dtype), LANES)
+        place = _place(context, builder, array, array_value, i)
+        place = builder.bitcast(place, vector.as_pointer())
+        align = _size(array.dtype)
+        if _is_whole(n):
+            values = builder.load(place, align=align)
+        else:
+            values = _masked(
+                builder, "load", array.dtype, vector,
+                place, ir.IntType(32)(align), _first(builder, n_value), ir.Constant(vector, None),
+            )  # fmt: skip
+        if array.dtype == types.boolean:
+            values = builder.icmp_unsigned("!=", values, ir.Constant(vector, None))
+        return values
+
+    return Vector(array.dtype)(array, types.intp, n), generate
+
+
+@intrinsic
+def is_finite(typing_context: Any, vector: Any) -> Any:
+    """Tell which elements are neither infinite nor NaN."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        (values,) = args
+        nothing = builder.fsub(values, values)
+        return builder.fcmp_ordered("ord", nothing, nothing)
+
+    return Vector(types.boolean)(vector), generate
+
+
+@intrinsic
+def where(typing_context: Any, condition: Any, a: Any, b: Any) -> Any:
+    """Return the elements of a where a vector of booleans is True, else those of b."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.select(*args)
+
+    return a(condition, a, a), generate
+
+
+@intrinsic
+def splat(typing_context: Any, value: Any) -> Any:
+    """Return a vector of one value."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return _splat(builder, args[0])
+
+    return Vector(value)(value), generate
+
+
+@intrinsic
+def total(typing_context: Any, vector: Any) -> Any:
+    """Return the sum of the elements of a vector, added up in pairs."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        (values,) = args
+        n = LANES
+        while n > 1:
+            n //= 2
+            halves = [
+                builder.shuffle_vector(values, values, _numbers(ir.IntType(32), first, n))
+                for first in (0, n)
+            ]
+            values = builder.fadd(*halves)
+        return builder.extract_element(values, ir.Constant(ir.IntType(32), 0))
+
+    return vector.dtype(vector), generate
+
+
+@intrinsic
+def widen(typing_context: Any, vector: Any) -> Any:
+    """Return a vector as float64."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        wide = ir.VectorType(ir.DoubleType(), LANES)
+        return args[0] if args[0].type == wide else builder.fpext(args[0], wide)
+
+    return Vector(types.float64)(vector), generate
+
+
+@intrinsic
+def store(typing_context: Any, vector: Any, array: Any, i: Any, n: Any) -> Any:
+    """Write a vector to array[i] and after it: all of it, or if n is not None its first n."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        values, array_value, i, n_value = args
+        place = _place(context, builder, array, array_value, i)
+        place = builder.bitcast(place, values.type.as_pointer())
+        align = _size(array.dtype)
+        if _is_whole(n):
+            builder.store(values, place, align=align)
+        else:
+            _masked(
+                builder, "store", array.dtype, ir.VoidType(),
+                values, place, ir.IntType(32)(align), _first(builder, n_value),
+            )  # fmt: skip
+        return context.get_dummy_value()
+
+    return types.void(vector, array, types.intp, n), generate
+
+
+@intrinsic
+def fetch(typing_context: Any, array: Any, i: Any) -> Any:
+    """Ask memory for a vector at array[i], which need not be in the array."""
+    # What a core asks for on its own it sometimes asks for too late, where rows are wide or there
+    # are several arrays: as long as half of the time.
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        byte, word = ir.IntType(8).as_pointer(), ir.IntType(32)
+        prefetch = builder.module.declare_intrinsic(
+            "llvm.prefetch", [byte], ir.FunctionType(ir.VoidType(), [byte, word, word, word])
+        )
+        first = builder.bitcast(_place(context, builder, array, *args), byte)
+        for k in range(0, LANES * _size(array.dtype), LINE):
+            line = builder.gep(first, [ir.Constant(args[1].type, k)])
+            # To read it, into all caches, as data.
+            builder.call(prefetch, [line, word(0), word(3), word(1)])
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp), generate
+
+
+if numba.config.DISABLE_JIT:
+    # Kernels are Python functions then, and vectors arrays.
+
+    def load(array: Any, i: int, n: int | None) -> Any:
+        """Return a copy of some elements, and 0."""
+        vector = np.zeros(LANES, array.dtype)
+        vector[:n] = array[i : i + (LANES if n is None else n)]
+        return vector
+
+    def store(vector: Any, array: Any, i: int, n: int | None) -> None:
+        """Write a vector, or its first n elements, to an array."""
+        array[i : i + (LANES if n is None else n)] = vector[:n]
+
+    def is_finite(vector: Any) -> Any:
+        """Tell which elements are finite."""
+        return np.isfinite(vector)
+
+    def where(condition: Any, a: Any, b: Any) -> Any:
+        """Return some elements of a, and the others of b."""
+        return np.where(condition, a, b)
+
+    def splat(value: Any) -> Any:
+        """Return a vector of one value."""
+        return np.full(LANES, value)
+
+    def total(vector: Any) -> Any:
+        """Return the sum of the elements of a vector."""
+        return vector.sum()
+
+    def widen(vector: Any) -> Any:
+        """Return a vector as float64."""
+        return vector.astype(np.float64)
+
+    def fetch(array: Any, i: int) -> None:
+        """Do nothing: it is for speed alone."""

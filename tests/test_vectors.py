@@ -1,0 +1,85 @@
+"""Vectors: what is loaded, calculated and stored is what NumPy says, and nothing else changes."""
+
+import mmap
+
+import numpy as np
+import pytest
+from cases import normal
+from numba import njit
+
+from numbanorm._lines import stretch
+from numbanorm._vectors import LANES, fetch, is_finite, load, splat, store, total, where, widen
+
+DTYPES = pytest.mark.parametrize("dtype", [np.float32, np.float64])
+
+
+@njit
+def calculate(x, y, at, n, scale):
+    """Write (x - scale) * x + x to y[at] and after it; return the sum of x: rows (n,)."""
+    whole = n // LANES * LANES
+    s = widen(load(x, whole, n - whole))
+    for i in range(0, whole, LANES):
+        fetch(x, i + 1000)
+        v = load(x, i, None)
+        s += widen(v)
+        store((v - splat(scale)) * v + v, y, at + i, None)
+    v = load(x, whole, n - whole)
+    store((v - splat(scale)) * v + v, y, at + whole, n - whole)
+    return total(s)
+
+
+@DTYPES
+@pytest.mark.parametrize("n", [0, 1, 15, 16, 17, 40])
+def test_a_loop_over_any_number_of_elements(n, dtype):
+    x, y = normal(n, dtype=dtype), np.full(100, 7, dtype)
+    found = calculate(x, y, 3, n, dtype(0.5))
+    np.testing.assert_allclose(found, x.astype(float).sum(), rtol=1e-12, atol=1e-12)
+    # A product and a sum may be rounded together.
+    tolerance = 8 * np.finfo(dtype).eps
+    np.testing.assert_allclose(y[3 : 3 + n], (x - dtype(0.5)) * x + x, tolerance, tolerance)
+    np.testing.assert_array_equal(y[:3], 7)
+    np.testing.assert_array_equal(y[3 + n :], 7)
+
+
+@DTYPES
+@pytest.mark.parametrize("n", [1, 15, 17])
+def test_nothing_is_read_after_the_last_element(n, dtype):
+    # The memory ends where x does: reading on ends the process.
+    memory = mmap.mmap(-1, mmap.PAGESIZE)
+    x = np.frombuffer(memory, dtype)[-n:]
+    x[:] = 2
+    assert calculate(x, np.zeros(n, dtype), 0, n, dtype(0)) == 2 * n
+
+
+@njit
+def choose(x, mask, y):
+    """Write x to y where mask is True or x is finite and not 0, else 7: rows (n,)."""
+    n, zero, seven = x.shape[0], splat(x.dtype.type(0)), splat(x.dtype.type(7))
+    whole = n // LANES * LANES
+    for i in range(0, whole, LANES):
+        v, counts = load(x, i, None), load(mask, i, None)
+        store(where(counts | ((v != zero) & is_finite(v)), v, seven), y, i, None)
+    v, counts = load(x, whole, n - whole), load(mask, whole, n - whole)
+    store(where(counts | ((v != zero) & is_finite(v)), v, seven), y, whole, n - whole)
+
+
+@DTYPES
+def test_choices(dtype):
+    values = [0, -0.0, 1, -2, np.nan, np.inf, -np.inf, np.finfo(dtype).tiny / 2]
+    x = np.repeat(np.array(values, dtype), 5)
+    mask = np.arange(x.size) % 3 == 0
+    y = np.empty_like(x)
+    choose(x, mask, y)
+    np.testing.assert_array_equal(y, np.where(mask | ((x != 0) & np.isfinite(x)), x, dtype(7)))
+
+
+@njit
+def see(x, i, n):
+    seen = stretch(x, i, n)
+    return seen.sum(), seen.shape[0]
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.bool_])
+def test_a_stretch_of_memory(dtype):
+    x = np.arange(24).astype(dtype).reshape(2, 3, 4)
+    assert see(x, 5, 7) == (x.reshape(-1)[5:12].sum(), 7)
