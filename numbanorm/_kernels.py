@@ -269,8 +269,8 @@ def _add_to_vector(dy, x, counts, at, step, n_rows, coming, stride, c, n, center
 def _add_to_columns(dy, x, counts, a, lo, hi, c0, c1, center, s0, s1):
     """Add rows lo to hi of x[a], columns c0 to c1, to sums of w and w * (x - center).
 
-    w is dy, or x - center if that is None; counts, of whose elements only those enter that are
-    True, and dy are as x in memory (N,), and counts may be None.
+    w is dy, or x - center if that is None. dy and counts, the mask or None, are seen as a run of
+    memory (N,).
     """
     xs, step, width = stretch(x, 0, x.size), x.shape[2], c1 - c0
     # The rows that come next are asked for in the order of memory, if they are whole.
