@@ -1,6 +1,8 @@
 """Vectors: what is loaded, calculated and stored is what NumPy says, and nothing else changes."""
 
+import ctypes
 import mmap
+import sys
 
 import numpy as np
 import pytest
@@ -41,13 +43,16 @@ def test_a_loop_over_any_number_of_elements(n, dtype):
     np.testing.assert_array_equal(y[3 + n :], 7)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux to guard memory")
 @DTYPES
 @pytest.mark.parametrize("n", [1, 15, 17])
 def test_nothing_is_read_after_the_last_element(n, dtype):
-    # The memory ends where x does: reading on ends the process.
-    memory = mmap.mmap(-1, mmap.PAGESIZE)
-    x = np.frombuffer(memory, dtype)[-n:]
+    # Nobody may read the page behind x: that would end the process.
+    memory = mmap.mmap(-1, 2 * mmap.PAGESIZE)
+    x = np.frombuffer(memory, dtype, mmap.PAGESIZE // np.dtype(dtype).itemsize)[-n:]
     x[:] = 2
+    end = ctypes.c_void_p(x.ctypes.data + x.nbytes)
+    assert ctypes.CDLL(None).mprotect(end, ctypes.c_size_t(mmap.PAGESIZE), 0) == 0
     assert calculate(x, np.zeros(n, dtype), 0, n, dtype(0)) == 2 * n
 
 
