@@ -28,7 +28,7 @@ LANES = 16
 LINE = 64
 
 
-class Vector(types.Type):  # type: ignore[misc]
+class Vector(types.Type):
     """LANES elements, of which operators make others, one by one.
 
     A product and a sum of it may be rounded together.
@@ -40,7 +40,7 @@ class Vector(types.Type):  # type: ignore[misc]
 
 
 @register_model(Vector)
-class _VectorModel(models.PrimitiveModel):  # type: ignore[misc]
+class _VectorModel(models.PrimitiveModel):
     def __init__(self, data_model_manager: Any, vector: Any) -> None:
         element = data_model_manager.lookup(vector.dtype).get_value_type()
         super().__init__(data_model_manager, vector, ir.VectorType(element, LANES))
@@ -50,7 +50,7 @@ def _define(function: Any, takes: Any, makes: Any, generate: Any) -> None:
     """Let two vectors have an operator: for elements of some types, with others as its result."""
 
     @infer_global(function)
-    class _Typing(AbstractTemplate):  # type: ignore[misc]
+    class _Typing(AbstractTemplate):
         def generic(self, args: Any, kws: Any) -> Any:
             if len(args) == 2 and isinstance(args[0], Vector) and args[0] == args[1]:
                 dtype = args[0].dtype
