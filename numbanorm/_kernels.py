@@ -25,6 +25,9 @@ and makes constant data exact at any offset; sums in float64 still run at the sp
 A long axis L is cut into parts, whose length depends on the shape alone, and each part has a
 place of its own in the result: the bits do not depend on the number of threads.
 
+Where a mask may be None, what is made of it by ``stretch`` and ``load`` is None, too. A coefficient
+is a number, or a row of numbers: ``load`` makes a vector of either.
+
 ``streamed`` says whether the output is written past the caches, see :mod:`numbanorm._lines`. What
 is made of lent arrays has no owner, and costs nothing to make, see :func:`numbanorm._launch.lend`.
 """
@@ -36,16 +39,20 @@ from numba import njit, prange
 
 from numbanorm._cache import cached_njit
 from numbanorm._launch import call_share, keep, lend, share
-from numbanorm._lines import (
-    fence,
-    line_size,
-    room,
-    rows_of,
-    store_line,
+from numbanorm._lines import fence, line_size, room, rows_of, store_line, to_next_line
+from numbanorm._vectors import (
+    LANES,
+    fetch,
+    is_finite,
+    leading,
+    load,
+    splat,
+    store,
     stretch,
-    to_next_line,
+    total,
+    where,
+    widen,
 )
-from numbanorm._vectors import LANES, fetch, is_finite, load, splat, store, total, where, widen
 
 # With the numpy error model no division is tested for zero, which would keep loops scalar. No
 # function written in C calls a kernel.
@@ -57,6 +64,11 @@ LEAF: dict[str, Any] = {"forceinline": True, **INNER}
 CONTRACT: dict[str, Any] = {"fastmath": {"contract"}, **LEAF}
 # Only sums may be reordered, so that they vectorise; NaN and Inf stay what they are.
 REORDER: dict[str, Any] = {"fastmath": {"reassoc", "contract", "nsz", "arcp"}, **LEAF}
+
+# How far ahead of a loop over a row memory is asked for, in elements.
+AHEAD = 1 << 11
+# Rows that are added to a vector of columns at a time, and how many ahead memory is asked for.
+ROWS = 4
 
 
 @cached_njit(parallel=True, **FLAGS)
@@ -95,44 +107,19 @@ def _copy_columns(arrays, a, c0, c1, rows):
         _copy(stretch(row, a * row.shape[1] + c0, c1 - c0), rows[k])
 
 
-# How far ahead of a loop over a row memory is asked for, in elements.
-AHEAD = 1 << 11
-# Rows that are added to a vector of columns at a time, and how many ahead memory is asked for.
-ROWS = 4
-
-
 # ---------------------------------------------------------------------------------------------
 # Moments
 # ---------------------------------------------------------------------------------------------
 
 
 @njit(**LEAF)
-def _shifted_sums(xs, shift):
-    """Sum x - shift and its square over xs (n,)."""
-    n = xs.shape[0]
-    whole = n // LANES * LANES
-    center, sum_1, sum_2 = splat(shift), splat(0.0), splat(0.0)
-    for i in range(0, whole, LANES):
-        fetch(xs, i + AHEAD)
-        d = widen(load(xs, i, None)) - center
-        sum_1 += d
-        sum_2 += d * d
-    s1, s2 = total(sum_1), total(sum_2)
-    for i in range(whole, n):
-        rest = np.float64(xs[i]) - shift
-        s1 += rest
-        s2 += rest * rest
-    return s1, s2
-
-
-@njit(**LEAF)
-def _masked_shifted_sums(xs, counts, shift):
-    """Sum 1, x - shift and its square over xs (n,) where counts (n,) is True."""
+def _shifted_sums(xs, counts, shift):
+    """Sum 1, x - shift and its square over xs (n,) where counts (n,) is True, or is None."""
     n = xs.shape[0]
     whole = n // LANES * LANES
     center, zero, one = splat(shift), splat(0.0), splat(1.0)
     # The last elements come first, so that nothing waits for a branch.
-    here = load(counts, whole, n - whole)
+    here = leading(n - whole) if counts is None else load(counts, whole, n - whole)
     sum_0 = where(here, one, zero)
     # x is read in any case: a load that depends on the mask is not fetched ahead.
     sum_1 = where(here, widen(load(xs, whole, n - whole)) - center, zero)
@@ -140,19 +127,22 @@ def _masked_shifted_sums(xs, counts, shift):
     for i in range(0, whole, LANES):
         fetch(xs, i + AHEAD)
         fetch(counts, i + AHEAD)
-        here = load(counts, i, None)
-        d = where(here, widen(load(xs, i, None)) - center, zero)
-        sum_0 += where(here, one, zero)
+        d = widen(load(xs, i, None)) - center
+        if counts is not None:
+            here = load(counts, i, None)
+            sum_0 += where(here, one, zero)
+            d = where(here, d, zero)
         sum_1 += d
         sum_2 += d * d
-    return np.intp(total(sum_0)), total(sum_1), total(sum_2)
+    count = n if counts is None else np.intp(total(sum_0))
+    return count, total(sum_1), total(sum_2)
 
 
 @njit(**LEAF)
 def _first(xs, counts):
-    """Return the first element of xs (n,) that counts, or 0."""
+    """Return the first element of xs (n,) that counts, or 0; counts (n,) may be None."""
     for i in range(xs.shape[0]):
-        if counts[i]:
+        if counts is None or counts[i]:
             return np.float64(xs[i])
     return 0.0
 
@@ -189,28 +179,21 @@ def _unshift_columns(n, shift, s1, s2):
 @njit(**LEAF)
 def _row_moments(xs, counts):
     """Return count, mean, its rest and m2 of xs (n,) where counts (n,) is True, or is None."""
-    if counts is None:
-        n = xs.shape[0]
-        shift = np.float64(xs[0]) if n > 0 else 0.0
-        s1, s2 = _shifted_sums(xs, shift)
-    else:
-        shift = _first(xs, counts)
-        n, s1, s2 = _masked_shifted_sums(xs, counts, shift)
+    shift = _first(xs, counts)
+    n, s1, s2 = _shifted_sums(xs, counts, shift)
     mean, rest, m2 = _unshift(n, shift, s1, s2)
     return n, mean, rest, m2
 
 
 @njit(**LEAF)
-def _tile(x, task, n_parts, part, block):
-    """Return what a task works on: ``block`` whole rows of x (P, L), or one part of a row.
+def _rows_of_task(task, n_parts, part, block, shape):
+    """Return what a task works on: the first and the last row, the part, and where that is.
 
-    Rows of this view are whole: slices of each row would take longer than 49 values.
+    It is ``block`` whole rows of an array (P, L), or one part of a row, from ``lo`` on, of n
+    elements.
     """
-    if n_parts == 1:
-        return x[task * block : (task + 1) * block]
-    lo = task % n_parts * part
-    row = x[task // n_parts, lo : lo + part]
-    return row.reshape(1, row.size)
+    k, first, lo = task % n_parts, task // n_parts * block, task % n_parts * part
+    return first, min(first + block, shape[0]), k, lo, min(part, shape[1] - lo)
 
 
 @cached_njit(**FLAGS)
@@ -218,22 +201,14 @@ def moments_rows(threads, x, mask, part, block, count, mean, rest, m2):
     """Moments of each part: x, mask or None (P, L) -> count, mean, rest, m2 (P, K, 1)."""
     n_parts = mean.shape[1]
     begin, end = share(threads, (mean.shape[0] + block - 1) // block * n_parts)
-    x, count, mean, rest, m2 = lend((x, count, mean, rest, m2))
+    count, mean, rest, m2 = lend((count, mean, rest, m2))
     for task in range(begin, end):
-        k = task % n_parts
-        first = task // n_parts * block
-        xs = _tile(x, task, n_parts, part, block)
-        if mask is not None:
-            counts = _tile(mask, task, n_parts, part, block)
-        for i in range(xs.shape[0]):
-            if mask is None:
-                n, mu, e, s = _row_moments(xs[i], None)
-            else:
-                n, mu, e, s = _row_moments(xs[i], counts[i])
-            count[first + i, k, 0] = n
-            mean[first + i, k, 0] = mu
-            rest[first + i, k, 0] = e
-            m2[first + i, k, 0] = s
+        first, last, k, lo, n = _rows_of_task(task, n_parts, part, block, x.shape)
+        for p in range(first, last):
+            at = p * x.shape[1] + lo
+            count[p, k, 0], mean[p, k, 0], rest[p, k, 0], m2[p, k, 0] = _row_moments(
+                stretch(x, at, n), stretch(mask, at, n)
+            )
 
 
 @njit(**LEAF)
@@ -245,9 +220,9 @@ def _add_to_vector(dy, x, counts, at, step, n_rows, coming, stride, c, n, center
     """
     middle, sum_0, sum_1 = load(center, c, n), load(s0, c, n), load(s1, c, n)
     for _ in range(n_rows):
+        fetch(dy, coming)
         fetch(x, coming)
-        if counts is not None:
-            fetch(counts, coming)
+        fetch(counts, coming)
         if dy is None:
             d = widen(load(x, at, n)) - middle
             if counts is not None:
@@ -255,7 +230,6 @@ def _add_to_vector(dy, x, counts, at, step, n_rows, coming, stride, c, n, center
             sum_0 += d
             sum_1 += d * d
         else:
-            fetch(dy, coming)
             w, d = _gradient_terms(dy, x, counts, at, n, middle)
             sum_0 += w
             sum_1 += w * d
@@ -269,10 +243,10 @@ def _add_to_vector(dy, x, counts, at, step, n_rows, coming, stride, c, n, center
 def _add_to_columns(dy, x, counts, a, lo, hi, c0, c1, center, s0, s1):
     """Add rows lo to hi of x[a], columns c0 to c1, to sums of w and w * (x - center).
 
-    w is dy, or x - center if that is None. dy and counts, the mask or None, are seen as a run of
-    memory (N,).
+    w is dy, or x - center if that is None. ``counts`` is the mask, or None.
     """
-    xs, step, width = stretch(x, 0, x.size), x.shape[2], c1 - c0
+    step, width = x.shape[2], c1 - c0
+    dys, xs, counts = stretch(dy, 0, x.size), stretch(x, 0, x.size), stretch(counts, 0, x.size)
     # The rows that come next are asked for in the order of memory, if they are whole.
     spread, stride = (ROWS, LANES) if width == step else (1, step)
     whole = width // LANES * LANES
@@ -281,12 +255,12 @@ def _add_to_columns(dy, x, counts, a, lo, hi, c0, c1, center, s0, s1):
         for c in range(0, whole, LANES):
             coming = at + ROWS * step + spread * c
             _add_to_vector(
-                dy, xs, counts, at + c, step, n_rows, coming, stride, c, None, center, s0, s1
+                dys, xs, counts, at + c, step, n_rows, coming, stride, c, None, center, s0, s1
             )
         if whole < width:
             coming = at + ROWS * step + spread * whole
             _add_to_vector(
-                dy, xs, counts, at + whole, step, n_rows, coming, stride, whole, width - whole,
+                dys, xs, counts, at + whole, step, n_rows, coming, stride, whole, width - whole,
                 center, s0, s1,
             )  # fmt: skip
 
@@ -311,12 +285,10 @@ def _find_first(xs, counts, found, shift):
 @njit(**LEAF)
 def _add_rows(x, mask, a, lo, hi, c0, c1, shift, n, s1, s2):
     """Add rows lo to hi of x[a], columns c0 to c1, to their counts and shifted sums."""
+    _add_to_columns(None, x, mask, a, lo, hi, c0, c1, shift, s1, s2)
     if mask is None:
-        _add_to_columns(None, x, None, a, lo, hi, c0, c1, shift, s1, s2)
         n += hi - lo
     else:
-        counts = stretch(mask, 0, mask.size)
-        _add_to_columns(None, x, counts, a, lo, hi, c0, c1, shift, s1, s2)
         for i in range(lo, hi - 3, 4):
             _add_counts(mask[a, i : i + 4, c0:c1], n)
         for i in range(hi - (hi - lo) % 4, hi):
@@ -671,15 +643,15 @@ def _scale_shift(x, m, s, t):
 
 @njit(**LEAF)
 def _apply_vector(xs, i, n, m, s, t, ys):
-    store(_scale_shift(load(xs, i, n), m, s, t), ys, i, n)
+    y = _scale_shift(load(xs, i, n), load(m, i, n), load(s, i, n), load(t, i, n))
+    store(y, ys, i, n)
 
 
 @njit(**LEAF)
 def _apply(xs, m, s, t, ys, ahead):
-    """Scale and shift xs (n,); ask for what is so far ahead of it."""
+    """Scale and shift xs (n,) by numbers, or rows of them; ask for what is so far ahead of it."""
     n = xs.shape[0]
     whole = n // LANES * LANES
-    m, s, t = splat(m), splat(s), splat(t)
     for i in range(0, whole, LANES):
         fetch(xs, i + ahead)
         _apply_vector(xs, i, None, m, s, t, ys)
@@ -703,32 +675,12 @@ def apply_rows(threads, x, part, block, m, s, t, y):
     """Scale and shift each piece: x (P, L), m, s, t (P, 1) -> y (P, L)."""
     n_parts = max(1, (x.shape[1] + part - 1) // part)
     begin, end = share(threads, (x.shape[0] + block - 1) // block * n_parts)
-    x, m, s, t, y = lend((x, m, s, t, y))
+    m, s, t = lend((m, s, t))
     for task in range(begin, end):
-        first = task // n_parts * block
-        xs = _tile(x, task, n_parts, part, block)
-        ys = _tile(y, task, n_parts, part, block)
-        for i in range(xs.shape[0]):
-            p = first + i
-            _apply(xs[i], m[p, 0], s[p, 0], t[p, 0], ys[i], AHEAD)
-
-
-@njit(**LEAF)
-def _apply_to_vector(xs, c, n, m, s, t, ys):
-    y = _scale_shift(load(xs, c, n), load(m, c, n), load(s, c, n), load(t, c, n))
-    store(y, ys, c, n)
-
-
-@njit(**LEAF)
-def _apply_row(xs, m, s, t, ys, ahead):
-    """Scale and shift a row (n,); ask for what is so far ahead of it."""
-    n = xs.shape[0]
-    whole = n // LANES * LANES
-    for c in range(0, whole, LANES):
-        fetch(xs, c + ahead)
-        _apply_to_vector(xs, c, None, m, s, t, ys)
-    if whole < n:
-        _apply_to_vector(xs, whole, n - whole, m, s, t, ys)
+        first, last, _, lo, n = _rows_of_task(task, n_parts, part, block, x.shape)
+        for p in range(first, last):
+            at = p * x.shape[1] + lo
+            _apply(stretch(x, at, n), m[p, 0], s[p, 0], t[p, 0], stretch(y, at, n), AHEAD)
 
 
 @njit(**LEAF)
@@ -742,7 +694,7 @@ def _apply_rows(x, a, lo, hi, c0, c1, m, s, t, streamed, buffer, y):
             _finish(buffer, kept, out, at)
             kept, at = np.intp(0), place
         xs, target = stretch(x, place, n), _target(out, place, n, streamed, buffer, kept)
-        _apply_row(xs, m, s, t, target, ROWS * step)
+        _apply(xs, m, s, t, target, ROWS * step)
         if streamed:
             kept, at = _flush(buffer, kept + n, out, at)
         place += step
@@ -826,22 +778,14 @@ def gradient_sums_rows(threads, dy, x, mask, part, block, mean, s0, s1):
     """Sum dy and dy (x - mean): dy, x, mask or None (P, L), mean (P, 1) -> s0, s1 (P, K, 1)."""
     n_parts = s0.shape[1]
     begin, end = share(threads, (s0.shape[0] + block - 1) // block * n_parts)
-    dy, x, mean, s0, s1 = lend((dy, x, mean, s0, s1))
+    mean, s0, s1 = lend((mean, s0, s1))
     for task in range(begin, end):
-        k = task % n_parts
-        first = task // n_parts * block
-        dys = _tile(dy, task, n_parts, part, block)
-        xs = _tile(x, task, n_parts, part, block)
-        if mask is not None:
-            counts = _tile(mask, task, n_parts, part, block)
-        for i in range(xs.shape[0]):
-            p = first + i
-            if mask is None:
-                sums = _gradient_sums(dys[i], xs[i], None, mean[p, 0])
-            else:
-                sums = _gradient_sums(dys[i], xs[i], counts[i], mean[p, 0])
-            s0[p, k, 0] = sums[0]
-            s1[p, k, 0] = sums[1]
+        first, last, k, lo, n = _rows_of_task(task, n_parts, part, block, x.shape)
+        for p in range(first, last):
+            at = p * x.shape[1] + lo
+            s0[p, k, 0], s1[p, k, 0] = _gradient_sums(
+                stretch(dy, at, n), stretch(x, at, n), stretch(mask, at, n), mean[p, 0]
+            )
 
 
 @njit(**LEAF)
@@ -861,17 +805,6 @@ def _entering(dys, xs, counts, dys_in, xs_in):
         _entering_vector(dys, xs, counts, i, None, dys_in, xs_in)
     if whole < n:
         _entering_vector(dys, xs, counts, whole, n - whole, dys_in, xs_in)
-
-
-@njit(**LEAF)
-def _add_gradient_rows(dy, x, mask, a, lo, hi, c0, c1, mean, s0, s1):
-    """Add rows lo to hi of dy[a] and x[a], columns c0 to c1, to the columns' sums."""
-    dys = stretch(dy, 0, dy.size)
-    if mask is None:
-        _add_to_columns(dys, x, None, a, lo, hi, c0, c1, mean, s0, s1)
-    else:
-        counts = stretch(mask, 0, mask.size)
-        _add_to_columns(dys, x, counts, a, lo, hi, c0, c1, mean, s0, s1)
 
 
 @cached_njit(**FLAGS)
@@ -894,7 +827,7 @@ def gradient_sums_columns(threads, dy, x, mask, part, width, mean, s0, s1):
         sum_0, sum_1, means = _three_rows(own[0], c1 - c0)
         _copy(stretch(mean, a * n_folded + c0, c1 - c0), means)
         lo, hi = k * part, min(length, (k + 1) * part)
-        _add_gradient_rows(dy, x, mask, a, lo, hi, c0, c1, means, sum_0, sum_1)
+        _add_to_columns(dy, x, mask, a, lo, hi, c0, c1, means, sum_0, sum_1)
         for c in range(c0, min(c1, n_columns)):
             s0[a, k, c] = sum_0[c - c0]
             s1[a, k, c] = sum_1[c - c0]
@@ -918,20 +851,21 @@ def _input_gradient(dy, x, counts, a, r, m, b, c):
 
 @njit(**LEAF)
 def _backward_vector(dys, xs, counts, i, n, a, r, m, b, c, dxs):
-    dy, x = load(dys, i, n), load(xs, i, n)
-    if counts is None:
-        dx = _input_gradient(dy, x, None, a, r, m, b, c)
-    else:
-        dx = _input_gradient(dy, x, load(counts, i, n), a, r, m, b, c)
+    dx = _input_gradient(
+        load(dys, i, n), load(xs, i, n), load(counts, i, n),
+        load(a, i, n), load(r, i, n), load(m, i, n), load(b, i, n), load(c, i, n),
+    )  # fmt: skip
     store(dx, dxs, i, n)
 
 
 @njit(**LEAF)
 def _backward(dys, xs, counts, a, r, m, b, c, dxs, ahead):
-    """Write the gradient of xs (n,), with the mask or None; ask for what is so far ahead of it."""
+    """Write the gradient of xs (n,), with the mask or None; ask for what is so far ahead of it.
+
+    The coefficients are numbers, or rows of them.
+    """
     n = xs.shape[0]
     whole = n // LANES * LANES
-    a, r, m, b, c = splat(a), splat(r), splat(m), splat(b), splat(c)
     for i in range(0, whole, LANES):
         fetch(dys, i + ahead)
         fetch(xs, i + ahead)
@@ -949,13 +883,10 @@ def _stream_backward(dys, xs, counts, a, r, m, b, c, buffer, kept, dx, at, ahead
     n = xs.shape[0]
     for lo in range(0, n, BUFFER):
         here = min(BUFFER, n - lo)
-        dys_here, xs_here = stretch(dys, lo, here), stretch(xs, lo, here)
-        target = stretch(buffer, kept, here)
-        if counts is None:
-            _backward(dys_here, xs_here, None, a, r, m, b, c, target, ahead)
-        else:
-            counts_here = stretch(counts, lo, here)
-            _backward(dys_here, xs_here, counts_here, a, r, m, b, c, target, ahead)
+        _backward(
+            stretch(dys, lo, here), stretch(xs, lo, here), stretch(counts, lo, here),
+            a, r, m, b, c, stretch(buffer, kept, here), ahead,
+        )  # fmt: skip
         kept, at = _flush(buffer, kept + here, dx, at)
     return kept, at
 
@@ -965,40 +896,15 @@ def backward_rows(threads, dy, x, mask, part, block, a, r, m, b, c, dx):
     """Write dx: dy, x, mask or None (P, L), a, r, m, b, c (P, 1) -> dx (P, L)."""
     n_parts = max(1, (x.shape[1] + part - 1) // part)
     begin, end = share(threads, (x.shape[0] + block - 1) // block * n_parts)
-    dy, x, a, r, m, b, c, dx = lend((dy, x, a, r, m, b, c, dx))
+    a, r, m, b, c = lend((a, r, m, b, c))
     for task in range(begin, end):
-        first = task // n_parts * block
-        dys = _tile(dy, task, n_parts, part, block)
-        xs = _tile(x, task, n_parts, part, block)
-        dxs = _tile(dx, task, n_parts, part, block)
-        if mask is not None:
-            counts = _tile(mask, task, n_parts, part, block)
-        for i in range(xs.shape[0]):
-            p = first + i
-            rest = a[p, 0], r[p, 0], m[p, 0], b[p, 0], c[p, 0], dxs[i], AHEAD
-            if mask is None:
-                _backward(dys[i], xs[i], None, *rest)
-            else:
-                _backward(dys[i], xs[i], counts[i], *rest)
-
-
-@njit(**LEAF)
-def _backward_columns_vector(dys, xs, counts, i, n, a, r, m, b, c, dxs):
-    rest = load(a, i, n), load(r, i, n), load(m, i, n), load(b, i, n), load(c, i, n), dxs
-    _backward_vector(dys, xs, counts, i, n, *rest)
-
-
-@njit(**LEAF)
-def _backward_row(dys, xs, counts, a, r, m, b, c, dxs, ahead):
-    """Write the gradient of a row, as _backward does, with coefficients (n,)."""
-    n = xs.shape[0]
-    whole = n // LANES * LANES
-    for i in range(0, whole, LANES):
-        fetch(dys, i + ahead)
-        fetch(xs, i + ahead)
-        _backward_columns_vector(dys, xs, counts, i, None, a, r, m, b, c, dxs)
-    if whole < n:
-        _backward_columns_vector(dys, xs, counts, whole, n - whole, a, r, m, b, c, dxs)
+        first, last, _, lo, n = _rows_of_task(task, n_parts, part, block, x.shape)
+        for p in range(first, last):
+            at = p * x.shape[1] + lo
+            _backward(
+                stretch(dy, at, n), stretch(x, at, n), stretch(mask, at, n),
+                a[p, 0], r[p, 0], m[p, 0], b[p, 0], c[p, 0], stretch(dx, at, n), AHEAD,
+            )  # fmt: skip
 
 
 @njit(**LEAF)
@@ -1011,13 +917,9 @@ def _backward_rows(dy, x, mask, o, lo, hi, c0, c1, a, r, m, b, c, streamed, buff
         if streamed and at + kept != place:
             _finish(buffer, kept, out, at)
             kept, at = np.intp(0), place
-        dys, xs = stretch(dy, place, n), stretch(x, place, n)
+        dys, xs, counts = stretch(dy, place, n), stretch(x, place, n), stretch(mask, place, n)
         target = _target(out, place, n, streamed, buffer, kept)
-        if mask is None:
-            _backward_row(dys, xs, None, a, r, m, b, c, target, ROWS * step)
-        else:
-            counts = stretch(mask, place, n)
-            _backward_row(dys, xs, counts, a, r, m, b, c, target, ROWS * step)
+        _backward(dys, xs, counts, a, r, m, b, c, target, ROWS * step)
         if streamed:
             kept, at = _flush(buffer, kept + n, out, at)
         place += step
@@ -1090,28 +992,26 @@ def _write_statistics(g, n, mu, m2, center, count, mean, var):
 
 
 @njit(**LEAF)
-def _statistics_of_rows(x, mask, first, last, center, count, mean, var):
-    """Write the statistics of rows first to last of x, mask or None (M, D)."""
+def _statistics_of_groups(x, mask, first, last, center, count, mean, var):
+    """Write the statistics of groups first to last of x, mask or None (M * D,)."""
+    length = x.size // len(count)
     for g in range(first, last):
-        if mask is None:
-            n, mu, _, m2 = _row_moments(x[g], None)
-        else:
-            n, mu, _, m2 = _row_moments(x[g], mask[g])
+        at = g * length
+        n, mu, _, m2 = _row_moments(stretch(x, at, length), stretch(mask, at, length))
         _write_statistics(g, n, mu, m2, center, count, mean, var)
 
 
 @njit(**LEAF)
 def _normalize_vector(xs, i, n, weight, bias, m, rstd, t, ys):
-    x_hat = _scale_shift(load(xs, i, n), m, rstd, t)
+    x_hat = _scale_shift(load(xs, i, n), load(m, i, n), load(rstd, i, n), load(t, i, n))
     store(x_hat * load(weight, i, n) + load(bias, i, n), ys, i, n)
 
 
 @njit(**LEAF)
-def _normalize_elements(xs, weight, bias, m, rstd, t, ys, ahead):
-    """Normalise xs (n,); ask for what is so far ahead of it."""
+def _normalize(xs, weight, bias, m, rstd, t, ys, ahead):
+    """Normalise xs (n,) with numbers, or rows of them; ask for what is so far ahead of it."""
     n = xs.shape[0]
     whole = n // LANES * LANES
-    m, rstd, t = splat(m), splat(rstd), splat(t)
     for i in range(0, whole, LANES):
         fetch(xs, i + ahead)
         _normalize_vector(xs, i, None, weight, bias, m, rstd, t, ys)
@@ -1125,7 +1025,7 @@ def _stream_normalized(xs, weight, bias, m, rstd, t, buffer, kept, y, at, ahead)
     n = xs.shape[0]
     for lo in range(0, n, BUFFER):
         here = min(BUFFER, n - lo)
-        _normalize_elements(
+        _normalize(
             stretch(xs, lo, here), stretch(weight, lo, here), stretch(bias, lo, here),
             m, rstd, t, stretch(buffer, kept, here), ahead,
         )  # fmt: skip
@@ -1155,7 +1055,7 @@ def forward_elements(
         first, last = task * block, min((task + 1) * block, x.shape[0])
         # Three loops: a short row waits longer for a root than for its sums.
         if live:
-            _statistics_of_rows(x, mask, first, last, center, count, mean, var)
+            _statistics_of_groups(x, mask, first, last, center, count, mean, var)
         _write_rstds(count[first:last], var[first:last], eps, rstd)
         for g in range(first, last):
             _row_coefficients(mean[g], rstd[g - first], row)
@@ -1164,7 +1064,7 @@ def forward_elements(
             if streamed:
                 kept, at = _stream_normalized(x[g], w, b, m, r, t, buffer, kept, out, at, ahead)
             else:
-                _normalize_elements(x[g], w, b, m, r, t, y[g], ahead)
+                _normalize(x[g], w, b, m, r, t, y[g], ahead)
             k = k + 1 if k + 1 < n_weights else 0
     _finish(buffer, kept, out, at)
     fence()
@@ -1214,12 +1114,6 @@ def forward_groups(
         (x, feature, weight, bias, count, mean, var, y)
     )
     apart = n_inner > 1
-    groups = x.reshape(n_outer * n_inner, n_rows * length)
-    x_rows = x.reshape(n_outer * n_rows * n_inner, length)
-    if mask is not None:
-        mask_groups = mask.reshape(groups.shape)
-        mask_rows = mask.reshape(x_rows.shape)
-    y_rows = y.reshape(x_rows.shape)
     own = np.empty(min(block, end - first)), np.empty(3, y.dtype), _buffer(BUFFER, streamed, y)
     rstd, row, buffer = lend(own)
     kept, out = np.intp(0), stretch(y, 0, y.size)
@@ -1236,16 +1130,11 @@ def forward_groups(
             shift, s1, s2 = sums[0], sums[1], sums[2]
             for i in range(n_runs):
                 for j in range(n_in_run):
-                    p = start + i * step + j
-                    if mask is None:
-                        if i == 0:
-                            shift[j] = x_rows[p, 0]
-                        sum_1, sum_2 = _shifted_sums(x_rows[p], shift[j])
-                        k = length
-                    else:
-                        if n[j] == 0:
-                            shift[j] = _first(x_rows[p], mask_rows[p])
-                        k, sum_1, sum_2 = _masked_shifted_sums(x_rows[p], mask_rows[p], shift[j])
+                    at_row = (start + i * step + j) * length
+                    xs, counts = stretch(x, at_row, length), stretch(mask, at_row, length)
+                    if n[j] == 0:
+                        shift[j] = _first(xs, counts)
+                    k, sum_1, sum_2 = _shifted_sums(xs, counts, shift[j])
                     n[j] += k
                     s1[j] += sum_1
                     s2[j] += sum_2
@@ -1254,10 +1143,7 @@ def forward_groups(
                 _write_statistics(first + j, n[j], mu, m2, center, count, mean, var)
             keep(own_sums)
         elif live:
-            if mask is None:
-                _statistics_of_rows(groups, None, first, last, center, count, mean, var)
-            else:
-                _statistics_of_rows(groups, mask_groups, first, last, center, count, mean, var)
+            _statistics_of_groups(x, mask, first, last, center, count, mean, var)
         _write_rstds(count[first:last], var[first:last], eps, rstd)
         for i in range(n_runs):
             if apart:
@@ -1272,12 +1158,13 @@ def forward_groups(
                 row[0] = mu
                 row[1] = scale
                 row[2] = (np.float64(row[0]) - mu) * scale + bias[f]
+                xs, ys = stretch(x, p * length, length), stretch(y, p * length, length)
                 if streamed:
                     kept, at = _stream_applied(
-                        x_rows[p], row[0], row[1], row[2], buffer, kept, out, at, ahead
+                        xs, row[0], row[1], row[2], buffer, kept, out, at, ahead
                     )
                 else:
-                    _apply(x_rows[p], row[0], row[1], row[2], y_rows[p], ahead)
+                    _apply(xs, row[0], row[1], row[2], ys, ahead)
         first = last
     _finish(buffer, kept, out, at)
     fence()
@@ -1311,11 +1198,6 @@ def backward_groups(
         (dy, x, feature, weight, count, mean, var, dx, s0, s1)
     )
     apart = n_inner > 1
-    x_rows = x.reshape(n_outer * n_rows * n_inner, length)
-    dy_rows = dy.reshape(x_rows.shape)
-    dx_rows = dx.reshape(x_rows.shape)
-    if mask is not None:
-        counts = mask.reshape(x_rows.shape)
     n_most = min(block, end - first)
     own = (
         np.empty((3, n_most)), np.empty((n_most, 4), dx.dtype), np.empty(1, dx.dtype),
@@ -1334,11 +1216,9 @@ def backward_groups(
             for j in range(n_in_run):
                 p = start + i * step + j
                 g = j if apart else i
-                mu = mean[first + g]
-                if mask is None:
-                    sum_1, sum_x = _gradient_sums(dy_rows[p], x_rows[p], None, mu)
-                else:
-                    sum_1, sum_x = _gradient_sums(dy_rows[p], x_rows[p], counts[p], mu)
+                dys, xs = stretch(dy, p * length, length), stretch(x, p * length, length)
+                counts = stretch(mask, p * length, length)
+                sum_1, sum_x = _gradient_sums(dys, xs, counts, mean[first + g])
                 s0[p] = sum_1
                 s1[p] = sum_x
                 g0[g] += weight[feature[p]] * sum_1
@@ -1358,18 +1238,15 @@ def backward_groups(
                 s1[p] *= rstd[g]
                 row[0] = rstd[g] * weight[feature[p]]
                 by = row[0], rows[g, 0], rows[g, 1], rows[g, 2], rows[g, 3]
+                dys, xs = stretch(dy, p * length, length), stretch(x, p * length, length)
+                counts, dxs = stretch(mask, p * length, length), stretch(dx, p * length, length)
                 if not live:
-                    _scale(dy_rows[p], row[0], dx_rows[p])
+                    _scale(dys, row[0], dxs)
                 elif streamed:
                     rest = buffer, kept, out, at, AHEAD
-                    if mask is None:
-                        kept, at = _stream_backward(dy_rows[p], x_rows[p], None, *by, *rest)
-                    else:
-                        kept, at = _stream_backward(dy_rows[p], x_rows[p], counts[p], *by, *rest)
-                elif mask is None:
-                    _backward(dy_rows[p], x_rows[p], None, *by, dx_rows[p], AHEAD)
+                    kept, at = _stream_backward(dys, xs, counts, *by, *rest)
                 else:
-                    _backward(dy_rows[p], x_rows[p], counts[p], *by, dx_rows[p], AHEAD)
+                    _backward(dys, xs, counts, *by, dxs, AHEAD)
         first += n_here
     _finish(buffer, kept, out, at)
     fence()
@@ -1511,9 +1388,7 @@ def backward_group_columns(
         for g in range(n_here):
             own_mean = mean[first + g : first + g + 1]
             _fill_columns(g * size, size, n_columns, c1 - c0, own_mean, s[2:])
-        _add_gradient_rows(
-            dy, x, mask, a, 0, length, c0, c1, s[2], s[0, : c1 - c0], s[1, : c1 - c0]
-        )
+        _add_to_columns(dy, x, mask, a, 0, length, c0, c1, s[2], s[0, : c1 - c0], s[1, : c1 - c0])
         for lo in range(n_columns, c1 - c0, n_columns):
             for c in range(n_columns):
                 s[0, c] += s[0, lo + c]
@@ -1567,23 +1442,6 @@ def feature_gradients(feature, s0, s1, dbias, dweight):
 # Element columns: the same where a group is a column of x (A, D, B), and row i has weight i.
 
 
-@njit(**LEAF)
-def _normalize_row_vector(xs, c, n, m, rstd, t, weight, bias, ys):
-    x_hat = _scale_shift(load(xs, c, n), load(m, c, n), load(rstd, c, n), load(t, c, n))
-    store(x_hat * weight + bias, ys, c, n)
-
-
-@njit(**LEAF)
-def _normalize_row(xs, m, rstd, t, weight, bias, ys):
-    n = xs.shape[0]
-    whole = n // LANES * LANES
-    weight, bias = splat(weight), splat(bias)
-    for c in range(0, whole, LANES):
-        _normalize_row_vector(xs, c, None, m, rstd, t, weight, bias, ys)
-    if whole < n:
-        _normalize_row_vector(xs, whole, n - whole, m, rstd, t, weight, bias, ys)
-
-
 @cached_njit(**FLAGS)
 def forward_element_columns(
     threads, x, weight, bias, eps, center, live, width, count, mean, var, y
@@ -1614,7 +1472,9 @@ def forward_element_columns(
             _row_coefficients(mean[a, c], rstds[c - c0], rows[c - c0])
         m, rstd, t = rows[:, 0].copy(), rows[:, 1].copy(), rows[:, 2].copy()
         for i in range(length):
-            _normalize_row(x[a, i, c0:c1], m, rstd, t, weight[i], bias[i], y[a, i, c0:c1])
+            _normalize(
+                x[a, i, c0:c1], weight[i], bias[i], m, rstd, t, y[a, i, c0:c1], ROWS * n_columns
+            )
 
 
 @njit(**CONTRACT)
@@ -1634,26 +1494,6 @@ def _row_gradients(dys, xs, m, rstd, t):
         dweight += np.float64(dys[c] * _scale_shift(xs[c], m[c], rstd[c], t[c]))
         dbias += np.float64(dys[c])
     return dweight, dbias
-
-
-@njit(**LEAF)
-def _backward_element_row_vector(dys, xs, i, n, weight, m, rstd, t, c0, c1, dxs):
-    dx = _element_gradient(
-        load(dys, i, n), load(xs, i, n), None, weight,
-        load(m, i, n), load(rstd, i, n), load(t, i, n), load(c0, i, n), load(c1, i, n),
-    )  # fmt: skip
-    store(dx, dxs, i, n)
-
-
-@njit(**LEAF)
-def _backward_element_row(dys, xs, weight, m, rstd, t, c0, c1, dxs):
-    n = xs.shape[0]
-    whole = n // LANES * LANES
-    weight = splat(weight)
-    for i in range(0, whole, LANES):
-        _backward_element_row_vector(dys, xs, i, None, weight, m, rstd, t, c0, c1, dxs)
-    if whole < n:
-        _backward_element_row_vector(dys, xs, whole, n - whole, weight, m, rstd, t, c0, c1, dxs)
 
 
 @njit(**CONTRACT)
@@ -1706,9 +1546,9 @@ def backward_element_columns(
                 if not live:
                     _apply_weight_row(dy[a, i, c0:c1], weight[i], rstds, dx[a, i, c0:c1])
                 else:
-                    _backward_element_row(
-                        dy[a, i, c0:c1], x[a, i, c0:c1], weight[i], m, rstds, t,
-                        means[0], means[1], dx[a, i, c0:c1],
+                    _backward_elements(
+                        dy[a, i, c0:c1], x[a, i, c0:c1], None, weight[i], m, rstds, t,
+                        means[0], means[1], dx[a, i, c0:c1], ROWS * n_columns,
                     )  # fmt: skip
 
 
@@ -1766,20 +1606,18 @@ def _element_gradient(dy, x, counts, weight, m, rstd, t, c0, c1):
 
 @njit(**LEAF)
 def _backward_element_vector(dys, xs, counts, i, n, weight, m, rstd, t, c0, c1, dxs):
-    dy, x, w = load(dys, i, n), load(xs, i, n), load(weight, i, n)
-    if counts is None:
-        dx = _element_gradient(dy, x, None, w, m, rstd, t, c0, c1)
-    else:
-        dx = _element_gradient(dy, x, load(counts, i, n), w, m, rstd, t, c0, c1)
+    dx = _element_gradient(
+        load(dys, i, n), load(xs, i, n), load(counts, i, n), load(weight, i, n),
+        load(m, i, n), load(rstd, i, n), load(t, i, n), load(c0, i, n), load(c1, i, n),
+    )  # fmt: skip
     store(dx, dxs, i, n)
 
 
 @njit(**LEAF)
 def _backward_elements(dys, xs, counts, weight, m, rstd, t, c0, c1, dxs, ahead):
-    """Write the gradient of xs (n,), with the mask or None; ask for what is so far ahead of it."""
+    """Write the gradient of xs (n,), as _backward does."""
     n = xs.shape[0]
     whole = n // LANES * LANES
-    m, rstd, t, c0, c1 = splat(m), splat(rstd), splat(t), splat(c0), splat(c1)
     for i in range(0, whole, LANES):
         fetch(dys, i + ahead)
         fetch(xs, i + ahead)
@@ -1796,13 +1634,10 @@ def _stream_backward_elements(
     n = xs.shape[0]
     for lo in range(0, n, BUFFER):
         here = min(BUFFER, n - lo)
-        dys_here, xs_here = stretch(dys, lo, here), stretch(xs, lo, here)
-        rest, target = (stretch(weight, lo, here), m, rstd, t, c0, c1), stretch(buffer, kept, here)
-        if counts is None:
-            _backward_elements(dys_here, xs_here, None, *rest, target, ahead)
-        else:
-            counts_here = stretch(counts, lo, here)
-            _backward_elements(dys_here, xs_here, counts_here, *rest, target, ahead)
+        _backward_elements(
+            stretch(dys, lo, here), stretch(xs, lo, here), stretch(counts, lo, here),
+            stretch(weight, lo, here), m, rstd, t, c0, c1, stretch(buffer, kept, here), ahead,
+        )  # fmt: skip
         kept, at = _flush(buffer, kept + here, dx, at)
     return kept, at
 
@@ -1934,6 +1769,7 @@ def backward_elements(
                     i = row + j * n_weights
                     m, r, t = rows[j, 0], rows[j, 1], rows[j, 2]
                     by = weight[k], m, r, t, c[0, j], c[1, j]
+                    counts = stretch(mask, i * length, length)
                     if not live:
                         _apply_weight(dy[i], weight[k], r, dx[i])
                     elif streamed:
@@ -1941,16 +1777,9 @@ def backward_elements(
                             _finish(buffer, kept, out, at)
                             kept, at = np.intp(0), i * length
                         where_to = buffer, kept, out, at, ahead
-                        if mask is None:
-                            kept, at = _stream_backward_elements(dy[i], x[i], None, *by, *where_to)
-                        else:
-                            kept, at = _stream_backward_elements(
-                                dy[i], x[i], mask[i], *by, *where_to
-                            )
-                    elif mask is None:
-                        _backward_elements(dy[i], x[i], None, *by, dx[i], ahead)
+                        kept, at = _stream_backward_elements(dy[i], x[i], counts, *by, *where_to)
                     else:
-                        _backward_elements(dy[i], x[i], mask[i], *by, dx[i], ahead)
+                        _backward_elements(dy[i], x[i], counts, *by, dx[i], ahead)
         if affine:
             _add_up(gradients[0, : n_weights * length], dweight[task])
             _add_up(gradients[1, : n_weights * length], dbias[task])

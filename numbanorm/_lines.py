@@ -97,31 +97,6 @@ def rows_of(typing_context: Any, memory: Any, n_rows: Any) -> Any:
 
 
 @intrinsic
-def stretch(typing_context: Any, array: Any, i: Any, n: Any) -> Any:
-    """Return n elements from the i-th in memory on: (n,).
-
-    They have no owner, and nothing is checked: slices take long to compile.
-    """
-    seen = types.Array(array.dtype, 1, "C", readonly=not array.mutable)
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        whole, i, n = args
-        owner = context.make_array(array)(context, builder, whole)
-        view = context.make_array(seen)(context, builder)
-        populate_array(
-            view,
-            data=builder.gep(owner.data, [i]),
-            shape=cgutils.pack_array(builder, [n]),
-            strides=cgutils.pack_array(builder, [owner.itemsize]),
-            itemsize=owner.itemsize,
-            meminfo=None,
-        )
-        return view._getvalue()
-
-    return seen(array, types.intp, types.intp), generate
-
-
-@intrinsic
 def to_next_line(typing_context: Any, array: Any, i: Any) -> Any:
     """Return how many elements there are from array[i] to where a line begins, from 0 on."""
     size = array.dtype.bitwidth // 8
@@ -183,10 +158,6 @@ if numba.config.DISABLE_JIT:
         n = (memory.size // line_size(memory) - 1) // n_rows * line_size(memory)
         first = to_next_line(memory, 0)
         return memory[first : first + n_rows * n].reshape(n_rows, n)
-
-    def stretch(array: Any, i: int, n: int) -> Any:
-        """Return n elements from the i-th in memory on."""
-        return array.reshape(-1)[i : i + n]
 
     def to_next_line(array: Any, i: int) -> int:
         """Return how many elements there are from array[i] to where a line begins."""

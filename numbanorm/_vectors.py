@@ -21,11 +21,12 @@ from numba import types
 from numba.core import cgutils
 from numba.core.typing.templates import AbstractTemplate, infer_global, signature
 from numba.extending import intrinsic, lower_builtin, models, register_model
+from numba.np.arrayobj import populate_array
+
+from numbanorm._lines import LINE
 
 # Elements of a vector: float64 sums of so many, and what they are made of, fit in the registers.
 LANES = 16
-# Bytes that are asked for at once.
-LINE = 64
 
 
 class Vector(types.Type):
@@ -94,8 +95,12 @@ def _size(dtype: Any) -> int:
     return 1 if dtype == types.boolean else int(dtype.bitwidth // 8)
 
 
-def _is_whole(n: Any) -> bool:
-    return isinstance(n, types.NoneType)
+def _is_none(value: Any) -> bool:
+    return isinstance(value, types.NoneType)
+
+
+def _nothing(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+    return context.get_dummy_value()
 
 
 def _splat(builder: Any, value: Any) -> Any:
@@ -129,8 +134,42 @@ def _masked(builder: Any, name: str, dtype: Any, result: Any, *args: Any) -> Any
 
 
 @intrinsic
+def stretch(typing_context: Any, array: Any, i: Any, n: Any) -> Any:
+    """Return n elements of an array from the i-th in memory on, (n,); None of None.
+
+    They have no owner, and nothing is checked: slices take long to compile.
+    """
+    if _is_none(array):
+        return types.none(array, i, n), _nothing
+    seen = types.Array(array.dtype, 1, "C", readonly=not array.mutable)
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        whole, i, n = args
+        owner = context.make_array(array)(context, builder, whole)
+        view = context.make_array(seen)(context, builder)
+        populate_array(
+            view,
+            data=builder.gep(owner.data, [i]),
+            shape=cgutils.pack_array(builder, [n]),
+            strides=cgutils.pack_array(builder, [owner.itemsize]),
+            itemsize=owner.itemsize,
+            meminfo=None,
+        )
+        return view._getvalue()
+
+    return seen(array, types.intp, types.intp), generate
+
+
+@intrinsic
 def load(typing_context: Any, array: Any, i: Any, n: Any) -> Any:
-    """Return the elements from array[i] on: all, or if n is not None its first n, and 0."""
+    """Return the elements from array[i] on: all, or if n is not None its first n, and 0.
+
+    Of a number it is a vector of that, and None of None.
+    """
+    if _is_none(array):
+        return types.none(array, i, n), _nothing
+    if isinstance(array, types.Float):
+        return Vector(array)(array, i, n), lambda c, builder, s, args: _splat(builder, args[0])
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         array_value, i, n_value = args
@@ -139,7 +178,7 @@ def load(typing_context: Any, array: Any, i: Any, n: Any) -> Any:
         place = _place(context, builder, array, array_value, i)
         place = builder.bitcast(place, vector.as_pointer())
         align = _size(array.dtype)
-        if _is_whole(n):
+        if _is_none(n):
             values = builder.load(place, align=align)
         else:
             values = _masked(
@@ -151,6 +190,16 @@ def load(typing_context: Any, array: Any, i: Any, n: Any) -> Any:
         return values
 
     return Vector(array.dtype)(array, types.intp, n), generate
+
+
+@intrinsic
+def leading(typing_context: Any, n: Any) -> Any:
+    """Return a vector of booleans: True for the first n elements."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return _first(builder, args[0])
+
+    return Vector(types.boolean)(types.intp), generate
 
 
 @intrinsic
@@ -224,7 +273,7 @@ def store(typing_context: Any, vector: Any, array: Any, i: Any, n: Any) -> Any:
         place = _place(context, builder, array, array_value, i)
         place = builder.bitcast(place, values.type.as_pointer())
         align = _size(array.dtype)
-        if _is_whole(n):
+        if _is_none(n):
             builder.store(values, place, align=align)
         else:
             _masked(
@@ -238,7 +287,10 @@ def store(typing_context: Any, vector: Any, array: Any, i: Any, n: Any) -> Any:
 
 @intrinsic
 def fetch(typing_context: Any, array: Any, i: Any) -> Any:
-    """Ask memory for a vector at array[i], which need not be in the array."""
+    """Ask memory for a vector at array[i], which may be outside; without an array do nothing."""
+    if not isinstance(array, types.Array):
+        return types.void(array, i), _nothing
+
     # What a core asks for on its own it sometimes asks for too late, where rows are wide or there
     # are several arrays: as long as half of the time.
 
@@ -260,11 +312,21 @@ def fetch(typing_context: Any, array: Any, i: Any) -> Any:
 if numba.config.DISABLE_JIT:
     # Kernels are Python functions then, and vectors arrays.
 
+    def stretch(array: Any, i: int, n: int) -> Any:
+        """Return n elements from the i-th in memory on, or None."""
+        return None if array is None else array.reshape(-1)[i : i + n]
+
     def load(array: Any, i: int, n: int | None) -> Any:
-        """Return a copy of some elements, and 0."""
+        """Return a copy of some elements, and 0; or a vector of a number, or None."""
+        if array is None or np.ndim(array) == 0:
+            return None if array is None else np.full(LANES, array)
         vector = np.zeros(LANES, array.dtype)
         vector[:n] = array[i : i + (LANES if n is None else n)]
         return vector
+
+    def leading(n: int) -> Any:
+        """Return True for the first n elements."""
+        return np.arange(LANES) < n
 
     def store(vector: Any, array: Any, i: int, n: int | None) -> None:
         """Write a vector, or its first n elements, to an array."""

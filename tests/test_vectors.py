@@ -9,8 +9,19 @@ import pytest
 from cases import normal
 from numba import njit
 
-from numbanorm._lines import stretch
-from numbanorm._vectors import LANES, fetch, is_finite, load, splat, store, total, where, widen
+from numbanorm._vectors import (
+    LANES,
+    fetch,
+    is_finite,
+    leading,
+    load,
+    splat,
+    store,
+    stretch,
+    total,
+    where,
+    widen,
+)
 
 DTYPES = pytest.mark.parametrize("dtype", [np.float32, np.float64])
 
@@ -79,6 +90,50 @@ def test_choices(dtype):
 
 
 @njit
+def plus(v, w):
+    if w is None:
+        return v
+    return v + w
+
+
+@njit
+def add(x, y, target):
+    """Write x + y, or x if that is None, to target (n,); either may be a number or a row (n,)."""
+    n = target.shape[0]
+    whole = n // LANES * LANES
+    for i in range(0, whole, LANES):
+        fetch(y, i + 1000)
+        store(plus(load(x, i, None), load(y, i, None)), target, i, None)
+    v, w = load(x, whole, n - whole), load(y, whole, n - whole)
+    store(plus(v, w), target, whole, n - whole)
+
+
+@DTYPES
+def test_a_number_is_a_vector_of_it_and_none_is_none(dtype):
+    row, target = normal(37, dtype=dtype), np.empty(37, dtype)
+    for x, y, expected in (
+        (row, dtype(2), row + 2),
+        (dtype(2), row, row + 2),
+        (row, None, row),
+        (dtype(2), None, np.full(37, dtype(2))),
+    ):
+        add(x, y, target)
+        np.testing.assert_array_equal(target, expected)
+
+
+@njit
+def mark(n, y):
+    store(where(leading(n), splat(1.0), splat(2.0)), y, 0, None)
+
+
+@pytest.mark.parametrize("n", [0, 1, 15, 16])
+def test_the_leading_elements(n):
+    y = np.empty(LANES)
+    mark(n, y)
+    np.testing.assert_array_equal(y, np.where(np.arange(LANES) < n, 1, 2))
+
+
+@njit
 def see(x, i, n):
     seen = stretch(x, i, n)
     return seen.sum(), seen.shape[0]
@@ -88,3 +143,12 @@ def see(x, i, n):
 def test_a_stretch_of_memory(dtype):
     x = np.arange(24).astype(dtype).reshape(2, 3, 4)
     assert see(x, 5, 7) == (x.reshape(-1)[5:12].sum(), 7)
+
+
+@njit
+def see_nothing(x, i, n):
+    return stretch(x, i, n) is None
+
+
+def test_a_stretch_of_nothing():
+    assert see_nothing(None, 3, 4)
