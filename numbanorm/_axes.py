@@ -251,7 +251,8 @@ class Plan:
     ) -> None:
         a, d, b = self._size(outer), self._size(reduced), self._size(within)
         self.view, self.groups_shape, self.weights_shape = (a, d, b), (a, b), (d,)
-        width = max(1, min(b, max(64, CACHED_GROUP // max(d, 1))))
+        # In whole lines of memory, where each row of x begins with one.
+        width = max(1, min(b, max(64, CACHED_GROUP // max(d, 1) // 16 * 16)))
         self.tiles = Tiles(1, d, width)
         self.gradient_parts = (min(a * -(-b // width), TASKS), d)
 

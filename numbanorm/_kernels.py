@@ -212,14 +212,16 @@ def moments_rows(threads, x, mask, part, block, count, mean, rest, m2):
 
 
 @njit(**LEAF)
-def _add_to_vector(dy, x, counts, at, step, n_rows, coming, stride, c, n, center, s0, s1):
+def _add_to_vector(
+    dy, x, counts, weight, i, n_rows, at, step, coming, stride, c, n, center, s0, s1
+):
     """Add rows to a vector of columns, see _add_to_columns, from c on; see load about n.
 
-    Rows of dy, x and counts (N,) begin at ``at``, ``step`` apart; what is read next is at
-    ``coming``.
+    Rows i to i + n_rows of dy, x and counts (N,) begin at ``at``, ``step`` apart; what is read next
+    is at ``coming``.
     """
     middle, sum_0, sum_1 = load(center, c, n), load(s0, c, n), load(s1, c, n)
-    for _ in range(n_rows):
+    for k in range(i, i + n_rows):
         fetch(dy, coming)
         fetch(x, coming)
         fetch(counts, coming)
@@ -231,6 +233,8 @@ def _add_to_vector(dy, x, counts, at, step, n_rows, coming, stride, c, n, center
             sum_1 += d * d
         else:
             w, d = _gradient_terms(dy, x, counts, at, n, middle)
+            if weight is not None:
+                w = w * splat(np.float64(weight[k]))
             sum_0 += w
             sum_1 += w * d
         at += step
@@ -240,10 +244,11 @@ def _add_to_vector(dy, x, counts, at, step, n_rows, coming, stride, c, n, center
 
 
 @njit(**LEAF)
-def _add_to_columns(dy, x, counts, a, lo, hi, c0, c1, center, s0, s1):
+def _add_to_columns(dy, x, counts, weight, a, lo, hi, c0, c1, center, s0, s1):
     """Add rows lo to hi of x[a], columns c0 to c1, to sums of w and w * (x - center).
 
-    w is dy, or x - center if that is None. ``counts`` is the mask, or None.
+    w is dy, or x - center if that is None. ``counts`` is the mask, or None. A row of dy counts as
+    often as its ``weight`` (L,) says, unless that is None.
     """
     step, width = x.shape[2], c1 - c0
     dys, xs, counts = stretch(dy, 0, x.size), stretch(x, 0, x.size), stretch(counts, 0, x.size)
@@ -255,13 +260,14 @@ def _add_to_columns(dy, x, counts, a, lo, hi, c0, c1, center, s0, s1):
         for c in range(0, whole, LANES):
             coming = at + ROWS * step + spread * c
             _add_to_vector(
-                dys, xs, counts, at + c, step, n_rows, coming, stride, c, None, center, s0, s1
-            )
+                dys, xs, counts, weight, i, n_rows, at + c, step, coming, stride, c, None,
+                center, s0, s1,
+            )  # fmt: skip
         if whole < width:
             coming = at + ROWS * step + spread * whole
             _add_to_vector(
-                dys, xs, counts, at + whole, step, n_rows, coming, stride, whole, width - whole,
-                center, s0, s1,
+                dys, xs, counts, weight, i, n_rows, at + whole, step, coming, stride, whole,
+                width - whole, center, s0, s1,
             )  # fmt: skip
 
 
@@ -285,7 +291,7 @@ def _find_first(xs, counts, found, shift):
 @njit(**LEAF)
 def _add_rows(x, mask, a, lo, hi, c0, c1, shift, n, s1, s2):
     """Add rows lo to hi of x[a], columns c0 to c1, to their counts and shifted sums."""
-    _add_to_columns(None, x, mask, a, lo, hi, c0, c1, shift, s1, s2)
+    _add_to_columns(None, x, mask, None, a, lo, hi, c0, c1, shift, s1, s2)
     if mask is None:
         n += hi - lo
     else:
@@ -788,25 +794,6 @@ def gradient_sums_rows(threads, dy, x, mask, part, block, mean, s0, s1):
             )
 
 
-@njit(**LEAF)
-def _entering_vector(dys, xs, counts, i, n, dys_in, xs_in):
-    dy, x, zero = load(dys, i, n), load(xs, i, n), splat(xs.dtype.type(0.0))
-    enters = _enters(dy, x, load(counts, i, n), zero)
-    store(where(enters, dy, zero), dys_in, i, n)
-    store(where(enters, x, zero), xs_in, i, n)
-
-
-@njit(**LEAF)
-def _entering(dys, xs, counts, dys_in, xs_in):
-    """Write dy and x where they enter the sums of backward, else 0: rows (n,)."""
-    n = xs.shape[0]
-    whole = n // LANES * LANES
-    for i in range(0, whole, LANES):
-        _entering_vector(dys, xs, counts, i, None, dys_in, xs_in)
-    if whole < n:
-        _entering_vector(dys, xs, counts, whole, n - whole, dys_in, xs_in)
-
-
 @cached_njit(**FLAGS)
 def gradient_sums_columns(threads, dy, x, mask, part, width, mean, s0, s1):
     """Sum dy and dy (x - mean): dy, x, mask or None (A, L, F * C), mean (A, F * C).
@@ -827,7 +814,7 @@ def gradient_sums_columns(threads, dy, x, mask, part, width, mean, s0, s1):
         sum_0, sum_1, means = _three_rows(own[0], c1 - c0)
         _copy(stretch(mean, a * n_folded + c0, c1 - c0), means)
         lo, hi = k * part, min(length, (k + 1) * part)
-        _add_to_columns(dy, x, mask, a, lo, hi, c0, c1, means, sum_0, sum_1)
+        _add_to_columns(dy, x, mask, None, a, lo, hi, c0, c1, means, sum_0, sum_1)
         for c in range(c0, min(c1, n_columns)):
             s0[a, k, c] = sum_0[c - c0]
             s1[a, k, c] = sum_1[c - c0]
@@ -1253,10 +1240,16 @@ def backward_groups(
     keep(own)
 
 
-@njit(**CONTRACT)
+@njit(**LEAF)
 def _scale(dys, a, dxs):
-    for i in range(dys.shape[0]):
-        dxs[i] = a * dys[i]
+    """Write a * dys (n,), where a is a number or a row of them."""
+    n = dys.shape[0]
+    whole = n // LANES * LANES
+    for i in range(0, whole, LANES):
+        store(load(a, i, None) * load(dys, i, None), dxs, i, None)
+    if whole < n:
+        rest = n - whole
+        store(load(a, whole, rest) * load(dys, whole, rest), dxs, whole, rest)
 
 
 # Group columns: the same where a row has columns of many groups.
@@ -1388,7 +1381,9 @@ def backward_group_columns(
         for g in range(n_here):
             own_mean = mean[first + g : first + g + 1]
             _fill_columns(g * size, size, n_columns, c1 - c0, own_mean, s[2:])
-        _add_to_columns(dy, x, mask, a, 0, length, c0, c1, s[2], s[0, : c1 - c0], s[1, : c1 - c0])
+        _add_to_columns(
+            dy, x, mask, None, a, 0, length, c0, c1, s[2], s[0, : c1 - c0], s[1, : c1 - c0]
+        )
         for lo in range(n_columns, c1 - c0, n_columns):
             for c in range(n_columns):
                 s[0, c] += s[0, lo + c]
@@ -1415,7 +1410,7 @@ def backward_group_columns(
                 p += 1
         if not live:
             for i in range(length):
-                _scale_row(dy[a, i, c0:c1], rows[0], dx[a, i, c0:c1])
+                _scale(dy[a, i, c0:c1], rows[0], dx[a, i, c0:c1])
         else:
             _backward_rows(
                 dy, x, mask, a, 0, length, c0, c1,
@@ -1423,12 +1418,6 @@ def backward_group_columns(
             )  # fmt: skip
         keep(own)
     fence()
-
-
-@njit(**CONTRACT)
-def _scale_row(dys, a, dxs):
-    for c in range(dxs.shape[0]):
-        dxs[c] = a[c] * dys[c]
 
 
 @cached_njit(**FLAGS)
@@ -1440,6 +1429,15 @@ def feature_gradients(feature, s0, s1, dbias, dweight):
 
 
 # Element columns: the same where a group is a column of x (A, D, B), and row i has weight i.
+
+
+@njit(**CONTRACT)
+def _column_coefficients(mean, rstd, m, r, t):
+    """Write what _row_coefficients does for each of n columns to m, r, t (n,)."""
+    for c in range(mean.shape[0]):
+        m[c] = mean[c]
+        r[c] = rstd[c]
+        t[c] = (np.float64(m[c]) - mean[c]) * rstd[c]
 
 
 @cached_njit(**FLAGS)
@@ -1455,51 +1453,63 @@ def forward_element_columns(
     x, weight, bias, count, mean, var, y = lend((x, weight, bias, count, mean, var, y))
     for task in range(begin, end):
         a, c0, c1 = _block(task, n_columns, width)
+        n, first = c1 - c0, a * n_columns + c0
+        own = (
+            np.zeros(room(3, n, mean), mean.dtype), np.empty(room(3, n, y), y.dtype), np.empty(n),
+        )  # fmt: skip
+        sums, memory, rstd = lend(own)
+        groups = stretch(count, first, n), stretch(mean, first, n), stretch(var, first, n)
+        place = a * length * n_columns + c0
         if live:
-            s1 = np.zeros(c1 - c0)
-            s2 = np.zeros(c1 - c0)
-            shift = np.zeros(c1 - c0)
+            s1, s2, shift = _three_rows(sums, n)
             if length > 0:
-                _copy(x[a, 0, c0:c1], shift)
-            n = np.zeros(c1 - c0, np.int64)
-            _add_rows(x, None, a, 0, length, c0, c1, shift, n, s1, s2)
-            for c in range(c0, c1):
-                mu, _, m2 = _unshift(length, shift[c - c0], s1[c - c0], s2[c - c0])
-                _write_statistics((a, c), length, mu, m2, center, count, mean, var)
-        rstds = _rstds(count[a, c0:c1], var[a, c0:c1], eps)
-        rows = np.empty((c1 - c0, 3), y.dtype)
-        for c in range(c0, c1):
-            _row_coefficients(mean[a, c], rstds[c - c0], rows[c - c0])
-        m, rstd, t = rows[:, 0].copy(), rows[:, 1].copy(), rows[:, 2].copy()
+                _copy(stretch(x, place, n), shift)
+            _add_to_columns(None, x, None, None, a, 0, length, c0, c1, shift, s1, s2)
+            for c in range(n):
+                mu, _, m2 = _unshift(length, shift[c], s1[c], s2[c])
+                _write_statistics(c, length, mu, m2, center, *groups)
+        _write_rstds(groups[0], groups[2], eps, rstd)
+        m, r, t = _three_rows(memory, n)
+        _column_coefficients(groups[1], rstd, m, r, t)
         for i in range(length):
             _normalize(
-                x[a, i, c0:c1], weight[i], bias[i], m, rstd, t, y[a, i, c0:c1], ROWS * n_columns
-            )
+                stretch(x, place, n), weight[i], bias[i], m, r, t, stretch(y, place, n),
+                0,
+            )  # fmt: skip
+            place += n_columns
+        keep(own)
 
 
-@njit(**CONTRACT)
-def _add_weighted_gradient_row(dys, xs, weight, mean, s0, s1):
-    """Add g = dy * weight and g * (x - mean) of a row (n,) to s0 and s1 (n,)."""
-    for c in range(s0.shape[0]):
-        g = np.float64(dys[c]) * weight
-        s0[c] += g
-        s1[c] += g * (xs[c] - mean[c])
+@njit(**LEAF)
+def _backward_vector_of_columns(dys, xs, live, i, n, weight, m, r, t, c0, c1, dxs):
+    """Write dx, see _backward_row_of_columns; return vectors of dy * x_hat and dy."""
+    dy, x = load(dys, i, n), load(xs, i, n)
+    m, r, t = load(m, i, n), load(r, i, n), load(t, i, n)
+    c0, c1 = load(c0, i, n), load(c1, i, n)
+    dx = _element_gradient(dy, x, leading(live * LANES), splat(weight), m, r, t, c0, c1)
+    store(dx, dxs, i, n)
+    return widen(dy * _scale_shift(x, m, r, t)), widen(dy)
 
 
-@njit(**REORDER)
-def _row_gradients(dys, xs, m, rstd, t):
-    """Sum dy * x_hat and dy over a row (n,)."""
-    dweight, dbias = 0.0, 0.0
-    for c in range(dys.shape[0]):
-        dweight += np.float64(dys[c] * _scale_shift(xs[c], m[c], rstd[c], t[c]))
-        dbias += np.float64(dys[c])
-    return dweight, dbias
+@njit(**LEAF)
+def _backward_row_of_columns(dys, xs, live, weight, m, r, t, c0, c1, dxs):
+    """Write the gradient of a row (n,); return the sums of dy * x_hat and of dy.
 
-
-@njit(**CONTRACT)
-def _apply_weight_row(dys, weight, rstd, dxs):
-    for c in range(dxs.shape[0]):
-        dxs[c] = rstd[c] * (dys[c] * weight)
+    If not ``live``, the statistics do not come from x.
+    """
+    n = xs.shape[0]
+    whole = n // LANES * LANES
+    rest = weight, m, r, t, c0, c1, dxs
+    sum_x, sum_1 = splat(0.0), splat(0.0)
+    for i in range(0, whole, LANES):
+        dy_hat, dy = _backward_vector_of_columns(dys, xs, live, i, None, *rest)
+        sum_x += dy_hat
+        sum_1 += dy
+    if whole < n:
+        dy_hat, dy = _backward_vector_of_columns(dys, xs, live, whole, n - whole, *rest)
+        sum_x += dy_hat
+        sum_1 += dy
+    return total(sum_x), total(sum_1)
 
 
 @cached_njit(**FLAGS)
@@ -1522,76 +1532,99 @@ def backward_element_columns(
     for task in range(begin, end):
         for unit in range(task * n_units // n_tasks, (task + 1) * n_units // n_tasks):
             a, c0, c1 = _block(unit, n_columns, width)
-            mu = mean[a, c0:c1]
-            rows = np.empty((c1 - c0, 3), dx.dtype)
-            sums = np.zeros((2, c1 - c0))
-            means = np.zeros((2, c1 - c0), dx.dtype)
-            if live:
-                for i in range(length):
-                    _add_weighted_gradient_row(
-                        dy[a, i, c0:c1], x[a, i, c0:c1], weight[i], mu, sums[0], sums[1]
-                    )
-            rstd = _rstds(count[a, c0:c1], var[a, c0:c1], eps)
-            for c in range(c1 - c0):
-                n = max(count[a, c0 + c], 1)
-                _row_coefficients(mu[c], rstd[c], rows[c])
-                means[0, c] = sums[0, c] / n if center else 0.0
-                means[1, c] = sums[1, c] * rstd[c] / n
-            m, rstds, t = rows[:, 0].copy(), rows[:, 1].copy(), rows[:, 2].copy()
+            n, first = c1 - c0, a * n_columns + c0
+            own = (
+                np.zeros(room(3, n, mean), mean.dtype), np.empty(room(5, n, dx), dx.dtype),
+                np.empty(n),
+            )  # fmt: skip
+            sums, memory, rstd = lend(own)
+            s0, s1, means = _three_rows(sums, n)
+            _copy(stretch(mean, first, n), means)
+            _write_rstds(stretch(count, first, n), stretch(var, first, n), eps, rstd)
+            rows = rows_of(memory, 5)
+            _column_coefficients(means, rstd, rows[0], rows[1], rows[2])
+            _add_to_columns(dy, x, None, weight, a, 0, length, c0, c1, means, s0, s1)
+            for c in range(n):
+                n_all = max(count[a, c0 + c], 1)
+                rows[3, c] = s0[c] / n_all if center else 0.0
+                rows[4, c] = s1[c] * rstd[c] / n_all
+            place = a * length * n_columns + c0
             for i in range(length):
+                dys, xs, dxs = stretch(dy, place, n), stretch(x, place, n), stretch(dx, place, n)
+                sum_x, sum_1 = _backward_row_of_columns(
+                    dys, xs, live, weight[i], rows[0], rows[1], rows[2], rows[3], rows[4], dxs
+                )
                 if affine:
-                    sum_x, sum_1 = _row_gradients(dy[a, i, c0:c1], x[a, i, c0:c1], m, rstds, t)
                     dweight[task, i] += sum_x
                     dbias[task, i] += sum_1
-                if not live:
-                    _apply_weight_row(dy[a, i, c0:c1], weight[i], rstds, dx[a, i, c0:c1])
-                else:
-                    _backward_elements(
-                        dy[a, i, c0:c1], x[a, i, c0:c1], None, weight[i], m, rstds, t,
-                        means[0], means[1], dx[a, i, c0:c1], ROWS * n_columns,
-                    )  # fmt: skip
+                place += n_columns
+            keep(own)
 
 
-@njit(**REORDER)
-def _element_sums(dys, xs, weight, m, rstd, t):
-    """Sum g and g * x_hat with g = dy * weight over few elements (n,), in their own type."""
-    # Many lanes share them, so that each adds up too few numbers for float32 to lose digits.
-    s0, s1 = weight.dtype.type(0.0), weight.dtype.type(0.0)
-    for i in range(weight.shape[0]):
-        g = dys[i] * weight[i]
-        s0 += g
-        s1 += g * _scale_shift(xs[i], m, rstd, t)
-    return s0, s1
+@njit(**LEAF)
+def _element_terms(dys, xs, counts, i, n, row):
+    """Return vectors of dy and dy * x_hat from i on, and 0 where they do not enter the sums.
+
+    ``row`` (3,) is as _row_coefficients writes it; see _gradient_terms about the others.
+    """
+    dy, x = load(dys, i, n), load(xs, i, n)
+    if counts is not None:
+        zero = splat(dys.dtype.type(0.0))
+        enters = _enters(dy, x, load(counts, i, n), zero)
+        dy, x = where(enters, dy, zero), where(enters, x, zero)
+    return dy, dy * _scale_shift(x, splat(row[0]), splat(row[1]), splat(row[2]))
 
 
-@njit(**CONTRACT)
-def _add_four_to_dweight(dy_a, dy_b, dy_c, dy_d, x_a, x_b, x_c, x_d, rows, dweight):
-    """Add dy * x_hat of four rows (n,), with mean, rstd, offset in rows (4, 3), to dweight."""
-    m_a, r_a, t_a = rows[0, 0], rows[0, 1], rows[0, 2]
-    m_b, r_b, t_b = rows[1, 0], rows[1, 1], rows[1, 2]
-    m_c, r_c, t_c = rows[2, 0], rows[2, 1], rows[2, 2]
-    m_d, r_d, t_d = rows[3, 0], rows[3, 1], rows[3, 2]
-    for i in range(dweight.shape[0]):
-        a = dy_a[i] * _scale_shift(x_a[i], m_a, r_a, t_a)
-        b = dy_b[i] * _scale_shift(x_b[i], m_b, r_b, t_b)
-        c = dy_c[i] * _scale_shift(x_c[i], m_c, r_c, t_c)
-        d = dy_d[i] * _scale_shift(x_d[i], m_d, r_d, t_d)
-        dweight[i] += (a + b) + (c + d)
+@njit(**LEAF)
+def _add_four_vectors(dys, xs, counts, i, n, rows, weight, dweight, dbias):
+    """Add dy * x_hat and dy of four rows to dweight and dbias, from i on; see load about n.
+
+    Return vectors of g = dy * weight, and of g * x_hat, of each row.
+    """
+    a, a_hat = _element_terms(dys[0], xs[0], counts[0], i, n, rows[0])
+    b, b_hat = _element_terms(dys[1], xs[1], counts[1], i, n, rows[1])
+    c, c_hat = _element_terms(dys[2], xs[2], counts[2], i, n, rows[2])
+    d, d_hat = _element_terms(dys[3], xs[3], counts[3], i, n, rows[3])
+    store(load(dweight, i, n) + widen((a_hat + b_hat) + (c_hat + d_hat)), dweight, i, n)
+    store(load(dbias, i, n) + widen((a + b) + (c + d)), dbias, i, n)
+    w = load(weight, i, n)
+    return (a * w, b * w, c * w, d * w), (a_hat * w, b_hat * w, c_hat * w, d_hat * w)
 
 
-@njit(**CONTRACT)
-def _add_four_to_dbias(dy_a, dy_b, dy_c, dy_d, dbias):
-    """Add dy of four rows (n,) to dbias (n,)."""
-    for i in range(dbias.shape[0]):
-        dbias[i] += (dy_a[i] + dy_b[i]) + (dy_c[i] + dy_d[i])
+@njit(**LEAF)
+def _four(array, nothing, first, step, n_rows, n):
+    """Return n elements of up to four rows, ``step`` apart, and of nothing where there is none."""
+    return (
+        stretch(array, first, n),
+        stretch(array, first + step, n) if n_rows > 1 else stretch(nothing, 0, n),
+        stretch(array, first + 2 * step, n) if n_rows > 2 else stretch(nothing, 0, n),
+        stretch(array, first + 3 * step, n) if n_rows > 3 else stretch(nothing, 0, n),
+    )
 
 
-@njit(**CONTRACT)
-def _add_parameter_gradients(dys, xs, m, rstd, t, dweight, dbias):
-    """Add dy * x_hat and dy of one row (n,) to dweight and dbias (n,)."""
-    for i in range(dweight.shape[0]):
-        dweight[i] += dys[i] * _scale_shift(xs[i], m, rstd, t)
-        dbias[i] += dys[i]
+@njit(**LEAF)
+def _plus(v, w):
+    return v[0] + w[0], v[1] + w[1], v[2] + w[2], v[3] + w[3]
+
+
+@njit(**LEAF)
+def _add_four_rows(dys, xs, counts, rows, weight, sums, dweight, dbias):
+    """Add what backward sums up over few elements (n,) of four rows.
+
+    ``sums`` (4, 2) are those of g = dy * weight and of g * x_hat, which are added up in the type of
+    the elements: a vector has many lanes, and each too few of them for float32 to lose digits.
+    """
+    n = weight.shape[0]
+    whole = n // LANES * LANES
+    rest = rows, weight, dweight, dbias
+    g, g_hat = _add_four_vectors(dys, xs, counts, whole, n - whole, *rest)
+    for i in range(0, whole, LANES):
+        next_g, next_g_hat = _add_four_vectors(dys, xs, counts, i, None, *rest)
+        g, g_hat = _plus(g, next_g), _plus(g_hat, next_g_hat)
+    sums[0, 0], sums[0, 1] = sums[0, 0] + total(g[0]), sums[0, 1] + total(g_hat[0])
+    sums[1, 0], sums[1, 1] = sums[1, 0] + total(g[1]), sums[1, 1] + total(g_hat[1])
+    sums[2, 0], sums[2, 1] = sums[2, 0] + total(g[2]), sums[2, 1] + total(g_hat[2])
+    sums[3, 0], sums[3, 1] = sums[3, 0] + total(g[3]), sums[3, 1] + total(g_hat[3])
 
 
 @njit(**CONTRACT)
@@ -1648,37 +1681,6 @@ def _apply_weight(dys, weight, rstd, dxs):
         dxs[i] = rstd * (dys[i] * weight[i])
 
 
-@njit(**LEAF)
-def _add_element_sums(
-    dy, x, first, step, n_rows, d, e, weight, rows, live, affine, sums, dweight, dbias
-):
-    """Add what backward sums up over elements d to e of up to four rows of dy and x.
-
-    These are ``first``, ``first + step`` and so on. ``weight, dweight, dbias`` (n,) are those of
-    the elements; ``rows`` (4, 3) as _row_coefficients writes them. ``sums`` (4, 2) are of g and
-    g * x_hat with g = dy * weight.
-    """
-    if live:
-        for j in range(n_rows):
-            i = first + j * step
-            m, r, t = rows[j, 0], rows[j, 1], rows[j, 2]
-            s0, s1 = _element_sums(dy[i, d:e], x[i, d:e], weight, m, r, t)
-            sums[j, 0] += s0
-            sums[j, 1] += s1
-    if affine and n_rows == 4:
-        i1, i2, i3 = first + step, first + 2 * step, first + 3 * step
-        _add_four_to_dweight(
-            dy[first, d:e], dy[i1, d:e], dy[i2, d:e], dy[i3, d:e],
-            x[first, d:e], x[i1, d:e], x[i2, d:e], x[i3, d:e], rows, dweight,
-        )  # fmt: skip
-        _add_four_to_dbias(dy[first, d:e], dy[i1, d:e], dy[i2, d:e], dy[i3, d:e], dbias)
-    elif affine:
-        for j in range(n_rows):
-            i = first + j * step
-            m, r, t = rows[j, 0], rows[j, 1], rows[j, 2]
-            _add_parameter_gradients(dy[i, d:e], x[i, d:e], m, r, t, dweight, dbias)
-
-
 @njit(**REORDER)
 def _total(values):
     """Return the sum of values (n,)."""
@@ -1721,11 +1723,10 @@ def backward_elements(
     own = (
         np.empty(block * n_weights), np.empty((4, 2)), np.empty((4, 3), dx.dtype),
         np.empty((2, 4), dx.dtype),
-        np.empty((2, 4, 0 if mask is None else min(ELEMENTS, length)), x.dtype),
-        _buffer(BUFFER, streamed, dx),
-        np.empty(room(2, n_weights * length if affine else 0, dweight), dweight.dtype),
+        np.zeros(min(ELEMENTS, length), dx.dtype), _buffer(BUFFER, streamed, dx),
+        np.empty(room(2, n_weights * length, dweight), dweight.dtype),
     )  # fmt: skip
-    rstd, sums, rows, c, entering, buffer, memory = lend(own)
+    rstd, sums, rows, c, nothing, buffer, memory = lend(own)
     gradients = rows_of(memory, 2)  # of weight and bias
     kept, out = np.intp(0), stretch(dx, 0, dx.size)
     at = begin * block * n_weights * length
@@ -1746,21 +1747,17 @@ def backward_elements(
                     _row_coefficients(mean[i], rstd[i - i0], rows[j])
                     sums[j, 0] = 0.0
                     sums[j, 1] = 0.0
+                for j in range(n_here, 4):
+                    rows[j, 0], rows[j, 1], rows[j, 2] = 0.0, 0.0, 0.0
                 for d in range(0, length, ELEMENTS):
-                    e = min(d + ELEMENTS, length)
-                    rest = (
-                        weight[k, d:e], rows, live, affine, sums,
-                        gradients[0, o + d : o + e], gradients[1, o + d : o + e],
+                    n = min(ELEMENTS, length - d)
+                    where_from = row * length + d, n_weights * length, n_here, n
+                    _add_four_rows(
+                        _four(dy, nothing, *where_from), _four(x, nothing, *where_from),
+                        _four(mask, mask, *where_from), rows, stretch(weight, o + d, n), sums,
+                        stretch(gradients, o + d, n),
+                        stretch(gradients, gradients.shape[1] + o + d, n),
                     )  # fmt: skip
-                    if mask is None:
-                        _add_element_sums(dy, x, row, n_weights, n_here, d, e, *rest)
-                    else:
-                        for j in range(n_here):
-                            i = row + j * n_weights
-                            _entering(
-                                dy[i, d:e], x[i, d:e], mask[i, d:e], entering[0, j], entering[1, j]
-                            )
-                        _add_element_sums(entering[0], entering[1], 0, 1, n_here, 0, e - d, *rest)
                 for j in range(n_here):
                     n = max(count[row + j * n_weights], 1)
                     c[0, j] = sums[j, 0] / n if center else 0.0
