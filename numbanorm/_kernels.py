@@ -113,29 +113,46 @@ def _copy_columns(arrays, a, c0, c1, rows):
 
 
 @njit(**LEAF)
+def _shifted_terms(xs, counts, i, n, center):
+    """Return vectors of 1, x - center and its square for n elements from i on, and of 0.
+
+    An element counts where counts is True, or is None; see load about n.
+    """
+    # x is read in any case: a load that depends on the mask is not fetched ahead.
+    d, zero, one = widen(load(xs, i, n)) - center, splat(0.0), splat(1.0)
+    if counts is None:
+        if n is None:
+            return one, d, d * d
+        here = leading(n)
+    else:
+        here = load(counts, i, n)
+    d = where(here, d, zero)
+    return where(here, one, zero), d, d * d
+
+
+@njit(**LEAF)
+def _plus_three(v, w):
+    return v[0] + w[0], v[1] + w[1], v[2] + w[2]
+
+
+@njit(**LEAF)
 def _shifted_sums(xs, counts, shift):
     """Sum 1, x - shift and its square over xs (n,) where counts (n,) is True, or is None."""
-    n = xs.shape[0]
-    whole = n // LANES * LANES
-    center, zero, one = splat(shift), splat(0.0), splat(1.0)
-    # The last elements come first, so that nothing waits for a branch.
-    here = leading(n - whole) if counts is None else load(counts, whole, n - whole)
-    sum_0 = where(here, one, zero)
-    # x is read in any case: a load that depends on the mask is not fetched ahead.
-    sum_1 = where(here, widen(load(xs, whole, n - whole)) - center, zero)
-    sum_2 = sum_1 * sum_1
-    for i in range(0, whole, LANES):
-        fetch(xs, i + AHEAD)
-        fetch(counts, i + AHEAD)
-        d = widen(load(xs, i, None)) - center
-        if counts is not None:
-            here = load(counts, i, None)
-            sum_0 += where(here, one, zero)
-            d = where(here, d, zero)
-        sum_1 += d
-        sum_2 += d * d
-    count = n if counts is None else np.intp(total(sum_0))
-    return count, total(sum_1), total(sum_2)
+    n, center = xs.shape[0], splat(shift)
+    whole = n // (2 * LANES) * (2 * LANES)
+    rest = n - whole
+    # Two sums of each kind: one would wait for itself. The last elements come first, so that
+    # nothing waits for a branch.
+    a = _shifted_terms(xs, counts, whole, min(rest, LANES), center)
+    b = _shifted_terms(xs, counts, whole + LANES, max(rest - LANES, 0), center)
+    for i in range(0, whole, 2 * LANES):
+        for k in (i + AHEAD, i + AHEAD + LANES):
+            fetch(xs, k)
+            fetch(counts, k)
+        a = _plus_three(a, _shifted_terms(xs, counts, i, None, center))
+        b = _plus_three(b, _shifted_terms(xs, counts, i + LANES, None, center))
+    count = n if counts is None else np.intp(total(a[0] + b[0]))
+    return count, total(a[1] + b[1]), total(a[2] + b[2])
 
 
 @njit(**LEAF)

@@ -251,16 +251,16 @@ def _is_streamed(saved: Saved, in_place: bool, n_read: int, y: Array) -> bool:
     It is made of so many arrays of its size.
     """
     plan, size = saved.plan, cache_size()
+    # A step has other arrays yet: long before y alone fills a cache, it drives out what is needed.
+    if size is None or (n_read + 1) * y.nbytes < size // 4:
+        return False
     # Where x is read once there is nothing to be kept in a cache, and no gain.
     once = saved.fixed and len(saved.geometry.reductions) == 1
     # What is written at once must be a run in memory. For pieces that are rows it was not faster.
     in_runs = plan.by_group
     if plan.columns:
         in_runs = not plan.elements and plan.tiles.block >= min(plan.view[-1], STREAM_PARTS_FROM)
-    if in_place or once or not in_runs or y.shape[-1] < STREAM_FROM or size is None:
-        return False
-    # A step has other arrays yet: long before y alone fills a cache, it drives out what is needed.
-    return (n_read + 1) * y.nbytes >= size // 4
+    return in_runs and not in_place and not once and y.shape[-1] >= STREAM_FROM
 
 
 def _forward_groups(
@@ -474,29 +474,30 @@ def _backward_groups(saved: Saved, dy: Array, streamed: bool, dx: Array) -> Para
     )
 
 
-def _gradient_sums(saved: Saved, dy: Array) -> tuple[Float64, Float64]:
-    """Return the sums of dy and of dy * (x - mean) over each piece, (P,)."""
+def _gradient_sums(saved: Saved, dy: Array) -> Float64:
+    """Return the sums of dy and of dy * (x - mean) over each piece, (2, P)."""
     plan = saved.plan
     kernel = _kernels.gradient_sums_columns if plan.columns else _kernels.gradient_sums_rows
     _, part, block = plan.tiles
     sums = np.empty((2, *plan.parts))
     (mean,) = plan.fold_pieces(saved.pieces[0][None])
     _threads.run(kernel, dy.size, dy, saved.x, saved.mask, part, block, mean, *sums)
-    with np.errstate(invalid="ignore"):
-        s0, s1 = (sums if plan.parts[1] == 1 else sums.sum(2)).reshape(2, -1)
-    return s0, s1
+    if plan.parts[1] > 1:
+        with np.errstate(invalid="ignore"):
+            sums = sums.sum(2)
+    return sums.reshape(2, -1)
 
 
 def _backward_pieces(saved: Saved, dy: Array, streamed: bool, dx: Array) -> Parameters:
     geometry, plan, groups = saved.geometry, saved.plan, saved.plan.groups
-    s0, s1 = _gradient_sums(saved, dy)
+    sums = _gradient_sums(saved, dy)
     p, q = saved.mixture or ALONE
     mean, var, rstd = saved.pieces
     dmean, dvar = np.zeros((2, groups.total))
     dp, dq = np.zeros((2, len(p)))
     dweight, dbias = np.zeros((2, len(saved.weight)))
     _kernels.group_gradients(
-        s0, s1, groups.of_piece, plan.features, saved.mean, saved.var, p, q, saved.weight,
+        *sums, groups.of_piece, plan.features, saved.mean, saved.var, p, q, saved.weight,
         mean, var, rstd, dmean, dvar, dp, dq, dweight, dbias,
     )  # fmt: skip
     if saved.share is not None:
