@@ -123,18 +123,23 @@ class Groups(NamedTuple):
 
     Attributes
     ----------
-    of_piece : (S, P) array of int32
+    of_piece : (S, P) array of uint32
         The group of each of P pieces in each of S statistics.
-    total : int
-        G, the number of groups of all statistics.
+    bounds : (S + 1,) array of int64
+        The first group of each statistic, and G, the number of all.
     shapes, slices : tuple
         For each statistic, the shape of its groups as it broadcasts to x, and where they stand.
     """
 
-    of_piece: NDArray[np.int32]
-    total: int
+    of_piece: NDArray[np.uint32]
+    bounds: NDArray[np.int64]
     shapes: tuple[Axes, ...]
     slices: tuple[slice, ...]
+
+    @property
+    def total(self) -> int:
+        """The number of groups of all statistics."""
+        return int(self.bounds[-1])
 
 
 def groups(grid: Axes, order: Axes, kept_sizes: Iterable[Axes]) -> Groups:
@@ -145,13 +150,15 @@ def groups(grid: Axes, order: Axes, kept_sizes: Iterable[Axes]) -> Groups:
     first, of_piece, shapes, slices = 0, [], tuple(kept_sizes), []
     for shape in shapes:
         n = math.prod(shape)
-        numbers = np.arange(first, first + n, dtype=np.int32).reshape(shape)
+        # Unsigned, as a kernel would ask of each whether it counts from the end.
+        numbers = np.arange(first, first + n, dtype=np.uint32).reshape(shape)
         of_piece.append(np.broadcast_to(numbers, grid).transpose(order).ravel())
         slices.append(slice(first, first + n))
         first += n
     table = np.stack(of_piece)
     table.flags.writeable = False
-    return Groups(table, first, shapes, tuple(slices))
+    bounds = np.array([0, *(where.stop for where in slices)])
+    return Groups(table, bounds, shapes, tuple(slices))
 
 
 class Plan:
@@ -407,10 +414,10 @@ class Plan:
         return groups(self.grid, self.order, map(self.geometry.kept_sizes, reductions))
 
     @functools.cached_property
-    def features(self) -> NDArray[np.int32]:
+    def features(self) -> NDArray[np.uint32]:
         """The number of the weight of each piece, (P,)."""
         shape = self.geometry.param_grid if self.affine else (1,) * len(self.grid)
-        numbers: NDArray[np.int32] = groups(self.grid, self.order, (shape,)).of_piece[0]
+        numbers: NDArray[np.uint32] = groups(self.grid, self.order, (shape,)).of_piece[0]
         return numbers
 
     def to_view(self, x: Array) -> Array:

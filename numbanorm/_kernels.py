@@ -412,7 +412,9 @@ def merge(count, mean, rest, m2, merged_count, merged_mean, merged_rest, merged_
 
 # ---------------------------------------------------------------------------------------------
 # Algebra: pieces merge into the groups of all statistics, which make the pieces' coefficients.
-# ``group`` (S, P) is that of _axes.Groups, ``feature`` (P,) the number of a piece's weight.
+# ``group`` (S, P) is that of _axes.Groups, ``feature`` (P,) the number of a piece's weight. A task
+# of the sums over pieces is a statistic, whose groups go from ``bounds[k]`` to ``bounds[k + 1]``.
+# Indices are unsigned: of others a kernel asks each time whether they count from the end.
 # ---------------------------------------------------------------------------------------------
 
 # Elements that are summed up in their own type.
@@ -422,41 +424,69 @@ PIECES = 1024
 PIECE = 4
 
 
+@njit(**LEAF)
+def _merge_around(count, mean, rest, m2, group, first, last, n, group_mean, group_m2, ref):
+    """Merge pieces (P,) into groups ``first`` to ``last``: the means are taken around ref (G,).
+
+    Each is that of one piece of the group; as in a piece, the shift bounds the cancellation.
+    """
+    for g in range(np.uintp(first), np.uintp(last)):
+        n[g], group_mean[g], group_m2[g] = 0, 0.0, 0.0
+    n_pieces, one = np.uintp(len(group)), np.uintp(1)
+    # What a run of pieces adds to one group stays in registers.
+    i = np.uintp(0)
+    while i < n_pieces:
+        g = group[i]
+        n_here, sum_here, around = n[g], group_mean[g], ref[g - first]
+        while i < n_pieces and group[i] == g:
+            if count[i] > 0:
+                around = mean[i] if n_here == 0 else around
+                n_here += count[i]
+                sum_here += count[i] * ((mean[i] - around) + rest[i])
+            i += one
+        n[g], group_mean[g], ref[g - first] = n_here, sum_here, around
+    for g in range(np.uintp(first), np.uintp(last)):
+        group_mean[g] /= max(n[g], 1)
+    i = np.uintp(0)
+    while i < n_pieces:
+        g = group[i]
+        m2_here, mean_here, around = group_m2[g], group_mean[g], ref[g - first]
+        while i < n_pieces and group[i] == g:
+            if count[i] > 0:
+                d = ((mean[i] - around) + rest[i]) - mean_here
+                m2_here += m2[i] + count[i] * d * d
+            i += one
+        group_m2[g] = m2_here
+
+
 @cached_njit(**FLAGS)
 def merge_pieces(
-    count, mean, rest, m2, group, center, ddof, n, group_mean, group_rest, group_m2, var
-):
+    threads, count, mean, rest, m2, group, bounds, center, ddof,
+    n, group_mean, group_rest, group_m2, var,
+):  # fmt: skip
     """Merge pieces (P,) into groups (G,), as Chan et al. 1983, eq. 2.1, for many at once.
 
-    The means are taken around one of them; as in a piece, the shift bounds the cancellation.
     If not ``center``, var is the mean square, and the mean is 0.
     """
-    ref = np.zeros(len(n))
-    n[:] = 0
-    group_mean[:] = 0.0
-    group_m2[:] = 0.0
-    for k in range(group.shape[0]):
-        for i in range(group.shape[1]):
-            g = group[k, i]
-            if count[i] > 0:
-                if n[g] == 0:
-                    ref[g] = mean[i]
-                n[g] += count[i]
-                group_mean[g] += count[i] * ((mean[i] - ref[g]) + rest[i])
-    for g in range(len(n)):
-        group_mean[g] /= max(n[g], 1)
-    for k in range(group.shape[0]):
-        for i in range(group.shape[1]):
-            g = group[k, i]
-            if count[i] > 0:
-                d = ((mean[i] - ref[g]) + rest[i]) - group_mean[g]
-                group_m2[g] += m2[i] + count[i] * d * d
-    for g in range(len(n)):
-        group_mean[g], group_rest[g] = _two_sum(ref[g], group_mean[g])
-        var[g] = group_m2[g] / max(n[g] - ddof, 1)
-        if not center:
-            var[g] += group_mean[g] * group_mean[g]
-            group_mean[g] = 0.0
+    begin, end = share(threads, group.shape[0])
+    for k in range(begin, end):
+        first, last = bounds[k], bounds[k + 1]
+        if last - first == len(count):
+            for i in range(np.uintp(len(count))):
+                g = group[k, i]
+                n[g], group_mean[g], group_rest[g], group_m2[g] = count[i], mean[i], rest[i], m2[i]
+        else:
+            ref = np.zeros(last - first)
+            _merge_around(
+                count, mean, rest, m2, group[k], first, last, n, group_mean, group_m2, ref
+            )
+            for g in range(np.uintp(first), np.uintp(last)):
+                group_mean[g], group_rest[g] = _two_sum(ref[g - first], group_mean[g])
+        for g in range(np.uintp(first), np.uintp(last)):
+            var[g] = group_m2[g] / max(n[g] - ddof, 1)
+            if not center:
+                var[g] += group_mean[g] * group_mean[g]
+                group_mean[g] = 0.0
 
 
 @njit(**CONTRACT)
@@ -481,7 +511,7 @@ def coefficients(
     for task in range(begin, end):
         lo = task * PIECES
         hi = min(lo + PIECES, n_pieces)
-        for i in range(lo, hi):
+        for i in range(np.uintp(lo), np.uintp(hi)):
             first = group[0, i]
             n_elements, mu, v = n[first], mean[first], var[first]
             # Softmax weights need not sum to 1 in floating point: mix the differences.
@@ -494,7 +524,7 @@ def coefficients(
             piece_var[i] = v
             rstd[i] = n_elements
         _invert_roots(piece_var[lo:hi], eps, rstd[lo:hi])
-        for i in range(lo, hi):
+        for i in range(np.uintp(lo), np.uintp(hi)):
             f = feature[i]
             scale = rstd[i] * weight[f]
             m[i] = piece_mean[i]
@@ -504,35 +534,48 @@ def coefficients(
 
 @cached_njit(**FLAGS)
 def group_gradients(
-    s0, s1, group, feature, mean, var, p, q, weight, piece_mean, piece_var, rstd,
-    dmean, dvar, dp, dq, dweight, dbias,
+    threads, s0, s1, group, bounds, feature, n, mean, var, ddof, p, q, weight, piece_mean,
+    piece_var, rstd, dmean, dvar, dp, dq, dweight, dbias,
 ):  # fmt: skip
     """Sum gradients over groups (G,), logits (S,) and features, which start at 0.
 
-    ``s0``, ``s1`` (P,) are the pieces' sums of dy and dy * (x - mean).
+    ``s0``, ``s1`` (P,) are the pieces' sums of dy and dy * (x - mean). Those of the mean and of the
+    variance of a group are divided by the number that those were divided by.
     """
-    for i in range(group.shape[1]):
-        f = feature[i]
-        dbias[f] += s0[i]
-        dweight[f] += rstd[i] * s1[i]
-        scale = rstd[i] * weight[f]
-        dmu = -scale * s0[i]
-        dv = -0.5 * scale * rstd[i] * rstd[i] * s1[i]
-        for k in range(group.shape[0]):
+    begin, end = share(threads, group.shape[0])
+    for k in range(begin, end):
+        if k == 0:
+            for piece in range(np.uintp(len(s0))):
+                dbias[feature[piece]] += s0[piece]
+                dweight[feature[piece]] += rstd[piece] * s1[piece]
+        sum_p, sum_q = 0.0, 0.0
+        i, n_pieces, one = np.uintp(0), np.uintp(len(s0)), np.uintp(1)
+        while i < n_pieces:
             g = group[k, i]
-            dmean[g] += p[k] * dmu
-            dvar[g] += q[k] * dv
-            # Of the softmax, with the mixture itself taken off each.
-            dp[k] += p[k] * dmu * (mean[g] - piece_mean[i])
-            dq[k] += q[k] * dv * (var[g] - piece_var[i])
+            dmean_here, dvar_here = dmean[g], dvar[g]
+            while i < n_pieces and group[k, i] == g:
+                scale = rstd[i] * weight[feature[i]]
+                dmu = -p[k] * scale * s0[i]
+                dv = -0.5 * q[k] * scale * rstd[i] * rstd[i] * s1[i]
+                dmean_here += dmu
+                dvar_here += dv
+                # Of the softmax, with the mixture itself taken off each.
+                sum_p += dmu * (mean[g] - piece_mean[i])
+                sum_q += dv * (var[g] - piece_var[i])
+                i += one
+            dmean[g], dvar[g] = dmean_here, dvar_here
+        dp[k], dq[k] = sum_p, sum_q
+        for g in range(np.uintp(bounds[k]), np.uintp(bounds[k + 1])):
+            dmean[g] /= max(n[g], 1)
+            dvar[g] /= max(n[g] - ddof, 1)
 
 
 @cached_njit(**FLAGS)
 def gradient_coefficients(
-    threads, group, feature, n, mean, dmean, dvar, center, ddof, fixed, own, own_n, own_mean,
+    threads, group, feature, mean, dmean, dvar, center, fixed, own, own_n, own_mean,
     weight, piece_mean, rstd, a, r, m, b, c,
 ):  # fmt: skip
-    """Write a, r, m, b, c (P,), see _input_gradient, from the gradients of groups (G,).
+    """Write a, r, m, b, c (P,), see _input_gradient, from what group_gradients found.
 
     The groups of statistic ``fixed`` do not come from x. Where there are sample variances of
     instances, ``own`` (P,) says which is a piece's, ``own_n`` and ``own_mean`` are theirs.
@@ -540,7 +583,9 @@ def gradient_coefficients(
     n_pieces = group.shape[1]
     begin, end = share(threads, (n_pieces + PIECES - 1) // PIECES)
     for task in range(begin, end):
-        for i in range(task * PIECES, min((task + 1) * PIECES, n_pieces)):
+        lo = task * PIECES
+        hi = min(lo + PIECES, n_pieces)
+        for i in range(np.uintp(lo), np.uintp(hi)):
             # The mean of the means that x is compared with, by their slopes, so that x - m and c
             # are small. The mixture may be far away, where a part of it is fixed.
             slopes, shift = 0.0, 0.0
@@ -548,9 +593,8 @@ def gradient_coefficients(
                 if k != fixed:
                     g = group[k, i]
                     around = mean[g] if own is None else own_mean[own[i]]
-                    size = abs(dvar[g]) / max(n[g] - ddof, 1)
-                    slopes += size
-                    shift += size * (around - piece_mean[i])
+                    slopes += abs(dvar[g])
+                    shift += abs(dvar[g]) * (around - piece_mean[i])
             m[i] = piece_mean[i] + (shift / slopes if slopes > 0.0 else 0.0)
             rounded = np.float64(m[i])
             slope, offset = 0.0, 0.0
@@ -559,8 +603,8 @@ def gradient_coefficients(
                     continue
                 g = group[k, i]
                 if center:
-                    offset += dmean[g] / max(n[g], 1)
-                dsquare = 2.0 * dvar[g] / max(n[g] - ddof, 1)
+                    offset += dmean[g]
+                dsquare = 2.0 * dvar[g]
                 if own is None:
                     slope += dsquare
                     offset += dsquare * (rounded - mean[g])

@@ -19,7 +19,7 @@ from numbanorm import _kernels, _threads
 from numbanorm._axes import TASKS, Array, Axes, Geometry, Plan, memory_order
 from numbanorm._checks import bool_mask, float_array, output_array, same_memory
 from numbanorm._lines import cache_size
-from numbanorm.moments import Moments, Parts, merge_pieces, piece_moments
+from numbanorm.moments import Moments, Parts, merge_pieces, piece_moments, work
 
 Float64 = NDArray[np.float64]
 
@@ -496,9 +496,10 @@ def _backward_pieces(saved: Saved, dy: Array, streamed: bool, dx: Array) -> Para
     dmean, dvar = np.zeros((2, groups.total))
     dp, dq = np.zeros((2, len(p)))
     dweight, dbias = np.zeros((2, len(saved.weight)))
-    _kernels.group_gradients(
-        *sums, groups.of_piece, plan.features, saved.mean, saved.var, p, q, saved.weight,
-        mean, var, rstd, dmean, dvar, dp, dq, dweight, dbias,
+    _threads.run(
+        _kernels.group_gradients, work(groups),
+        *sums, groups.of_piece, groups.bounds, plan.features, saved.n, saved.mean, saved.var,
+        saved.ddof, p, q, saved.weight, mean, var, rstd, dmean, dvar, dp, dq, dweight, dbias,
     )  # fmt: skip
     if saved.share is not None:
         saved.share(dmean)
@@ -510,7 +511,7 @@ def _backward_pieces(saved: Saved, dy: Array, streamed: bool, dx: Array) -> Para
         own = plan.instances.of_piece[0], np.ravel(count), mean_of_instance.ravel()
     _threads.run(
         _kernels.gradient_coefficients, len(mean) * _kernels.PIECE,
-        groups.of_piece, plan.features, saved.n, saved.mean, dmean, dvar, saved.center, saved.ddof,
+        groups.of_piece, plan.features, saved.mean, dmean, dvar, saved.center,
         geometry.tracked if saved.fixed else -1, *own, saved.weight, mean, rstd, *coefficients,
     )  # fmt: skip
     coefficients = plan.fold_pieces(coefficients)

@@ -31,6 +31,8 @@ _lock = threading.RLock()
 # The Python thread that started Numba's threads, as long as it alone has used them.
 _only_user: int | None = None
 _lost_threads = False
+# Whether Numba's threads are known to run: asking Numba takes as long as a small array.
+_started = False
 
 
 class _PythonThread(threading.local):
@@ -43,27 +45,31 @@ _here = _PythonThread()
 
 def run(kernel: Any, size: int, *args: object) -> None:
     """Call a kernel, on several threads if its ``size`` elements are worth it."""
-    global _only_user
-    n = _here.num_threads or _num_threads
-    if size < PARALLEL_FROM or n == 1 or _lost_threads or numba.config.DISABLE_JIT:
+    global _only_user, _started
+    n = 1 if size < PARALLEL_FROM else _here.num_threads or _num_threads
+    if n == 1 or _lost_threads or numba.config.DISABLE_JIT:
         kernel(_launch.SERIAL, *args)
         return
     with _lock:
         this_thread = threading.get_ident()
-        if threading_layer() is None:
-            _only_user = this_thread
-            uninterrupted(numba.get_num_threads)()  # starts them
-        elif _only_user != this_thread:
+        if not _started:
+            if threading_layer() is None:
+                _only_user = this_thread
+                uninterrupted(numba.get_num_threads)()  # starts them
+            _started = True
+        if _only_user != this_thread:
             _only_user = None
         # Numba keeps one count per Python thread; the caller's is left as it was. A Ctrl-C in
         # numba.get_num_threads() would leave a lock behind that all other threads wait for.
         before = numba_threads._get_num_threads()
         n = n or before
-        numba_threads._set_num_threads(n)
+        if n != before:
+            numba_threads._set_num_threads(n)
         try:
             kernel(_launch.in_threads(_address_of_launch(), n), *args)
         finally:
-            numba_threads._set_num_threads(before)
+            if n != before:
+                numba_threads._set_num_threads(before)
 
 
 @functools.cache

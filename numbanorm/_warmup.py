@@ -19,7 +19,7 @@ from numbanorm.norm import Norm
 from numbanorm.switchable import SwitchableNorm
 
 # The kernels that need no threads.
-ALGEBRA = ("merge", "merge_pieces", "group_gradients", "feature_gradients", "track")
+ALGEBRA = ("merge", "feature_gradients", "track")
 
 
 class Task(NamedTuple):

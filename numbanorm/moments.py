@@ -202,6 +202,12 @@ def piece_moments(plan: Plan, x: Array, mask: Array | None) -> Parts:
     return count.reshape(-1), mean, rest, m2
 
 
+def work(groups: Groups) -> int:
+    """Return how many elements the sums over pieces are worth: a statistic is a task."""
+    of_piece = groups.of_piece
+    return of_piece.size * _kernels.PIECE if len(of_piece) > 1 else 0
+
+
 def merge_pieces(
     parts: Parts, groups: Groups, center: bool = True, ddof: int = 0
 ) -> tuple[Parts, Float64]:
@@ -211,7 +217,10 @@ def merge_pieces(
     """
     mean, rest, m2, var = np.empty((4, groups.total))
     merged = np.empty(groups.total, np.int64), mean, rest, m2
-    _kernels.merge_pieces(*parts, groups.of_piece, center, ddof, *merged, var)
+    _threads.run(
+        _kernels.merge_pieces, work(groups),
+        *parts, groups.of_piece, groups.bounds, center, ddof, *merged, var,
+    )  # fmt: skip
     return merged, var
 
 
