@@ -407,6 +407,8 @@ class Plan:
         n = len(groups.of_piece)
         of_piece = groups.of_piece.reshape(n, a, 1, b)
         of_part = np.broadcast_to(of_piece, (n, a, k, b)).reshape(n, a * k * b)
+        # Of a single number there would be a view, which is a type of its own for Numba.
+        of_part = np.ascontiguousarray(of_part)
         of_part.flags.writeable = False
         return groups._replace(of_piece=of_part)
 

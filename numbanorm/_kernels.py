@@ -353,11 +353,31 @@ def _merge(n_a, mean_a, rest_a, m2_a, n_b, mean_b, rest_b, m2_b):
     return n, mean, rest, m2_a + m2_b + delta * delta * (n_a * share)
 
 
+@njit(**LEAF)
+def _shifts_of_columns(x, mask, a, lo, hi, c0, c1, n_columns, shift):
+    """Write an element of each column that counts, or 0, for rows lo to hi of x[a], to shift.
+
+    A row holds each of n columns several times, with one shift for all.
+    """
+    n = c1 - c0
+    if mask is None:
+        _copy(stretch(x, (a * x.shape[1] + lo) * x.shape[2] + c0, min(n, n_columns)), shift)
+    else:
+        found = _first_of_columns(x[a, lo:hi, c0:c1], mask[a, lo:hi, c0:c1], shift)
+        for c in range(n_columns, n):
+            if found[c] and not found[c % n_columns]:
+                found[c % n_columns] = True
+                shift[c % n_columns] = shift[c]
+    for c in range(n_columns, n):
+        shift[c] = shift[c - n_columns]
+
+
 @cached_njit(**FLAGS)
 def moments_columns(threads, x, mask, part, width, count, mean, rest, m2):
     """Moments of each part: x, mask or None (A, L, F * C) -> count, mean, rest, m2 (A, K, C).
 
-    A row holds each column F times, once for each of the rows of x that are folded into it.
+    A row holds each column F times, once for each of the rows of x that are folded into it, and is
+    one block then.
     """
     n_outer, n_parts, n_columns = mean.shape
     length, n_folded = x.shape[1:]
@@ -374,25 +394,21 @@ def moments_columns(threads, x, mask, part, width, count, mean, rest, m2):
         here = c1 - c0
         own = np.zeros(here, np.int64), np.zeros(room(3, here, mean), mean.dtype)
         n, memory = lend(own)
-        s1, s2, shifts = _three_rows(memory, here)
-        if mask is not None:
-            _first_of_columns(x[a, lo:hi, c0:c1], mask[a, lo:hi, c0:c1], shifts)
-        elif lo < hi:
-            _copy(stretch(x, (a * length + lo) * n_folded + c0, here), shifts)
-        _add_rows(x, mask, a, lo, hi, c0, c1, shifts, n, s1, s2)
-        _unshift_columns(n, shifts, s1, s2)
-        at, kept = (a * n_parts + k) * n_columns + c0, min(c1, n_columns) - c0
+        s1, s2, shift = _three_rows(memory, here)
+        if lo < hi:
+            _shifts_of_columns(x, mask, a, lo, hi, c0, c1, n_columns, shift)
+        _add_rows(x, mask, a, lo, hi, c0, c1, shift, n, s1, s2)
+        for f in range(n_columns, here, n_columns):
+            for c in range(n_columns):
+                n[c] += n[f + c]
+                s1[c] += s1[f + c]
+                s2[c] += s2[f + c]
+        at, kept = (a * n_parts + k) * n_columns + c0, min(here, n_columns)
+        _unshift_columns(stretch(n, 0, kept), shift, s1, s2)
         _copy(stretch(n, 0, kept), stretch(count, at, kept))
-        _copy(stretch(shifts, 0, kept), stretch(mean, at, kept))
+        _copy(stretch(shift, 0, kept), stretch(mean, at, kept))
         _copy(stretch(s1, 0, kept), stretch(rest, at, kept))
         _copy(stretch(s2, 0, kept), stretch(m2, at, kept))
-        # Folded rows are one block; what they have of the same column is merged here.
-        for f in range(n_columns, c1 - c0, n_columns):
-            for c in range(n_columns):
-                count[a, k, c], mean[a, k, c], rest[a, k, c], m2[a, k, c] = _merge(
-                    count[a, k, c], mean[a, k, c], rest[a, k, c], m2[a, k, c],
-                    n[f + c], shifts[f + c], s1[f + c], s2[f + c],
-                )  # fmt: skip
         keep(own)
 
 
@@ -425,38 +441,39 @@ PIECE = 4
 
 
 @njit(**LEAF)
-def _merge_around(count, mean, rest, m2, group, first, last, n, group_mean, group_m2, ref):
-    """Merge pieces (P,) into groups ``first`` to ``last``: the means are taken around ref (G,).
+def _merge_around(count, mean, rest, m2, group, first, last, n, group_mean, group_rest, group_m2):
+    """Merge pieces (P,) into groups ``first`` to ``last``.
 
-    Each is that of one piece of the group; as in a piece, the shift bounds the cancellation.
+    The means are taken around one of them, which is in group_rest for the time; as in a piece, the
+    shift bounds the cancellation. What a run of pieces adds to a group stays in registers.
     """
     for g in range(np.uintp(first), np.uintp(last)):
-        n[g], group_mean[g], group_m2[g] = 0, 0.0, 0.0
-    n_pieces, one = np.uintp(len(group)), np.uintp(1)
-    # What a run of pieces adds to one group stays in registers.
-    i = np.uintp(0)
+        n[g], group_mean[g], group_rest[g], group_m2[g] = 0, 0.0, 0.0, 0.0
+    i, n_pieces, one = np.uintp(0), np.uintp(len(group)), np.uintp(1)
     while i < n_pieces:
         g = group[i]
-        n_here, sum_here, around = n[g], group_mean[g], ref[g - first]
+        n_here, sum_here, around = n[g], group_mean[g], group_rest[g]
         while i < n_pieces and group[i] == g:
             if count[i] > 0:
                 around = mean[i] if n_here == 0 else around
                 n_here += count[i]
                 sum_here += count[i] * ((mean[i] - around) + rest[i])
             i += one
-        n[g], group_mean[g], ref[g - first] = n_here, sum_here, around
+        n[g], group_mean[g], group_rest[g] = n_here, sum_here, around
     for g in range(np.uintp(first), np.uintp(last)):
         group_mean[g] /= max(n[g], 1)
     i = np.uintp(0)
     while i < n_pieces:
         g = group[i]
-        m2_here, mean_here, around = group_m2[g], group_mean[g], ref[g - first]
+        m2_here, mean_here, around = group_m2[g], group_mean[g], group_rest[g]
         while i < n_pieces and group[i] == g:
             if count[i] > 0:
                 d = ((mean[i] - around) + rest[i]) - mean_here
                 m2_here += m2[i] + count[i] * d * d
             i += one
         group_m2[g] = m2_here
+    for g in range(np.uintp(first), np.uintp(last)):
+        group_mean[g], group_rest[g] = _two_sum(group_rest[g], group_mean[g])
 
 
 @cached_njit(**FLAGS)
@@ -471,17 +488,15 @@ def merge_pieces(
     begin, end = share(threads, group.shape[0])
     for k in range(begin, end):
         first, last = bounds[k], bounds[k + 1]
+        own = stretch(group, k * len(count), len(count))
         if last - first == len(count):
             for i in range(np.uintp(len(count))):
-                g = group[k, i]
+                g = own[i]
                 n[g], group_mean[g], group_rest[g], group_m2[g] = count[i], mean[i], rest[i], m2[i]
         else:
-            ref = np.zeros(last - first)
             _merge_around(
-                count, mean, rest, m2, group[k], first, last, n, group_mean, group_m2, ref
+                count, mean, rest, m2, own, first, last, n, group_mean, group_rest, group_m2
             )
-            for g in range(np.uintp(first), np.uintp(last)):
-                group_mean[g], group_rest[g] = _two_sum(ref[g - first], group_mean[g])
         for g in range(np.uintp(first), np.uintp(last)):
             var[g] = group_m2[g] / max(n[g] - ddof, 1)
             if not center:
@@ -523,7 +538,7 @@ def coefficients(
             piece_mean[i] = mu
             piece_var[i] = v
             rstd[i] = n_elements
-        _invert_roots(piece_var[lo:hi], eps, rstd[lo:hi])
+        _invert_roots(stretch(piece_var, lo, hi - lo), eps, stretch(rstd, lo, hi - lo))
         for i in range(np.uintp(lo), np.uintp(hi)):
             f = feature[i]
             scale = rstd[i] * weight[f]
