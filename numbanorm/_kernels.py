@@ -62,8 +62,6 @@ INNER: dict[str, Any] = {"no_cpython_wrapper": True, **FLAGS}
 # What a kernel calls for each row must be inlined: passing arrays costs more than a short row.
 LEAF: dict[str, Any] = {"forceinline": True, **INNER}
 CONTRACT: dict[str, Any] = {"fastmath": {"contract"}, **LEAF}
-# Only sums may be reordered, so that they vectorise; NaN and Inf stay what they are.
-REORDER: dict[str, Any] = {"fastmath": {"reassoc", "contract", "nsz", "arcp"}, **LEAF}
 
 # How far ahead of a loop over a row memory is asked for, in elements.
 AHEAD = 1 << 11
@@ -1757,13 +1755,15 @@ def _apply_weight(dys, weight, rstd, dxs):
         dxs[i] = rstd * (dys[i] * weight[i])
 
 
-@njit(**REORDER)
-def _total(values):
+@njit(**LEAF)
+def _sum(values):
     """Return the sum of values (n,)."""
-    total = 0.0
-    for i in range(values.shape[0]):
-        total += values[i]
-    return total
+    n = values.shape[0]
+    whole = n // LANES * LANES
+    sums = load(values, whole, n - whole)
+    for i in range(0, whole, LANES):
+        sums += load(values, i, None)
+    return total(sums)
 
 
 @njit(**LEAF)
@@ -1774,7 +1774,7 @@ def _add_up(values, totals):
         _copy(values, totals)
     else:
         for i in range(totals.shape[0]):
-            totals[i] = _total(values[i * span : (i + 1) * span])
+            totals[i] = _sum(stretch(values, i * span, span))
 
 
 @cached_njit(**FLAGS)

@@ -306,7 +306,7 @@ def _parameter(saved: Saved, value: Array | None, default: float, dtype: Any) ->
     if not plan.in_order:
         value = value.reshape(saved.geometry.param_grid).transpose(plan.order)
     if plan.span > 1:
-        value = np.repeat(value, plan.span)
+        return np.repeat(value.astype(dtype, copy=False), plan.span).reshape(plan.weights_shape)
     return np.array(value, dtype, order="C").reshape(plan.weights_shape)
 
 
