@@ -265,6 +265,8 @@ GENERIC = [
     over_axes("Norm-batch-1-axis", lambda **k: nn.Norm(0, track_stats=True, **k),
               (7, 2, 3), (0,), (1, 2), tracked=0),
     over_axes("Norm-columns", lambda **k: nn.Norm(1, **k), (3, 5, 4, 2), (1,), (1,)),
+    over_axes("Norm-columns-tracked", lambda **k: nn.Norm(1, track_stats=True, **k),
+              (3, 5, 4, 9), (1,), (1,), tracked=0),
     over_axes("Norm-scattered", lambda **k: nn.Norm((0, 2), track_stats=True, **k),
               (3, 4, 5, 6), (0, 2), (1, 3), tracked=0),
     over_axes("Norm-features-all", lambda **k: nn.Norm(0, feature_axes=(0, 1), **k),

@@ -269,7 +269,13 @@ def test_a_nan_stays_in_its_group(name, bad):
         np.testing.assert_array_equal(layer.running_var[~spoilt], clean_layer.running_var[~spoilt])
 
 
-@pytest.mark.parametrize("name", ["BatchNorm2d", "BatchNorm2d-last", "BatchNorm1d"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("BatchNorm2d", "BatchNorm2d-last", "BatchNorm1d", "Norm-batch-1-axis"),
+        *("Norm-columns-tracked", "Norm-all-rows-tracked", "Norm-features-channel"),
+    ],
+)
 def test_a_nan_in_evaluation_is_alone(name):
     case = by_id[name]
     layer, x = case.layer(np.float32).eval(), case.input(np.float32)
@@ -282,6 +288,16 @@ def test_a_nan_in_evaluation_is_alone(name):
     np.testing.assert_array_equal(y, expected)
     dx = layer.backward(np.ones_like(x))
     assert np.isfinite(dx).all()  # the gradient does not depend on x
+
+
+def test_a_nan_leaves_the_weights_of_other_groups_alone():
+    # Four samples at a time share memory with the next ones, of which there are fewer at the end.
+    layer, x = nn.GroupNorm(2, 8), normal(17, 8, 3, 3, dtype=np.float32)
+    x[7, 5, 1, 1] = np.nan
+    layer(x)
+    layer.backward(np.ones_like(x))
+    for gradient in layer.gradients().values():
+        np.testing.assert_array_equal(np.isfinite(gradient[:4]), True)
 
 
 @pytest.mark.parametrize("name", ACCURATE)

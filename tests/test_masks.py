@@ -244,3 +244,17 @@ def test_one_value_counted_in_training_goes_on(training):
     y = layer(normal(4, 2, dtype=np.float32), mask=mask)
     assert np.isfinite(y).all()
     assert np.isfinite(layer.running_var).all()
+
+
+def test_what_counts_first_in_narrow_rows_bounds_the_rounding():
+    # Several narrow rows are seen as one, in the first of which nothing counts.
+    x = normal(3, 16, 16, 4) + 1e7
+    mask = np.zeros(x.shape, bool)
+    mask.reshape(-1, 8, 4)[:, 7] = True
+    kept = x[mask].reshape(3, -1, 4)
+    found = nn.moments(x, (0, 1, 2), mask=mask)
+    np.testing.assert_allclose(found.var(), kept.var((0, 1)), rtol=1e-7)
+    y = nn.GroupNorm(2, 4, eps=0.0, affine=False, axis=-1, dtype=float)(x, mask=mask)
+    groups = kept.reshape(3, -1, 2, 2)
+    expected = (groups - groups.mean((1, 3), keepdims=True)) / groups.std((1, 3), keepdims=True)
+    np.testing.assert_allclose(y[mask].reshape(groups.shape), expected, atol=1e-7)
