@@ -487,7 +487,7 @@ def merge_pieces(
     for k in range(begin, end):
         first, last = bounds[k], bounds[k + 1]
         own = stretch(group, k * len(count), len(count))
-        if last - first == len(count):
+        if last - first == len(count):  # each piece is a group
             for i in range(np.uintp(len(count))):
                 g = own[i]
                 n[g], group_mean[g], group_rest[g], group_m2[g] = count[i], mean[i], rest[i], m2[i]
