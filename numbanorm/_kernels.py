@@ -1546,9 +1546,9 @@ def forward_element_columns(
         m, r, t = _three_rows(memory, n)
         _column_coefficients(groups[1], rstd, m, r, t)
         for i in range(length):
+            # Nothing is asked for ahead: the block is in a cache since its sums were taken.
             _normalize(
-                stretch(x, place, n), weight[i], bias[i], m, r, t, stretch(y, place, n),
-                0,
+                stretch(x, place, n), weight[i], bias[i], m, r, t, stretch(y, place, n), 0
             )  # fmt: skip
             place += n_columns
         keep(own)
