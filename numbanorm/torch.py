@@ -4,7 +4,8 @@ Each layer is a subclass of PyTorch's of the same name with a ``forward`` of its
 state dicts, checkpoints, hooks and ``isinstance`` are as before. All of them call one operator,
 ``numbanorm::normalize``, whose derivative is another, ``numbanorm::normalize_backward``. Tensors
 are seen as arrays, without a copy and in their own order in memory (``channels_last``). The
-gradient of x is written over that of y where nobody else has it, by hook, name or memory.
+gradient of x is written over that of y where nobody else has it, by hook, name or memory. The
+memory of outputs is kept for other outputs when nobody has it any more.
 
 Numba's threads are then those of PyTorch, where it brings GNU OpenMP with it.
 
@@ -160,6 +161,7 @@ def _unpack(statistics: Tensor, geometry: Geometry, axes: Iterable[Axes]) -> lis
 
 
 def _forward(
+    empty_like: Callable[[Tensor, str], Tensor],
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -174,7 +176,7 @@ def _forward(
     process_group: str,
 ) -> tuple[Tensor, Saved, Statistic | None]:
     """Return y, what backward needs beside x, and the statistic that processes share."""
-    y = _empty_like(x, over)
+    y = empty_like(x, over)
     array = _array(x)
     fixed, shared = None, None
     if running_mean is not None and running_var is not None:
@@ -270,7 +272,7 @@ def _normalize_op(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return y and the statistics; running ones, where given, take the place of "bn"."""
     y, saved, shared = _forward(
-        x, weight, bias, mean_weight, var_weight, running_mean, running_var,
+        _empty_like, x, weight, bias, mean_weight, var_weight, running_mean, running_var,
         over, number, eps, sample_variance, process_group,
     )  # fmt: skip
     return y, _pack(saved, shared)
@@ -452,6 +454,101 @@ _normalize_backward = _differentiable(_backward_op, _save_again, _differentiate_
 _normalize_anyhow = _differentiable(_normalize_op, _save, _differentiate)
 
 
+# What is smaller, malloc has at hand. Larger memory may go back to the system when it is free.
+RECYCLED_FROM = 1 << 20
+# Memory goes back if it was not used while so many outputs were made for each that is kept.
+USED_WITHIN = 16
+
+
+class _Memory:
+    """A tensor that nobody sees, and its memory."""
+
+    last_use = 0
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor, self.storage, self.n_bytes = tensor, tensor.untyped_storage(), tensor.nbytes
+        self.address = tensor.data_ptr()
+        self.alone = self._owners()
+
+    def _owners(self) -> tuple[int, int]:
+        n_tensors: int = torch._C._storage_Use_Count(self.storage._cdata)
+        return n_tensors, sys.getrefcount(self.storage)
+
+    def is_lost(self) -> bool:
+        """Tell whether the memory has gone elsewhere, as when processes come to share it."""
+        return bool(self.tensor.data_ptr() != self.address)
+
+    def is_free(self) -> bool:
+        """Tell whether nobody else has the memory."""
+        return self._owners() == self.alone and not self.is_lost()
+
+    def lend(self, shape: Axes, strides: Axes) -> Tensor | None:
+        """Return a tensor with the memory, or None if another thread was faster."""
+        tensor = self.tensor.as_strided(shape, strides).data  # no view, with a version of its own
+        n_tensors, n_storages = self._owners()
+        return tensor if (n_tensors - 1, n_storages) == self.alone else None
+
+
+class _Outputs:
+    """The memory of outputs, used again once nobody else has it.
+
+    Fresh pages take as long as a kernel. Kept is never more than was in use at one time.
+    """
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Keep nothing any more."""
+        self._most_in_use = self._n_outputs = 0
+        # What was used last comes last. Another thread may be reading the list.
+        self._kept: list[_Memory] = []
+
+    def empty_like(self, x: Tensor, over: str) -> Tensor:
+        """Return a tensor for y, in the smallest memory that is free and will do."""
+        n_bytes, can_count = x.nbytes, hasattr(torch._C, "_storage_Use_Count")
+        if n_bytes < RECYCLED_FROM or not can_count or not _same_form(x, x, over):
+            return _empty_like(x, over)
+        kept, found = self._kept, None
+        # What was used last, for a cache may still have it; then what may be free for longest.
+        for memory in (*kept[-1:], *kept):
+            if n_bytes <= memory.n_bytes < (found.n_bytes if found else math.inf):
+                if memory.tensor.dtype is x.dtype and memory.is_free():
+                    found = memory
+                    if found.n_bytes == n_bytes:
+                        break
+        y = None if found is None else found.lend(x.shape, x.stride())
+        if found is None or y is None:
+            with torch.inference_mode(False):  # what is made in that mode is of no use outside it
+                return self._keep(_empty_like(x, over))
+        kept.remove(found)
+        kept.append(found)
+        self._n_outputs += 1
+        found.last_use = self._n_outputs
+        if self._n_outputs - kept[0].last_use > USED_WITHIN * len(kept) and kept[0].is_free():
+            self._most_in_use -= kept[0].n_bytes
+            self._kept = kept[1:]
+        return y
+
+    def _keep(self, tensor: Tensor) -> Tensor:
+        """Keep the memory of a new tensor; return another one that has it."""
+        kept = [memory for memory in self._kept if not memory.is_lost()]
+        in_use = [memory for memory in kept if not memory.is_free()]
+        n_kept, n_in_use = (
+            sum(memory.n_bytes for memory in memories) + tensor.nbytes
+            for memories in (kept, in_use)
+        )
+        self._most_in_use = max(self._most_in_use, n_in_use)
+        new = _Memory(tensor)
+        self._kept = [*(kept if n_kept <= self._most_in_use else in_use), new]
+        self._n_outputs += 1
+        new.last_use = self._n_outputs
+        return tensor.data
+
+
+_outputs = _Outputs()
+
+
 class _Normalize(torch.autograd.Function):
     """The operator without PyTorch's dispatcher, which takes as long as a small layer.
 
@@ -460,7 +557,7 @@ class _Normalize(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Saved]:
-        y, ctx.saved, _ = _forward(*inputs)
+        y, ctx.saved, _ = _forward(_outputs.empty_like, *inputs)
         _keep(ctx, inputs)
         return y, ctx.saved
 
@@ -478,18 +575,19 @@ class _Normalize(torch.autograd.Function):
         return *_backward(dx, dy, x, *kept), *[None] * 7
 
 
-def _owners(gradient: Tensor) -> tuple[int, int, int, bool]:
-    """Return how many have a tensor in Python, in PyTorch, and its memory; and if PyTorch made it.
+def _owners(gradient: Tensor) -> tuple[int, int, int, int, bool]:
+    """Return how many have a tensor and its memory, in Python and in PyTorch, which made it or not.
 
     PyTorch adds up gradients in place by the same rule: if nobody else has one.
     """
     storage = gradient.untyped_storage()
+    of_tensor = sys.getrefcount(gradient), gradient._use_count()
     n_with_memory: int = torch._C._storage_Use_Count(storage._cdata)
-    return sys.getrefcount(gradient), gradient._use_count(), n_with_memory, storage.resizable()
+    return *of_tensor, sys.getrefcount(storage), n_with_memory, storage.resizable()
 
 
 @functools.cache
-def _nobody_else() -> tuple[int, int, int, bool] | None:
+def _nobody_else() -> tuple[int, int, int, int, bool] | None:
     """Return what _owners tells a backward of a gradient that nobody else has, if it can tell.
 
     Not found out before there is a backward: where there are other devices, a process that has
@@ -545,7 +643,7 @@ def _normalize(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor | Saved]:
     elif torch.is_grad_enabled():
         y, found = _Normalize.apply(x, *rest)
     else:
-        y, found, _ = _forward(x, *rest)
+        y, found, _ = _forward(_outputs.empty_like, x, *rest)
     return y, found
 
 
@@ -641,7 +739,13 @@ def _takes(x: Tensor, *others: Tensor | None) -> bool:
     return bool(forward_ad._current_level < 0)
 
 
-class _Tracking(nn.Module):
+class _Layer(nn.Module):
+    def __del__(self, outputs: _Outputs = _outputs) -> None:
+        # A model that goes takes its memory with it.
+        outputs.clear()
+
+
+class _Tracking(_Layer):
     """Running statistics, and what :func:`numbanorm.recalibrate` asks of a layer."""
 
     training: bool
@@ -877,7 +981,7 @@ class InstanceNorm3d(_InstanceNorm, nn.InstanceNorm3d):
     """
 
 
-class GroupNorm(nn.GroupNorm):
+class GroupNorm(_Layer, nn.GroupNorm):
     """:class:`torch.nn.GroupNorm`, computed by numbanorm.
 
     Examples
@@ -903,7 +1007,7 @@ class GroupNorm(nn.GroupNorm):
         return y
 
 
-class LayerNorm(nn.LayerNorm):
+class LayerNorm(_Layer, nn.LayerNorm):
     """:class:`torch.nn.LayerNorm`, computed by numbanorm.
 
     Examples
@@ -930,7 +1034,7 @@ class LayerNorm(nn.LayerNorm):
         return y
 
 
-class RMSNorm(nn.RMSNorm):
+class RMSNorm(_Layer, nn.RMSNorm):
     """:class:`torch.nn.RMSNorm`, computed by numbanorm.
 
     Examples
