@@ -262,49 +262,39 @@ def benchmark(args):
     """Print how long each network's step is; return the figures that matter."""
     torch.manual_seed(args.seed)
     images, labels = torch.randn(32, 3, 32, 32), torch.randint(10, (32,))
-    model = plain_network()
-
-    def network(make):
-        return replace_norms(copy.deepcopy(model), make)
-
-    ours = numbanorm.torch
-    models = {
-        "no norm": network(lambda channels: nn.Identity()),
-        "BatchNorm, PyTorch": model,
-        "BatchNorm, numbanorm": ours.convert(copy.deepcopy(model)),
-        "SwitchableNorm, plain PyTorch": network(PlainSwitchableNorm2d),
-        "SwitchableNorm, as its authors": network(AuthorsSwitchableNorm2d),
-        "SwitchableNorm, numbanorm": network(ours.SwitchableNorm2d),
+    model, ours = plain_network(), numbanorm.torch
+    norms = {
+        "BatchNorm": {"PyTorch": nn.BatchNorm2d, "numbanorm": ours.BatchNorm2d},
+        "SwitchableNorm": {
+            "plain PyTorch": PlainSwitchableNorm2d,
+            "as its authors": AuthorsSwitchableNorm2d,
+            "numbanorm": ours.SwitchableNorm2d,
+        },
     }
-    for one in models.values():
-        warm_up(one, images, labels)
-    trainers = {name: Trainer(one, 0.01) for name, one in models.items()}
-    for _ in tqdm(range(args.steps), unit="round"):
-        take_turns(trainers, images, labels)
-
-    def step(name):
-        return median(trainers, name)
-
-    def extra(name):
-        return added(trainers, name, "no norm")
-
     print(f"{torch.get_num_threads()} threads, {args.steps} rounds, medians")
     print(f"{'':<32}{'a step, ms':>12}{'added, ms':>12}")
-    for name in trainers:
-        print(f"{name:<32}{1e3 * step(name):>12.1f}{1e3 * extra(name):>12.1f}")
-    plain, mine = "SwitchableNorm, plain PyTorch", "SwitchableNorm, numbanorm"
-    theirs, fast = "BatchNorm, PyTorch", "BatchNorm, numbanorm"
-    results = {
-        "what BatchNorm adds, numbanorm / PyTorch": extra(fast) / extra(theirs),
-        "a step with BatchNorm, numbanorm / PyTorch": step(fast) / step(theirs),
-        "a step with SwitchableNorm, numbanorm / plain": step(mine) / step(plain),
-    }
-    for what, ratio in results.items():
-        print(f"{what}: {ratio:.3f}")
-    for norm, pair in ("BatchNorm", (theirs, fast)), ("SwitchableNorm", (plain, mine)):
-        expected, found = (np.array(trainers[name].losses) for name in pair)
-        difference = results[f"losses, {norm}"] = (np.abs(found - expected) / expected).max()
-        print(f"{norm}, largest relative difference of the losses: {difference:.1e}")
+    results = {}
+    # Not all at once: memory that a plain SwitchableNorm leaves behind spares others fresh pages.
+    for norm, makers in norms.items():
+        makers = {"no norm": lambda channels: nn.Identity()} | makers
+        trainers = {}
+        for name, make in makers.items():
+            network = replace_norms(copy.deepcopy(model), make)
+            warm_up(network, images, labels)
+            trainers[name] = Trainer(network, 0.01)
+        for _ in tqdm(range(args.steps), unit="round"):
+            take_turns(trainers, images, labels)
+        step = {name: median(trainers, name) for name in makers}
+        extra = {name: added(trainers, name, "no norm") for name in makers}
+        for name in makers:
+            print(f"{f'{norm}, {name}':<32}{1e3 * step[name]:>12.1f}{1e3 * extra[name]:>12.1f}")
+        mine, theirs = "numbanorm", list(makers)[1]
+        results[f"what {norm} adds, {mine} / {theirs}"] = extra[mine] / extra[theirs]
+        results[f"a step with {norm}, {mine} / {theirs}"] = step[mine] / step[theirs]
+        expected, found = (np.array(trainers[name].losses) for name in (theirs, mine))
+        results[f"losses, {norm}"] = (np.abs(found - expected) / expected).max()
+    for what, figure in results.items():
+        print(f"{what}: {figure:.1e}" if what.startswith("losses") else f"{what}: {figure:.3f}")
     return results
 
 
