@@ -636,12 +636,15 @@ def gradient_coefficients(
 
 
 @cached_njit(**FLAGS)
-def track(n, mean, var, ddof, batch_ddof, momentum, skip_nonfinite, running_mean, running_var):
+def track(
+    n, mean, var, ddof, batch_ddof, momentum, skip_nonfinite, running_mean, running_var, n_batches
+):
     """Move running statistics (R,) towards those of N samples, n, mean, var (N * R,).
 
-    Return whether they are left alone, as something is not finite. ``var`` was divided by
-    n - batch_ddof, a running variance is by n - ddof.
+    Count a batch more, and return whether the statistics are left alone, as something is not
+    finite. ``var`` was divided by n - batch_ddof, a running variance is by n - ddof.
     """
+    n_batches[()] += 1
     if skip_nonfinite:
         for g in range(len(n)):
             if not (np.isfinite(mean[g]) and np.isfinite(var[g])):
@@ -1496,7 +1499,9 @@ def backward_group_columns(
 
 @cached_njit(**FLAGS)
 def feature_gradients(feature, s0, s1, dbias, dweight):
-    """Add each row's sums, s0 and s1 (P,), to those of its feature, dbias and dweight (F,)."""
+    """Write the sums over each feature's rows of s0 and s1 (P,) to dbias and dweight (F,)."""
+    dbias[:] = 0.0
+    dweight[:] = 0.0
     for p in range(len(feature)):
         dbias[feature[p]] += s0[p]
         dweight[feature[p]] += s1[p]

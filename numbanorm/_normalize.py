@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from numbanorm import _kernels, _threads
 from numbanorm._axes import TASKS, Array, Axes, Geometry, Plan, memory_order
-from numbanorm._checks import bool_mask, float_array, output_array, same_memory
+from numbanorm._checks import float_array, output_array, same_memory
 from numbanorm._lines import cache_size
 from numbanorm.moments import Moments, Parts, merge_pieces, piece_moments, work
 
@@ -92,10 +92,11 @@ class Saved:
         sample_variance: bool,
         mask: Array | None = None,
         fused: bool = True,
+        in_place: bool = False,
     ) -> None:
         self.geometry, self.shape, self.center = geometry, x.shape, center
         self.eps = float(np.finfo(x.dtype).eps) if eps is None else eps
-        self.x_is_lost = same_memory(x, y)
+        self.x_is_lost = in_place
         self.has_weight, self.has_bias = affine
         self.mixture, self.sample_variance = mixture, sample_variance
         # y gives the order in memory; x is copied if its own differs.
@@ -149,6 +150,7 @@ class Saved:
 
 def normalize(
     x: Array,
+    y: Array,
     geometry: Geometry,
     weight: Array | None,
     bias: Array | None,
@@ -158,15 +160,16 @@ def normalize(
     mixture: Mixture | None = None,
     center: bool = True,
     sample_variance: bool = False,
-    mask: ArrayLike | None = None,
-    out: Array | None = None,
-) -> tuple[Array, Saved]:
-    """Normalise x; return y and what backward needs.
+    mask: Array | None = None,
+    in_place: bool = False,
+) -> Saved:
+    """Write y, the normalised x; return what backward needs.
 
     Parameters
     ----------
-    x : array of float32 or float64
-        As :func:`~numbanorm._checks.float_array` returns it.
+    x, y : array of float32 or float64
+        As :func:`~numbanorm._checks.float_array` and :func:`~numbanorm._checks.output_array`
+        return them.
     geometry : Geometry
         Made for the shape of x.
     weight, bias : array, optional
@@ -182,24 +185,26 @@ def normalize(
     sample_variance : bool
         Whether the variance of an instance (or, where those are single values, of each group)
         is divided by n - 1 instead of n.
-    mask, out : array, optional
-        True where an element counts; where y is written.
+    mask : array of bool, optional
+        True where an element counts, as :func:`~numbanorm._checks.bool_mask` returns it.
+    in_place : bool
+        Whether y is x.
     """
-    counts = bool_mask(mask, x.shape)
-    y = output_array(out, x, x)
     affine = weight is not None, bias is not None
-    saved = Saved(x, y, geometry, affine, eps, mixture, center, sample_variance, counts)
+    saved = Saved(
+        x, y, geometry, affine, eps, mixture, center, sample_variance, mask, in_place=in_place
+    )
     plan = saved.plan
     target, unset = plan.to_target(y)
     saved.fixed = fixed is not None
-    streamed = _is_streamed(saved, saved.x_is_lost and unset is None, 1, target)
+    streamed = _is_streamed(saved, in_place and unset is None, 1, target)
     if plan.by_group:
         _forward_groups(saved, weight, bias, fixed, streamed, target)
     else:
         _forward_pieces(saved, weight, bias, fixed, streamed, target)
     if unset is not None:
         unset[...] = target.reshape(unset.shape)
-    return y, saved
+    return saved
 
 
 def restore(
@@ -379,10 +384,13 @@ def _apply(plan: Plan, x: Array, m: Array, s: Array, t: Array, streamed: bool, y
     _threads.run(kernel, y.size, x, part, block, m, s, t, *options, y)
 
 
+Parameters = tuple[Float64 | None, Float64 | None, Float64, Float64]
+
+
 def backward(
     dy: ArrayLike, saved: Saved, out: Array | None = None
 ) -> tuple[Array, Float64 | None, Float64 | None, Float64, Float64]:
-    """Return dx and the gradients of weight, bias and of both kinds of logits, in float64."""
+    """Return dx and what :func:`differentiate` does, once dy, saved and out are found to fit."""
     if not isinstance(saved, Saved):
         raise TypeError(
             f"saved: the second result of a forward is needed, got {type(saved).__name__}"
@@ -399,22 +407,23 @@ def backward(
         with np.errstate(over="ignore"):
             gradient = gradient.astype(saved.x.dtype)
     dx = output_array(out, gradient, gradient, saved.x)
+    return dx, *differentiate(gradient, saved, dx, out is not None and same_memory(gradient, dx))
+
+
+def differentiate(dy: Array, saved: Saved, dx: Array, in_place: bool) -> Parameters:
+    """Write dx, which is dy if ``in_place``; return the gradients of all parameters, in float64."""
     plan = saved.plan
-    dy_view = plan.to_view(gradient)
     target, unset = plan.to_target(dx)
-    streamed = _is_streamed(saved, unset is None and same_memory(gradient, dx), 2, target)
-    differentiate = (
+    streamed = _is_streamed(saved, in_place and unset is None, 2, target)
+    write = (
         _backward_elements if plan.elements
         else _backward_groups if plan.by_group
         else _backward_pieces
     )  # fmt: skip
-    parameters = differentiate(saved, dy_view, streamed, target)
+    parameters = write(saved, plan.to_view(dy), streamed, target)
     if unset is not None:
         unset[...] = target.reshape(unset.shape)
-    return dx, *parameters
-
-
-Parameters = tuple[Float64 | None, Float64 | None, Float64, Float64]
+    return parameters
 
 
 def _backward_elements(saved: Saved, dy: Array, streamed: bool, dx: Array) -> Parameters:
@@ -464,7 +473,7 @@ def _backward_groups(saved: Saved, dy: Array, streamed: bool, dx: Array) -> Para
         dy, saved.x, saved.mask, plan.features, saved.weight, saved.eps, saved.center,
         not saved.fixed, *plan.cut, streamed, saved.n, saved.mean, saved.var, dx, s0, s1,
     )  # fmt: skip
-    dweight, dbias = np.zeros((2, len(saved.weight)))
+    dweight, dbias = np.empty((2, len(saved.weight)))
     _kernels.feature_gradients(plan.features, s0, s1, dbias, dweight)
     return (
         dweight.reshape(geometry.param_shape) if saved.has_weight else None,

@@ -15,17 +15,19 @@ def track(
     saved: Saved,
     running_mean: Array,
     running_var: Array,
+    n_batches: Array,
     momentum: float,
     skip_nonfinite: bool = False,
 ) -> bool:
     """Move running statistics towards a forward's; return whether they are left alone instead.
 
-    Means and unbiased variances are averaged over axis 0 where it is kept. ``momentum`` weights
-    the batch. With ``skip_nonfinite``, NaN or Inf in the batch's leaves all of them alone.
+    Means and unbiased variances are averaged over axis 0 where it is kept. ``n_batches`` is
+    counted up, ``momentum`` weights the batch. With ``skip_nonfinite``, NaN or Inf in the batch's
+    leaves the statistics alone.
     """
     flat = [_flat(array) for array in (running_mean, running_var)]
     skipped: bool = _kernels.track(
-        *saved.tracked, _ddof(saved), saved.ddof, momentum, skip_nonfinite, *flat
+        *saved.tracked, _ddof(saved), saved.ddof, momentum, skip_nonfinite, *flat, n_batches
     )
     for array, values in zip((running_mean, running_var), flat, strict=True):
         if values is not array:

@@ -13,6 +13,7 @@ from numpy.typing import ArrayLike
 
 from numbanorm._axes import Array, Geometry, geometry, normalize_axes
 from numbanorm._checks import (
+    bool_mask,
     check_channel_axis,
     check_count,
     check_eps,
@@ -20,7 +21,9 @@ from numbanorm._checks import (
     check_over,
     check_shape,
     float_array,
+    output_array,
     parameter,
+    same_memory,
 )
 from numbanorm._normalize import Float64, Mixture, Saved, backward, normalize
 from numbanorm._running import track
@@ -182,19 +185,21 @@ def _with_running(
     factor = check_momentum(momentum)
     if factor is None:
         raise ValueError("momentum: a number from 0 to 1 is needed here, got None")
-    y, saved = normalize(
+    counts, y = bool_mask(mask, x.shape), output_array(out, x, x)
+    saved = normalize(
         x,
+        y,
         geometry,
         parameter(weight, "weight", geometry.param_shape),
         parameter(bias, "bias", geometry.param_shape),
         check_eps(eps),
         fixed=None if training else running,
         mixture=mixture,
-        mask=mask,
-        out=out,
+        mask=counts,
+        in_place=out is not None and same_memory(x, y),
     )
     if training and running is not None:
-        track(saved, *running, factor)
+        track(saved, *running, np.zeros((), np.int64), factor)
     return y, saved
 
 
@@ -679,15 +684,17 @@ def rms_norm_forward(
     """
     array = float_array(x, "x")
     geometry = trailing_geometry(array, check_shape(normalized_shape, "normalized_shape"))
-    return normalize(
+    counts, y = bool_mask(mask, array.shape), output_array(out, array, array)
+    return y, normalize(
         array,
+        y,
         geometry,
         parameter(weight, "weight", geometry.param_shape),
         None,
         None if eps is None else check_eps(eps),
         center=False,
-        mask=mask,
-        out=out,
+        mask=counts,
+        in_place=out is not None and same_memory(array, y),
     )
 
 

@@ -9,7 +9,7 @@ from numpy.typing import ArrayLike, DTypeLike
 
 from numbanorm import _checks, functional
 from numbanorm._axes import AllBut, Array, Axes, Geometry, axis_tuple, geometry, normalize_axes
-from numbanorm._checks import float_array
+from numbanorm._checks import bool_mask, float_array, output_array, same_memory
 from numbanorm._normalize import Mixture, Saved, backward, normalize
 from numbanorm._running import Pool, is_finite, track
 
@@ -275,8 +275,10 @@ class Norm:
             new = self._new_parameters(shape.param_shape)
         parameters = {**self._parameters, **new}
         running = self._running_or_new(shape.running_shape) if self.track_stats else None
-        y, saved = normalize(
+        counts, y = bool_mask(mask, array.shape), output_array(out, array, array)
+        saved = normalize(
             array,
+            y,
             shape,
             parameters.get("weight"),
             parameters.get("bias"),
@@ -285,8 +287,8 @@ class Norm:
             mixture=self._mixture(),
             center=self.center,
             sample_variance=self.sample_variance,
-            mask=mask,
-            out=out,
+            mask=counts,
+            in_place=out is not None and same_memory(array, y),
         )
         # An error above has left the layer as it was; from here on nothing can fail.
         self._adopt(new)
@@ -369,12 +371,11 @@ class Norm:
         mean, var = running
         if "running_mean" not in self._buffers:
             self._buffers = {"running_mean": mean, "running_var": var, **self._buffers}
-        tracked = self._buffers["num_batches_tracked"]
-        tracked += 1
-        momentum = self.momentum
+        n_batches, momentum = self._buffers["num_batches_tracked"], self.momentum
         if momentum is None:
-            momentum = 1 / (int(tracked) - self.num_batches_skipped)
-        self.num_batches_skipped += track(saved, mean, var, momentum, self.skip_nonfinite)
+            momentum = 1 / (int(n_batches) + 1 - self.num_batches_skipped)
+        skipped = track(saved, mean, var, n_batches, momentum, self.skip_nonfinite)
+        self.num_batches_skipped += skipped
 
     # -- What recalibrate asks of a layer -------------------------------------------------------
 

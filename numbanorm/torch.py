@@ -27,12 +27,11 @@ from torch.autograd import forward_ad
 from torch.nn.modules.batchnorm import _BatchNorm as _TorchBatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm as _TorchInstanceNorm
 from torch.nn.modules.lazy import LazyModuleMixin
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 import numbanorm
 from numbanorm import _checks, _threads, functional
 from numbanorm._axes import Array, Axes, Geometry
-from numbanorm._normalize import Mixture, Saved, Statistic, backward, normalize, restore
+from numbanorm._normalize import Mixture, Saved, Statistic, differentiate, normalize, restore
 from numbanorm._running import Pool, track
 from numbanorm.moments import Moments
 
@@ -71,7 +70,7 @@ ROWS = ("rows", "rms")
 
 def _array(tensor: Tensor) -> Array:
     """Return a tensor's memory as an array."""
-    array: Array = tensor.numpy(force=True)
+    array: Array = tensor.data.numpy()
     return array
 
 
@@ -185,8 +184,9 @@ def _forward(
         if process_group:
             shared = _shared_statistic(array, process_group)
             fixed = shared.mean, shared.var
-        _, saved = normalize(
+        saved = normalize(
             array,
+            y.numpy(),
             _geometry(array.shape, over, number, sample_variance),
             _optional(weight),
             _optional(bias),
@@ -195,7 +195,6 @@ def _forward(
             mixture=_mixture(mean_weight, var_weight),
             center=over != "rms",
             sample_variance=sample_variance,
-            out=y.numpy(),
         )
     del saved.x  # autograd keeps it, and knows when not to
     return y, saved, shared
@@ -251,7 +250,7 @@ def _backward(
             share=_sum_over(process_group) if process_group else None,
         )
     with _threads.thread_count(torch.get_num_threads()):
-        _, *gradients = backward(_array(dy), saved, dx.numpy())
+        gradients = differentiate(_array(dy), saved, dx.numpy(), dx is dy)
     del saved.x
     there = weight is not None, has_bias, mean_weight is not None, var_weight is not None
     dweight, dbias, dmean_weight, dvar_weight = (
@@ -575,6 +574,10 @@ class _Normalize(torch.autograd.Function):
         return *_backward(dx, dy, x, *kept), *[None] * 7
 
 
+# What PyTorch does before, for the wrappers of transforms, takes as long as a small layer.
+_apply = super(torch.autograd.Function, _Normalize).apply
+
+
 def _owners(gradient: Tensor) -> tuple[int, int, int, int, bool]:
     """Return how many have a tensor and its memory, in Python and in PyTorch, which made it or not.
 
@@ -628,10 +631,10 @@ def _is_eager(x: Tensor) -> bool:
     """Tell whether x has data, and nothing but autograd watches what is done with it."""
     return type(x) in (Tensor, nn.Parameter) and not (
         torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
+        or torch._C._is_tracing()
         or torch._C._are_functorch_transforms_active()
         or torch._C._functorch.is_legacy_batchedtensor(x)
-        or is_in_torch_dispatch_mode()
+        or torch._C._len_torch_dispatch_stack() > 0
     )
 
 
@@ -641,7 +644,7 @@ def _normalize(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor | Saved]:
     if process_group or not _is_eager(x):
         y, found = _normalize_anyhow(x, *rest)
     elif torch.is_grad_enabled():
-        y, found = _Normalize.apply(x, *rest)
+        y, found = _apply(x, *rest)
     else:
         y, found, _ = _forward(_outputs.empty_like, x, *rest)
     return y, found
@@ -756,6 +759,8 @@ class _Tracking(_Layer):
     num_batches_tracked: Any
     sample_variance = False
     _pool: Pool | None = None
+    # Whether num_batches_tracked is what its name says.
+    _counts = True
 
     @property
     def tracks(self) -> bool:
@@ -781,12 +786,9 @@ class _Tracking(_Layer):
         self.running_var.copy_(torch.from_numpy(np.where(known, var, 1)))
         self.num_batches_tracked.fill_(pool.n_forwards)
 
-    def _momentum(self) -> Any:
-        """Return the weight of the new value, as a tensor where it depends on earlier ones."""
-        self.num_batches_tracked.add_(1)
-        if self.momentum is None:
-            return 1 / self.num_batches_tracked.to(self.running_mean.dtype)
-        return self.momentum
+    def _momentum(self, n_before: Any) -> Any:
+        """Return the weight of a new value after so many."""
+        return 1 / (n_before + 1) if self.momentum is None else self.momentum
 
     def _track(self, statistics: Tensor | Saved, samples: int | None = None) -> None:
         """Move the running statistics towards those of a batch, or the mean of its samples'.
@@ -797,9 +799,13 @@ class _Tracking(_Layer):
             if self._pool is not None:
                 self._pool.add(statistics)
                 return
-            mean, var = self.running_mean.detach(), self.running_var.detach()
-            track(statistics, mean.numpy(), var.numpy(), float(self._momentum()))
-            torch.autograd.graph.increment_version((mean, var))
+            buffers = self.running_mean, self.running_var, self.num_batches_tracked
+            mean, var, n_batches = map(_array, buffers)
+            momentum = float(self._momentum(n_batches))
+            if not self._counts:
+                n_batches = n_batches.copy()
+            track(statistics, mean, var, n_batches, momentum)
+            torch.autograd.graph.increment_version(buffers)
             return
         if self._pool is not None:
             shape = (4, *([] if samples is None else [samples]), self.num_features)
@@ -808,7 +814,9 @@ class _Tracking(_Layer):
             ddof = 0 if self.sample_variance else 1
             self._pool.add_statistic(batch, (self.num_features,), ddof)
             return
-        momentum = self._momentum()
+        momentum = self._momentum(self.num_batches_tracked.to(self.running_mean.dtype))
+        if self._counts:
+            self.num_batches_tracked.add_(1)
         moved = statistics[:2].detach()
         if samples is not None:
             moved = moved.reshape(2, samples, -1).mean(1)
@@ -916,6 +924,8 @@ class SyncBatchNorm(_BatchNorm, nn.SyncBatchNorm):
 
 
 class _InstanceNorm(_Tracking, _TorchInstanceNorm):
+    _counts = False
+
     def forward(self, input: Tensor) -> Tensor:
         self._check_input_dim(input)
         x = input.unsqueeze(0) if input.dim() == self._get_no_batch_dim() else input
@@ -938,7 +948,7 @@ class _InstanceNorm(_Tracking, _TorchInstanceNorm):
             self._track(statistics, x.shape[0])
         return y if x is input else y.squeeze(0)
 
-    def _momentum(self) -> Any:
+    def _momentum(self, n_before: Any) -> Any:
         # PyTorch has a counter here and leaves it at 0, and None moves nothing.
         return self.momentum or 0.0
 
