@@ -53,19 +53,13 @@ def bool_mask(mask: ArrayLike | None, shape: tuple[int, ...]) -> Array | None:
         ) from None
 
 
-def same_memory(x: Array, y: Array) -> bool:
-    # The first test is there for its speed.
-    return (
-        np.may_share_memory(x, y)
-        and x.__array_interface__["data"] == y.__array_interface__["data"]
-        and x.strides == y.strides
-    )
+def output_array(out: Array | None, like: Array, *inputs: Array) -> tuple[Array, bool]:
+    """Return ``out``, or a new array like ``like``, and whether it has the memory of that.
 
-
-def output_array(out: Array | None, like: Array, *inputs: Array) -> Array:
-    """Return ``out``, or a new array like ``like``; ``inputs`` must not overlap it in part."""
+    Neither ``like`` nor the other ``inputs`` may overlap it in part.
+    """
     if out is None:
-        return np.empty(like.shape, like.dtype)
+        return np.empty(like.shape, like.dtype), False
     if not isinstance(out, np.ndarray):
         raise TypeError(f"out: a numpy.ndarray is needed, got {type(out).__name__}")
     if out.dtype != like.dtype:
@@ -79,8 +73,12 @@ def output_array(out: Array | None, like: Array, *inputs: Array) -> Array:
         raise ValueError(
             "out: an array with memory for each element is needed, got a broadcast one"
         )
-    for x in inputs:
-        if not np.may_share_memory(x, out) or same_memory(x, out):
+    in_place = False
+    for x in (like, *inputs):
+        if not np.may_share_memory(x, out):
+            continue
+        if x.ctypes.data == out.ctypes.data and x.strides == out.strides:
+            in_place = in_place or x is like
             continue
         try:
             # NumPy's stub knows of -1 and 0 only, NumPy of any number.
@@ -91,7 +89,7 @@ def output_array(out: Array | None, like: Array, *inputs: Array) -> Array:
             raise ValueError(
                 "out: the input itself or memory of its own is needed, got a partial overlap"
             )
-    return out
+    return out, in_place
 
 
 def check_eps(eps: float) -> float:

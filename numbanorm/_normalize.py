@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from numbanorm import _kernels, _threads
 from numbanorm._axes import TASKS, Array, Axes, Geometry, Plan, memory_order
-from numbanorm._checks import float_array, output_array, same_memory
+from numbanorm._checks import float_array, output_array
 from numbanorm._lines import cache_size
 from numbanorm.moments import Moments, Parts, merge_pieces, piece_moments, work
 
@@ -406,8 +406,8 @@ def backward(
     if gradient.dtype != saved.x.dtype:
         with np.errstate(over="ignore"):
             gradient = gradient.astype(saved.x.dtype)
-    dx = output_array(out, gradient, gradient, saved.x)
-    return dx, *differentiate(gradient, saved, dx, out is not None and same_memory(gradient, dx))
+    dx, in_place = output_array(out, gradient, saved.x)
+    return dx, *differentiate(gradient, saved, dx, in_place)
 
 
 def differentiate(dy: Array, saved: Saved, dx: Array, in_place: bool) -> Parameters:

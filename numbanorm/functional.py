@@ -23,7 +23,6 @@ from numbanorm._checks import (
     float_array,
     output_array,
     parameter,
-    same_memory,
 )
 from numbanorm._normalize import Float64, Mixture, Saved, backward, normalize
 from numbanorm._running import track
@@ -185,7 +184,8 @@ def _with_running(
     factor = check_momentum(momentum)
     if factor is None:
         raise ValueError("momentum: a number from 0 to 1 is needed here, got None")
-    counts, y = bool_mask(mask, x.shape), output_array(out, x, x)
+    counts = bool_mask(mask, x.shape)
+    y, in_place = output_array(out, x)
     saved = normalize(
         x,
         y,
@@ -196,7 +196,7 @@ def _with_running(
         fixed=None if training else running,
         mixture=mixture,
         mask=counts,
-        in_place=out is not None and same_memory(x, y),
+        in_place=in_place,
     )
     if training and running is not None:
         track(saved, *running, np.zeros((), np.int64), factor)
@@ -684,7 +684,8 @@ def rms_norm_forward(
     """
     array = float_array(x, "x")
     geometry = trailing_geometry(array, check_shape(normalized_shape, "normalized_shape"))
-    counts, y = bool_mask(mask, array.shape), output_array(out, array, array)
+    counts = bool_mask(mask, array.shape)
+    y, in_place = output_array(out, array)
     return y, normalize(
         array,
         y,
@@ -694,7 +695,7 @@ def rms_norm_forward(
         None if eps is None else check_eps(eps),
         center=False,
         mask=counts,
-        in_place=out is not None and same_memory(array, y),
+        in_place=in_place,
     )
 
 

@@ -9,7 +9,7 @@ from numpy.typing import ArrayLike, DTypeLike
 
 from numbanorm import _checks, functional
 from numbanorm._axes import AllBut, Array, Axes, Geometry, axis_tuple, geometry, normalize_axes
-from numbanorm._checks import bool_mask, float_array, output_array, same_memory
+from numbanorm._checks import bool_mask, float_array, output_array
 from numbanorm._normalize import Mixture, Saved, backward, normalize
 from numbanorm._running import Pool, is_finite, track
 
@@ -275,7 +275,8 @@ class Norm:
             new = self._new_parameters(shape.param_shape)
         parameters = {**self._parameters, **new}
         running = self._running_or_new(shape.running_shape) if self.track_stats else None
-        counts, y = bool_mask(mask, array.shape), output_array(out, array, array)
+        counts = bool_mask(mask, array.shape)
+        y, in_place = output_array(out, array)
         saved = normalize(
             array,
             y,
@@ -288,7 +289,7 @@ class Norm:
             center=self.center,
             sample_variance=self.sample_variance,
             mask=counts,
-            in_place=out is not None and same_memory(array, y),
+            in_place=in_place,
         )
         # An error above has left the layer as it was; from here on nothing can fail.
         self._adopt(new)
