@@ -367,12 +367,11 @@ class Plan:
         columns = self.view[2] // self.fold if self.columns else 1
         return self.view[0], self.tiles.n_parts, columns
 
-    def fold_pieces(self, values: Array) -> Array:
-        """Return n values of each piece (n, P) as the kernels see them, (n, A, F * B)."""
+    @functools.cached_property
+    def pieces(self) -> tuple[int, int]:
+        """Shape (A, B) of a value for each piece."""
         a, _, b = self.parts
-        seen = values.reshape(len(values), a, b)
-        # np.tile() would take three times as long, as long as a small kernel.
-        return seen if self.fold == 1 else np.concatenate((seen,) * self.fold, axis=2)
+        return a, b
 
     @functools.cached_property
     def groups(self) -> Groups:

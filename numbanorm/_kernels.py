@@ -99,10 +99,15 @@ def _three_rows(memory, n):
 
 @njit(**LEAF)
 def _copy_columns(arrays, a, c0, c1, rows):
-    """Copy columns c0 to c1 of row a of each of n arrays (A, C) to the rows (n, ...)."""
+    """Copy columns c0 to c1 of row a of each of n arrays (A, C) to n rows.
+
+    Where several rows of x are folded into one there are more columns than C: those of each.
+    """
     for k in range(len(arrays)):
-        row = arrays[k]
-        _copy(stretch(row, a * row.shape[1] + c0, c1 - c0), rows[k])
+        n_columns = arrays[k].shape[1]
+        n = min(n_columns, c1 - c0)
+        for at in range(0, c1 - c0, n):
+            _copy(stretch(arrays[k], a * n_columns + c0, n), stretch(rows[k], at, n))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -786,7 +791,7 @@ def _apply_rows(x, a, lo, hi, c0, c1, m, s, t, streamed, buffer, y):
 
 @cached_njit(**FLAGS)
 def apply_columns(threads, x, part, width, m, s, t, streamed, y):
-    """Scale and shift each piece: x (A, L, C), m, s, t (A, C) -> y (A, L, C)."""
+    """Scale and shift each piece: x (A, L, F * C), m, s, t (A, C) -> y (A, L, F * C)."""
     n_outer, length, n_columns = x.shape
     n_parts = max(1, (length + part - 1) // part)
     n_blocks = (n_columns + width - 1) // width
@@ -873,7 +878,7 @@ def gradient_sums_rows(threads, dy, x, mask, part, block, mean, s0, s1):
 
 @cached_njit(**FLAGS)
 def gradient_sums_columns(threads, dy, x, mask, part, width, mean, s0, s1):
-    """Sum dy and dy (x - mean): dy, x, mask or None (A, L, F * C), mean (A, F * C).
+    """Sum dy and dy (x - mean): dy, x, mask or None (A, L, F * C), mean (A, C).
 
     Writes s0, s1 (A, K, C); see moments_columns about F.
     """
@@ -889,7 +894,7 @@ def gradient_sums_columns(threads, dy, x, mask, part, width, mean, s0, s1):
         c1 = min(n_folded, c0 + width)
         own = (np.zeros(room(3, c1 - c0, mean), mean.dtype),)
         sum_0, sum_1, means = _three_rows(own[0], c1 - c0)
-        _copy(stretch(mean, a * n_folded + c0, c1 - c0), means)
+        _copy_columns((mean,), a, c0, c1, (means,))
         lo, hi = k * part, min(length, (k + 1) * part)
         _add_to_columns(dy, x, mask, None, a, lo, hi, c0, c1, means, sum_0, sum_1)
         for c in range(c0, min(c1, n_columns)):
@@ -992,7 +997,7 @@ def _backward_rows(dy, x, mask, o, lo, hi, c0, c1, a, r, m, b, c, streamed, buff
 
 @cached_njit(**FLAGS)
 def backward_columns(threads, dy, x, mask, part, width, a, r, m, b, c, streamed, dx):
-    """Write dx: dy, x, mask or None (A, L, C), a, r, m, b, c (A, C) -> dx (A, L, C)."""
+    """Write dx: dy, x, mask or None (A, L, F * C), a, r, m, b, c (A, C) -> dx (A, L, F * C)."""
     n_outer, length, n_columns = x.shape
     n_parts = max(1, (length + part - 1) // part)
     n_blocks = (n_columns + width - 1) // width

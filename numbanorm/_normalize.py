@@ -9,7 +9,7 @@ groups fit in cache, one kernel does all of this for some groups before it goes 
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -362,7 +362,7 @@ def _feature_parameter(saved: Saved, value: Array | None, default: float) -> Flo
     return np.array(value, np.float64, order="C").reshape(-1)
 
 
-def _coefficients(saved: Saved, bias: Float64, dtype: Any) -> Iterable[Array]:
+def _coefficients(saved: Saved, bias: Float64, dtype: Any) -> tuple[Array, Array, Array]:
     """Mix the statistics; return m, s and t of each piece."""
     plan = saved.plan
     mean, var, rstd = np.empty((3, plan.groups.of_piece.shape[1]))
@@ -373,7 +373,8 @@ def _coefficients(saved: Saved, bias: Float64, dtype: Any) -> Iterable[Array]:
         plan.groups.of_piece, plan.features, saved.n, saved.mean, saved.var,
         *(saved.mixture or ALONE), saved.eps, saved.weight, bias, mean, var, rstd, *found,
     )  # fmt: skip
-    return plan.fold_pieces(found)
+    m, s, t = found.reshape(3, *plan.pieces)
+    return m, s, t
 
 
 def _apply(plan: Plan, x: Array, m: Array, s: Array, t: Array, streamed: bool, y: Array) -> None:
@@ -488,8 +489,7 @@ def _gradient_sums(saved: Saved, dy: Array) -> Float64:
     plan = saved.plan
     kernel = _kernels.gradient_sums_columns if plan.columns else _kernels.gradient_sums_rows
     _, part, block = plan.tiles
-    sums = np.empty((2, *plan.parts))
-    (mean,) = plan.fold_pieces(saved.pieces[0][None])
+    sums, mean = np.empty((2, *plan.parts)), saved.pieces[0].reshape(plan.pieces)
     _threads.run(kernel, dy.size, dy, saved.x, saved.mask, part, block, mean, *sums)
     if plan.parts[1] > 1:
         with np.errstate(invalid="ignore"):
@@ -523,17 +523,17 @@ def _backward_pieces(saved: Saved, dy: Array, streamed: bool, dx: Array) -> Para
         groups.of_piece, plan.features, saved.mean, dmean, dvar, saved.center,
         geometry.tracked if saved.fixed else -1, *own, saved.weight, mean, rstd, *coefficients,
     )  # fmt: skip
-    coefficients = plan.fold_pieces(coefficients)
+    of_pieces = coefficients.reshape(5, *plan.pieces)
     if saved.fixed and len(groups.slices) == 1:
-        zero = np.zeros_like(coefficients[0])
-        _apply(plan, dy, zero, coefficients[0], zero, streamed, dx)
+        zero = np.zeros_like(of_pieces[0])
+        _apply(plan, dy, zero, of_pieces[0], zero, streamed, dx)
     else:
         kernel = _kernels.backward_columns if plan.columns else _kernels.backward_rows
         _, part, block = plan.tiles
         options = (streamed,) if plan.columns else ()
         _threads.run(
             kernel, dy.size,
-            dy, saved.x, saved.mask, part, block, *coefficients, *options, dx,
+            dy, saved.x, saved.mask, part, block, *of_pieces, *options, dx,
         )  # fmt: skip
     return (
         dweight.reshape(geometry.param_shape) if saved.has_weight else None,
