@@ -509,7 +509,7 @@ class _Outputs:
         if n_bytes < RECYCLED_FROM or not can_count or not _same_form(x, x, over):
             return _empty_like(x, over)
         kept, found = self._kept, None
-        # What was used last, for a cache may still have it; then what may be free for longest.
+        # First what was used last, as a cache may still have it, then what may be free for longest.
         for memory in (*kept[-1:], *kept):
             if n_bytes <= memory.n_bytes < (found.n_bytes if found else math.inf):
                 if memory.tensor.dtype is x.dtype and memory.is_free():
@@ -574,7 +574,8 @@ class _Normalize(torch.autograd.Function):
         return *_backward(dx, dy, x, *kept), *[None] * 7
 
 
-# What PyTorch does before, for the wrappers of transforms, takes as long as a small layer.
+# Without what Function.apply does first, for the wrappers of transforms: that takes as long as a
+# small layer.
 _apply = super(torch.autograd.Function, _Normalize).apply
 
 
@@ -1312,6 +1313,9 @@ def convert(module: nn.Module) -> nn.Module:
     mode are untouched, and so is an optimiser. Layers of exactly PyTorch's classes are meant; a
     subclass, which may have a forward of its own, is left alone. Lazy ones follow once they know
     their size.
+
+    Outputs of a MiB and more are written where earlier ones were that nobody has any more. So some
+    memory is kept, no more than was in use at one time, until a layer is deleted.
 
     Parameters
     ----------
