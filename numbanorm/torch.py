@@ -459,6 +459,12 @@ RECYCLED_FROM = 1 << 20
 USED_WITHIN = 16
 
 
+def _holders(storage: torch.UntypedStorage) -> tuple[int, int]:
+    """Return how many have a memory: in PyTorch, and in Python."""
+    n_tensors: int = torch._C._storage_Use_Count(storage._cdata)
+    return n_tensors, sys.getrefcount(storage)
+
+
 class _Memory:
     """A tensor that nobody sees, and its memory."""
 
@@ -467,11 +473,7 @@ class _Memory:
     def __init__(self, tensor: Tensor) -> None:
         self.tensor, self.storage, self.n_bytes = tensor, tensor.untyped_storage(), tensor.nbytes
         self.address = tensor.data_ptr()
-        self.alone = self._owners()
-
-    def _owners(self) -> tuple[int, int]:
-        n_tensors: int = torch._C._storage_Use_Count(self.storage._cdata)
-        return n_tensors, sys.getrefcount(self.storage)
+        self.alone = _holders(self.storage)
 
     def is_lost(self) -> bool:
         """Tell whether the memory has gone elsewhere, as when processes come to share it."""
@@ -479,12 +481,12 @@ class _Memory:
 
     def is_free(self) -> bool:
         """Tell whether nobody else has the memory."""
-        return self._owners() == self.alone and not self.is_lost()
+        return _holders(self.storage) == self.alone and not self.is_lost()
 
     def lend(self, shape: Axes, strides: Axes) -> Tensor | None:
         """Return a tensor with the memory, or None if another thread was faster."""
         tensor = self.tensor.as_strided(shape, strides).data  # no view, with a version of its own
-        n_tensors, n_storages = self._owners()
+        n_tensors, n_storages = _holders(self.storage)
         return tensor if (n_tensors - 1, n_storages) == self.alone else None
 
 
@@ -580,14 +582,13 @@ _apply = super(torch.autograd.Function, _Normalize).apply
 
 
 def _owners(gradient: Tensor) -> tuple[int, int, int, int, bool]:
-    """Return how many have a tensor and its memory, in Python and in PyTorch, which made it or not.
+    """Return how many have a tensor, and its memory, and whether PyTorch made that.
 
     PyTorch adds up gradients in place by the same rule: if nobody else has one.
     """
     storage = gradient.untyped_storage()
     of_tensor = sys.getrefcount(gradient), gradient._use_count()
-    n_with_memory: int = torch._C._storage_Use_Count(storage._cdata)
-    return *of_tensor, sys.getrefcount(storage), n_with_memory, storage.resizable()
+    return *of_tensor, *_holders(storage), storage.resizable()
 
 
 @functools.cache

@@ -454,6 +454,16 @@ def test_a_gradient_that_somebody_keeps_stays_as_it_is(norm, keep, in_place):
     assert in_place == [False]
 
 
+def test_a_gradient_whose_storage_somebody_keeps_stays_as_it_is(norm, in_place):
+    layer, x, dy, expected = norm
+    y, kept = layer(x), []
+    y.register_hook(lambda dy: kept.append(dy.untyped_storage()))
+    check_gradients(torch.autograd.grad((y * dy).sum(), (x, layer.weight)), expected)
+    found = torch.empty(0, dtype=dy.dtype).set_(kept[0], 0, dy.shape, dy.stride())
+    assert torch.equal(found, dy)
+    assert in_place == [False]
+
+
 def test_a_retained_gradient_is_a_copy(norm, in_place):
     layer, x, dy, expected = norm
     y = layer(x)
