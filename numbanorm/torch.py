@@ -490,6 +490,19 @@ class _Memory:
         return tensor if (n_tensors - 1, n_storages) == self.alone else None
 
 
+def _smallest(kept: list[_Memory], n_bytes: int, dtype: torch.dtype) -> _Memory | None:
+    """Return the smallest memory that is free and will do."""
+    found, limit = None, math.inf
+    # First what was used last, as a cache may still have it, then what may be free for longest.
+    for memory in (*kept[-1:], *kept):
+        fits = n_bytes <= memory.n_bytes < limit and memory.tensor.dtype is dtype
+        if fits and memory.is_free():
+            found, limit = memory, memory.n_bytes
+            if limit == n_bytes:
+                break
+    return found
+
+
 class _Outputs:
     """The memory of outputs, used again once nobody else has it.
 
@@ -510,26 +523,23 @@ class _Outputs:
         n_bytes, can_count = x.nbytes, hasattr(torch._C, "_storage_Use_Count")
         if n_bytes < RECYCLED_FROM or not can_count or not _same_form(x, x, over):
             return _empty_like(x, over)
-        kept, found = self._kept, None
-        # First what was used last, as a cache may still have it, then what may be free for longest.
-        for memory in (*kept[-1:], *kept):
-            if n_bytes <= memory.n_bytes < (found.n_bytes if found else math.inf):
-                if memory.tensor.dtype is x.dtype and memory.is_free():
-                    found = memory
-                    if found.n_bytes == n_bytes:
-                        break
+        kept = self._kept
+        found = _smallest(kept, n_bytes, x.dtype)
         y = None if found is None else found.lend(x.shape, x.stride())
         if found is None or y is None:
             with torch.inference_mode(False):  # what is made in that mode is of no use outside it
                 return self._keep(_empty_like(x, over))
         kept.remove(found)
         kept.append(found)
-        self._n_outputs += 1
-        found.last_use = self._n_outputs
+        self._note_use(found)
         if self._n_outputs - kept[0].last_use > USED_WITHIN * len(kept) and kept[0].is_free():
             self._most_in_use -= kept[0].n_bytes
             self._kept = kept[1:]
         return y
+
+    def _note_use(self, memory: _Memory) -> None:
+        self._n_outputs += 1
+        memory.last_use = self._n_outputs
 
     def _keep(self, tensor: Tensor) -> Tensor:
         """Keep the memory of a new tensor; return another one that has it."""
@@ -542,8 +552,7 @@ class _Outputs:
         self._most_in_use = max(self._most_in_use, n_in_use)
         new = _Memory(tensor)
         self._kept = [*(kept if n_kept <= self._most_in_use else in_use), new]
-        self._n_outputs += 1
-        new.last_use = self._n_outputs
+        self._note_use(new)
         return tensor.data
 
 
