@@ -51,6 +51,10 @@ SHORT_ROW, MANY_ROWS = 256, 16
 # Rows of a group that are shorter, and at least so many, are seen as one row with a weight for each
 # element, which is read again for each of at least so many samples.
 TINY_ROW, FEW_ROWS, FEW_SAMPLES = 64, 4, 16
+# Elements of some groups that are summed up while those before them are written: few enough for
+# both, and for what is written, to be in a core's first cache; and how many, where a single group
+# has more, are still in its own cache when they are written.
+GROUP_BLOCK, BESIDE = 1 << 10, 1 << 15
 # Elements of a task and tasks of a call: enough for many cores, few enough to cost nothing.
 TASK = 1 << 14
 TASKS = 64
@@ -244,7 +248,7 @@ class Plan:
 
     def _see_element_rows(self, m: int, d: int, n_weights: int) -> None:
         self.view, self.groups_shape, self.weights_shape = (m, d), (m,), (n_weights, d)
-        self.tiles = Tiles(1, d, max(1, TASK // max(d, 1)))
+        self.tiles = Tiles(1, d, max(1, GROUP_BLOCK // max(d, 1)))
         # Each part has its own sums of the parameters' gradients, which takes room and time.
         # Samples of several rows are longer, so that fewer make a part. Powers of 2 are shared out
         # evenly.
@@ -322,7 +326,7 @@ class Plan:
             if d > SLAB:
                 return False
             self.view = (a, r, b, length)
-            self.tiles = Tiles(1, length, max(1, TASK // d if b == 1 else ROW_RUN // length))
+            self.tiles = Tiles(1, length, max(1, GROUP_BLOCK // d if b == 1 else ROW_RUN // length))
         self.span, self.grid = span, grid
         self.groups_shape = (size(axis for axis in (*outer, *columns) if axis not in reduced),)
         return True
@@ -350,11 +354,14 @@ class Plan:
         """Whether whole groups are handled at once."""
         return len(self.groups_shape) > 0
 
-    @property
+    @functools.cached_property
     def cut(self) -> tuple[int, ...]:
         """How the kernels of whole groups cut the view."""
         block = self.tiles.block
-        return (block, self.span) if self.columns and not self.elements else (block,)
+        if self.columns:
+            return (block,) if self.elements else (block, self.span)
+        size = math.prod(self.view) // max(math.prod(self.groups_shape), 1)
+        return block, block * size <= BESIDE
 
     @property
     def columns(self) -> bool:

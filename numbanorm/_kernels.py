@@ -35,7 +35,8 @@ is made of lent arrays has no owner, and costs nothing to make, see :func:`numba
 from typing import Any
 
 import numpy as np
-from numba import njit, prange
+from numba import njit, prange, types
+from numba.extending import overload
 
 from numbanorm._cache import cached_njit
 from numbanorm._launch import call_share, keep, lend, share
@@ -63,8 +64,11 @@ INNER: dict[str, Any] = {"no_cpython_wrapper": True, **FLAGS}
 LEAF: dict[str, Any] = {"forceinline": True, **INNER}
 CONTRACT: dict[str, Any] = {"fastmath": {"contract"}, **LEAF}
 
-# How far ahead of a loop over a row memory is asked for, in elements.
-AHEAD = 1 << 11
+# How far ahead of a loop over a row memory is asked for, in elements: far where it comes from
+# memory, and near where a core's first cache has several rows to hold.
+AHEAD, NEAR = 1 << 11, 1 << 9
+# Elements of a step of such a loop.
+STEP = 2 * LANES
 # Rows that are added to a vector of columns at a time, and how many ahead memory is asked for.
 ROWS = 4
 
@@ -139,23 +143,66 @@ def _plus_three(v, w):
 
 
 @njit(**LEAF)
-def _shifted_sums(xs, counts, shift):
-    """Sum 1, x - shift and its square over xs (n,) where counts (n,) is True, or is None."""
-    n, center = xs.shape[0], splat(shift)
-    whole = n // (2 * LANES) * (2 * LANES)
-    rest = n - whole
-    # Two sums of each kind: one would wait for itself. The last elements come first, so that
-    # nothing waits for a branch.
-    a = _shifted_terms(xs, counts, whole, min(rest, LANES), center)
-    b = _shifted_terms(xs, counts, whole + LANES, max(rest - LANES, 0), center)
-    for i in range(0, whole, 2 * LANES):
-        for k in (i + AHEAD, i + AHEAD + LANES):
-            fetch(xs, k)
-            fetch(counts, k)
-        a = _plus_three(a, _shifted_terms(xs, counts, i, None, center))
-        b = _plus_three(b, _shifted_terms(xs, counts, i + LANES, None, center))
+def _terms(dys, xs, counts, i, n, center):
+    """Return vectors of 1, w and w * (x - center) for n elements from i on, and of 0.
+
+    w is dy, or x - center if dys is None: the three are a row.
+    """
+    if dys is None:
+        return _shifted_terms(xs, counts, i, n, center)
+    w, d = _gradient_terms(dys, xs, counts, i, n, center)
+    return w, w, w * d
+
+
+@njit(**LEAF)
+def _row(dy, x, mask, at, n):
+    """Return a row of n elements, from ``at`` on."""
+    return stretch(dy, at, n), stretch(x, at, n), stretch(mask, at, n)
+
+
+@njit(**LEAF)
+def _begin_sums(row, n, center):
+    """Return two sums of the terms of a row of n elements, with those that are less than a step."""
+    rest, whole = n % STEP, n // STEP * STEP
+    # They come first, so that nothing waits for a branch.
+    a = _terms(*row, whole, min(rest, LANES), center)
+    return a, _terms(*row, whole + LANES, max(rest - LANES, 0), center)
+
+
+@njit(**LEAF)
+def _add_step(row, i, center, sums):
+    """Add the terms of a step to two sums: one would wait for itself."""
+    a, b = sums
+    a = _plus_three(a, _terms(*row, i, None, center))
+    return a, _plus_three(b, _terms(*row, i + LANES, None, center))
+
+
+@njit(**LEAF)
+def _end_sums(counts, n, sums):
+    """Return how many of n elements count, and the sums of w and w * (x - center)."""
+    a, b = sums
     count = n if counts is None else np.intp(total(a[0] + b[0]))
     return count, total(a[1] + b[1]), total(a[2] + b[2])
+
+
+@njit(**LEAF)
+def _ask(row, i):
+    """Ask memory for a step of a row, which may be outside."""
+    for k in (i, i + LANES):
+        fetch(row[0], k)
+        fetch(row[1], k)
+        fetch(row[2], k)
+
+
+@njit(**LEAF)
+def _sums(row, n, center):
+    """Return what _end_sums does of a row of n elements, around a number."""
+    middle = splat(center)
+    sums = _begin_sums(row, n, middle)
+    for i in range(0, n // STEP * STEP, STEP):
+        _ask(row, i + AHEAD)
+        sums = _add_step(row, i, middle, sums)
+    return _end_sums(row[2], n, sums)
 
 
 @njit(**LEAF)
@@ -200,7 +247,7 @@ def _unshift_columns(n, shift, s1, s2):
 def _row_moments(xs, counts):
     """Return count, mean, its rest and m2 of xs (n,) where counts (n,) is True, or is None."""
     shift = _first(xs, counts)
-    n, s1, s2 = _shifted_sums(xs, counts, shift)
+    n, s1, s2 = _sums((None, xs, counts), xs.shape[0], shift)
     mean, rest, m2 = _unshift(n, shift, s1, s2)
     return n, mean, rest, m2
 
@@ -730,9 +777,10 @@ def _scale_shift(x, m, s, t):
 
 
 @njit(**LEAF)
-def _apply_vector(xs, i, n, m, s, t, ys):
-    y = _scale_shift(load(xs, i, n), load(m, i, n), load(s, i, n), load(t, i, n))
-    store(y, ys, i, n)
+def _apply_vector(row, i, n, by, ys, k):
+    """Scale and shift a vector of a row, see _terms, by m, s and t, and write it to ys[k]."""
+    x, (m, s, t) = load(row[1], i, n), by
+    store(_scale_shift(x, load(m, i, n), load(s, i, n), load(t, i, n)), ys, k, n)
 
 
 @njit(**LEAF)
@@ -740,22 +788,12 @@ def _apply(xs, m, s, t, ys, ahead):
     """Scale and shift xs (n,) by numbers, or rows of them; ask for what is so far ahead of it."""
     n = xs.shape[0]
     whole = n // LANES * LANES
+    row, by = (None, xs, None), (m, s, t)
     for i in range(0, whole, LANES):
         fetch(xs, i + ahead)
-        _apply_vector(xs, i, None, m, s, t, ys)
+        _apply_vector(row, i, None, by, ys, i)
     if whole < n:
-        _apply_vector(xs, whole, n - whole, m, s, t, ys)
-
-
-@njit(**STREAM)
-def _stream_applied(xs, m, s, t, buffer, kept, y, at, ahead):
-    """Scale and shift xs (n,), and write it to y (N,) from ``at`` on, after what was kept."""
-    n = xs.shape[0]
-    for lo in range(0, n, BUFFER):
-        here = min(BUFFER, n - lo)
-        _apply(stretch(xs, lo, here), m, s, t, stretch(buffer, kept, here), ahead)
-        kept, at = _flush(buffer, kept + here, y, at)
-    return kept, at
+        _apply_vector(row, whole, n - whole, by, ys, whole)
 
 
 @cached_njit(**FLAGS)
@@ -842,25 +880,6 @@ def _gradient_terms(dys, xs, counts, i, n, center):
     return w, d
 
 
-@njit(**LEAF)
-def _gradient_sums(dys, xs, counts, mean):
-    """Sum dy and dy * (x - mean) over dys, xs (n,); counts (n,) is the mask, or None."""
-    n = xs.shape[0]
-    whole = n // LANES * LANES
-    center = splat(mean)
-    # The last elements come first, so that nothing waits for a branch: where dy is 0, nothing is
-    # added.
-    sum_0, d = _gradient_terms(dys, xs, counts, whole, n - whole, center)
-    sum_1 = sum_0 * d
-    for i in range(0, whole, LANES):
-        fetch(dys, i + AHEAD)
-        fetch(xs, i + AHEAD)
-        w, d = _gradient_terms(dys, xs, counts, i, None, center)
-        sum_0 += w
-        sum_1 += w * d
-    return total(sum_0), total(sum_1)
-
-
 @cached_njit(**FLAGS)
 def gradient_sums_rows(threads, dy, x, mask, part, block, mean, s0, s1):
     """Sum dy and dy (x - mean): dy, x, mask or None (P, L), mean (P, 1) -> s0, s1 (P, K, 1)."""
@@ -871,9 +890,8 @@ def gradient_sums_rows(threads, dy, x, mask, part, block, mean, s0, s1):
         first, last, k, lo, n = _rows_of_task(task, n_parts, part, block, x.shape)
         for p in range(first, last):
             at = p * x.shape[1] + lo
-            s0[p, k, 0], s1[p, k, 0] = _gradient_sums(
-                stretch(dy, at, n), stretch(x, at, n), stretch(mask, at, n), mean[p, 0]
-            )
+            row = _row(dy, x, mask, at, n)
+            _, s0[p, k, 0], s1[p, k, 0] = _sums(row, n, mean[p, 0])
 
 
 @cached_njit(**FLAGS)
@@ -919,45 +937,29 @@ def _input_gradient(dy, x, counts, a, r, m, b, c):
 
 
 @njit(**LEAF)
-def _backward_vector(dys, xs, counts, i, n, a, r, m, b, c, dxs):
+def _backward_vector(row, i, n, by, dxs, k):
+    """Write the gradient of a vector of a row, see _terms, to dxs[k]; ``by`` is a, r, m, b, c."""
+    (dys, xs, counts), (a, r, m, b, c) = row, by
     dx = _input_gradient(
         load(dys, i, n), load(xs, i, n), load(counts, i, n),
         load(a, i, n), load(r, i, n), load(m, i, n), load(b, i, n), load(c, i, n),
     )  # fmt: skip
-    store(dx, dxs, i, n)
+    store(dx, dxs, k, n)
 
 
 @njit(**LEAF)
-def _backward(dys, xs, counts, a, r, m, b, c, dxs, ahead):
-    """Write the gradient of xs (n,), with the mask or None; ask for what is so far ahead of it.
+def _backward(row, n, by, dxs, ahead):
+    """Write the gradient of a row of n elements; ask for what is so far ahead of it.
 
-    The coefficients are numbers, or rows of them.
+    The coefficients ``by`` are numbers, or rows of them.
     """
-    n = xs.shape[0]
     whole = n // LANES * LANES
     for i in range(0, whole, LANES):
-        fetch(dys, i + ahead)
-        fetch(xs, i + ahead)
-        _backward_vector(dys, xs, counts, i, None, a, r, m, b, c, dxs)
+        fetch(row[0], i + ahead)
+        fetch(row[1], i + ahead)
+        _backward_vector(row, i, None, by, dxs, i)
     if whole < n:
-        _backward_vector(dys, xs, counts, whole, n - whole, a, r, m, b, c, dxs)
-
-
-@njit(**STREAM)
-def _stream_backward(dys, xs, counts, a, r, m, b, c, buffer, kept, dx, at, ahead):
-    """Make the gradient of xs (n,), and write it to dx (N,), as _stream_applied does.
-
-    ``counts`` (n,) is the mask, or None.
-    """
-    n = xs.shape[0]
-    for lo in range(0, n, BUFFER):
-        here = min(BUFFER, n - lo)
-        _backward(
-            stretch(dys, lo, here), stretch(xs, lo, here), stretch(counts, lo, here),
-            a, r, m, b, c, stretch(buffer, kept, here), ahead,
-        )  # fmt: skip
-        kept, at = _flush(buffer, kept + here, dx, at)
-    return kept, at
+        _backward_vector(row, whole, n - whole, by, dxs, whole)
 
 
 @cached_njit(**FLAGS)
@@ -970,10 +972,9 @@ def backward_rows(threads, dy, x, mask, part, block, a, r, m, b, c, dx):
         first, last, _, lo, n = _rows_of_task(task, n_parts, part, block, x.shape)
         for p in range(first, last):
             at = p * x.shape[1] + lo
-            _backward(
-                stretch(dy, at, n), stretch(x, at, n), stretch(mask, at, n),
-                a[p, 0], r[p, 0], m[p, 0], b[p, 0], c[p, 0], stretch(dx, at, n), AHEAD,
-            )  # fmt: skip
+            row = _row(dy, x, mask, at, n)
+            by = a[p, 0], r[p, 0], m[p, 0], b[p, 0], c[p, 0]
+            _backward(row, n, by, stretch(dx, at, n), AHEAD)
 
 
 @njit(**LEAF)
@@ -986,9 +987,9 @@ def _backward_rows(dy, x, mask, o, lo, hi, c0, c1, a, r, m, b, c, streamed, buff
         if streamed and at + kept != place:
             _finish(buffer, kept, out, at)
             kept, at = np.intp(0), place
-        dys, xs, counts = stretch(dy, place, n), stretch(x, place, n), stretch(mask, place, n)
+        row = _row(dy, x, mask, place, n)
         target = _target(out, place, n, streamed, buffer, kept)
-        _backward(dys, xs, counts, a, r, m, b, c, target, ROWS * step)
+        _backward(row, n, (a, r, m, b, c), target, ROWS * step)
         if streamed:
             kept, at = _flush(buffer, kept + n, out, at)
         place += step
@@ -1026,13 +1027,96 @@ def backward_columns(threads, dy, x, mask, part, width, a, r, m, b, c, streamed,
 # are one pass over memory together: y = x_hat * weight + bias, x_hat = (x - m) * rstd + t
 # ---------------------------------------------------------------------------------------------
 
+# Some groups are summed up while those before them are written: the one waits for memory, the other
+# for results, and together they take little longer than the longer of both.
+
 
 @njit(**LEAF)
-def _row_coefficients(mean, rstd, row):
-    """Write mean, rstd and offset to row (3,), in the type of x."""
-    row[0] = mean
-    row[1] = rstd
-    row[2] = (np.float64(row[0]) - mean) * rstd
+def _beside(coming, n_coming, center, near, sums, write, row, n, by, ys, offset, lo, hi):
+    """Add elements lo to hi of a coming row to its sums, while those of another row are written.
+
+    A row is dys (or None), xs and counts, of n elements, which may be 0. ``write`` is the function
+    that writes a vector of it, from ``by``, to ys, where ``offset`` is added to its place.
+    """
+    whole, whole_coming = n // STEP * STEP, n_coming // STEP * STEP
+    for i in range(lo, min(hi, max(whole, whole_coming)), STEP):
+        _ask(coming, i + near)
+        if i < whole_coming:
+            sums = _add_step(coming, i, center, sums)
+        if i < whole:
+            write(row, i, None, by, ys, i + offset)
+            write(row, i + LANES, None, by, ys, i + LANES + offset)
+    if lo <= whole < min(hi, n):
+        if n - whole >= LANES:
+            write(row, whole, None, by, ys, whole + offset)
+        i = n // LANES * LANES
+        if i < n:
+            write(row, i, n - i, by, ys, i + offset)
+    return sums
+
+
+@njit(**LEAF)
+def _beside_in_cache(streamed, stream, coming, n_coming, center, write, row, n, by, y, place):
+    near, middle = np.intp(NEAR), splat(center)
+    sums = _begin_sums(coming, n_coming, middle)
+    n_most = max(n, n_coming)
+    sums = _beside(
+        coming, n_coming, middle, near, sums, write, row, n, by, y, place, np.intp(0), n_most
+    )
+    return *_end_sums(coming[2], n_coming, sums), stream
+
+
+@njit(**STREAM)
+def _beside_in_stream(streamed, stream, coming, n_coming, center, write, row, n, by, y, place):
+    buffer, kept, at = stream
+    if n > 0 and at + kept != place:
+        _finish(buffer, kept, y, at)
+        kept, at = np.intp(0), place
+    near, middle = np.intp(AHEAD), splat(center)
+    sums = _begin_sums(coming, n_coming, middle)
+    for lo in range(0, max(n, n_coming), BUFFER):
+        hi = lo + BUFFER
+        sums = _beside(
+            coming, n_coming, middle, near, sums, write, row, n, by, buffer, kept - lo, lo, hi
+        )
+        kept, at = _flush(buffer, kept + max(0, min(hi, n) - lo), y, at)
+    return *_end_sums(coming[2], n_coming, sums), (buffer, kept, at)
+
+
+def _write_beside(streamed, stream, *args):
+    """Return the sums of a coming row, while another one is written to y (N,) from place on.
+
+    The sums are as from _end_sums; see _beside about the rows. ``stream`` is what is between them
+    and memory unless ``streamed`` is None: a buffer, how many of its elements are kept, and where
+    they belong. A kernel is compiled for either, as having both made it slower.
+    """
+    return (_beside_in_cache if streamed is None else _beside_in_stream)(streamed, stream, *args)
+
+
+@overload(_write_beside, jit_options=LEAF)
+def _compiled_write_beside(streamed, stream, coming, n_coming, center, write, row, n, by, y, place):
+    function = _beside_in_cache if isinstance(streamed, types.NoneType) else _beside_in_stream
+
+    def call(streamed, stream, coming, n_coming, center, write, row, n, by, y, place):
+        return function(streamed, stream, coming, n_coming, center, write, row, n, by, y, place)
+
+    return call
+
+
+@njit(**LEAF)
+def _close_stream(streamed, stream, y):
+    """Write what is kept to y (N,)."""
+    if streamed is not None:
+        buffer, kept, at = stream
+        _finish(buffer, kept, y, at)
+        fence()
+
+
+@njit(**LEAF)
+def _rounded(mean, scale, offset, like):
+    """Return m, s and t, see _scale_shift, in the type of an array."""
+    m = like.dtype.type(mean)
+    return m, like.dtype.type(scale), like.dtype.type((np.float64(m) - mean) * scale + offset)
 
 
 @njit(**LEAF)
@@ -1061,82 +1145,69 @@ def _write_statistics(g, n, mu, m2, center, count, mean, var):
 
 
 @njit(**LEAF)
-def _statistics_of_groups(x, mask, first, last, center, count, mean, var):
-    """Write the statistics of groups first to last of x, mask or None (M * D,)."""
-    length = x.size // len(count)
-    for g in range(first, last):
-        at = g * length
-        n, mu, _, m2 = _row_moments(stretch(x, at, length), stretch(mask, at, length))
-        _write_statistics(g, n, mu, m2, center, count, mean, var)
+def _normalize_vector(row, i, n, by, ys, k):
+    """Normalise a vector of a row, see _terms, by weight, bias, m, rstd, t; write it to ys[k]."""
+    x, (weight, bias, m, rstd, t) = load(row[1], i, n), by
+    x_hat = _scale_shift(x, load(m, i, n), load(rstd, i, n), load(t, i, n))
+    store(x_hat * load(weight, i, n) + load(bias, i, n), ys, k, n)
 
 
 @njit(**LEAF)
-def _normalize_vector(xs, i, n, weight, bias, m, rstd, t, ys):
-    x_hat = _scale_shift(load(xs, i, n), load(m, i, n), load(rstd, i, n), load(t, i, n))
-    store(x_hat * load(weight, i, n) + load(bias, i, n), ys, i, n)
-
-
-@njit(**LEAF)
-def _normalize(xs, weight, bias, m, rstd, t, ys, ahead):
-    """Normalise xs (n,) with numbers, or rows of them; ask for what is so far ahead of it."""
-    n = xs.shape[0]
+def _normalize(xs, by, ys):
+    """Normalise xs (n,) by numbers, or rows of them."""
+    n, row = xs.shape[0], (None, xs, None)
     whole = n // LANES * LANES
     for i in range(0, whole, LANES):
-        fetch(xs, i + ahead)
-        _normalize_vector(xs, i, None, weight, bias, m, rstd, t, ys)
+        _normalize_vector(row, i, None, by, ys, i)
     if whole < n:
-        _normalize_vector(xs, whole, n - whole, weight, bias, m, rstd, t, ys)
-
-
-@njit(**STREAM)
-def _stream_normalized(xs, weight, bias, m, rstd, t, buffer, kept, y, at, ahead):
-    """Normalise xs (n,), and write it to y (N,), as _stream_applied does."""
-    n = xs.shape[0]
-    for lo in range(0, n, BUFFER):
-        here = min(BUFFER, n - lo)
-        _normalize(
-            stretch(xs, lo, here), stretch(weight, lo, here), stretch(bias, lo, here),
-            m, rstd, t, stretch(buffer, kept, here), ahead,
-        )  # fmt: skip
-        kept, at = _flush(buffer, kept + here, y, at)
-    return kept, at
+        _normalize_vector(row, whole, n - whole, by, ys, whole)
 
 
 @cached_njit(**FLAGS)
 def forward_elements(
-    threads, x, mask, weight, bias, eps, center, live, block, streamed, count, mean, var, y
-):
+    threads, x, mask, weight, bias, eps, center, live, block, beside, streamed,
+    count, mean, var, y,
+):  # fmt: skip
     """Normalise rows: x, mask or None, y (M, D), weight, bias (G, D), count, mean, var (M,).
 
     Rows i and i + G have the same weights. Statistics are taken and written if ``live``, else read.
+    ``block`` rows are handled at once, and those that come next ``beside`` them or after them.
+    ``streamed`` is True or None.
     """
-    n_weights = weight.shape[0]
-    begin, end = share(threads, (x.shape[0] + block - 1) // block)
+    n_weights, length = weight.shape
+    first, end = share(threads, x.shape[0])
     x, weight, bias, count, mean, var, y = lend((x, weight, bias, count, mean, var, y))
-    own = np.empty(min(block, x.shape[0])), np.empty(3, y.dtype), _buffer(BUFFER, streamed, y)
-    rstd, row, buffer = lend(own)
-    kept, out = np.intp(0), stretch(y, 0, y.size)
-    at = begin * block * x.shape[1]
-    k = begin * block % n_weights
-    # While some rows are written, those that come next are asked for.
-    ahead = block * x.shape[1]
-    for task in range(begin, end):
-        first, last = task * block, min((task + 1) * block, x.shape[0])
-        # Three loops: a short row waits longer for a root than for its sums.
-        if live:
-            _statistics_of_groups(x, mask, first, last, center, count, mean, var)
+    own = np.empty(block), _buffer(BUFFER, streamed is not None, y)
+    rstd, buffer = lend(own)
+    stream, out = (buffer, np.intp(0), np.intp(0)), stretch(y, 0, y.size)
+    beside = beside and live
+    n_written, k = 0, first % n_weights
+    while first < end or n_written > 0:
+        n_summed = min(block, end - first) if beside or n_written == 0 else 0
+        for j in range(max(n_summed, n_written)):
+            g, i = first + j, first + j - n_written
+            n = length if live and j < n_summed else 0
+            n_here = length if j < n_written else 0
+            # Where nothing is summed up, what comes next is asked for all the same.
+            at = (g if n_summed > 0 else i + block) * length
+            coming = _row(None, x, mask, at, n)
+            here = _row(None, x, None, i * length, n_here)
+            mu, scale = (mean[i], rstd[j]) if n_here > 0 else (0.0, 0.0)
+            by = weight[k], bias[k], *_rounded(mu, scale, 0.0, y)
+            shift = _first(coming[1], coming[2])
+            n, s1, s2, stream = _write_beside(
+                streamed, stream, coming, n, shift, _normalize_vector, here, n_here, by, out,
+                i * length,
+            )  # fmt: skip
+            if live and j < n_summed:
+                mu, _, m2 = _unshift(n, shift, s1, s2)
+                _write_statistics(g, n, mu, m2, center, count, mean, var)
+            if j < n_written:
+                k = k + 1 if k + 1 < n_weights else 0
+        last = first + n_summed
         _write_rstds(count[first:last], var[first:last], eps, rstd)
-        for g in range(first, last):
-            _row_coefficients(mean[g], rstd[g - first], row)
-            m, r, t = row[0], row[1], row[2]
-            w, b = weight[k], bias[k]
-            if streamed:
-                kept, at = _stream_normalized(x[g], w, b, m, r, t, buffer, kept, out, at, ahead)
-            else:
-                _normalize(x[g], w, b, m, r, t, y[g], ahead)
-            k = k + 1 if k + 1 < n_weights else 0
-    _finish(buffer, kept, out, at)
-    fence()
+        first, n_written = last, n_summed
+    _close_stream(streamed, stream, out)
     keep(own)
 
 
@@ -1165,78 +1236,88 @@ def _next_groups(first, end, shape, block):
     return n_here, a * n_rows * n_inner + b, n_inner, n_rows, n_here
 
 
+# Rows of a group that are shorter are summed up as one.
+LONG_ROW = 1 << 8
+
+
+@njit(**LEAF)
+def _row_of_block(block, i, j, length):
+    """Return the number of row j of run i of a block, see _next_groups, and its length or 0."""
+    _, start, step, n_runs, n_in_run = block
+    return start + i * step + j, length if i < n_runs and j < n_in_run else 0
+
+
 @cached_njit(**FLAGS)
 def forward_groups(
-    threads, x, mask, feature, weight, bias, eps, center, live, block, streamed,
+    threads, x, mask, feature, weight, bias, eps, center, live, block, beside, streamed,
     count, mean, var, y,
 ):  # fmt: skip
     """Normalise groups of R rows: x, mask or None, y (A, R, B, L), weight, bias (F,).
 
     ``feature`` (A * R * B,) says which weight a row has; count, mean, var (A * B,) are taken and
-    written if ``live``, else read. Up to ``block`` groups are handled at once.
+    written if ``live``, else read. Up to ``block`` groups are handled at once, and those that come
+    next ``beside`` them or after them. ``streamed`` is True or None.
     """
-    n_outer, n_rows, n_inner, length = x.shape
-    first, end = share(threads, n_outer * n_inner)
-    if not live:
-        block = end - first  # what is read once need not fit in cache
+    n_rows, n_inner, length = x.shape[1:]
+    first, end = share(threads, x.shape[0] * n_inner)
     x, feature, weight, bias, count, mean, var, y = lend(
         (x, feature, weight, bias, count, mean, var, y)
     )
     apart = n_inner > 1
-    own = np.empty(min(block, end - first)), np.empty(3, y.dtype), _buffer(BUFFER, streamed, y)
-    rstd, row, buffer = lend(own)
-    kept, out = np.intp(0), stretch(y, 0, y.size)
-    at = first * n_rows * length
+    own = (
+        np.empty((4, block)), np.empty(block, np.int64),
+        _buffer(BUFFER, streamed is not None, y),
+    )  # fmt: skip
+    memory, n, buffer = lend(own)
+    rstd, shift, s1, s2 = memory[0], memory[1], memory[2], memory[3]
+    stream, out = (buffer, np.intp(0), np.intp(0)), stretch(y, 0, y.size)
+    beside = beside and live
     # A thread's groups are next to each other: the longer a run is, the faster it is read.
-    while first < end:
-        n_here, start, step, n_runs, n_in_run = _next_groups(first, end, x.shape, block)
-        last = first + n_here
-        # While some groups are written, those that come next are asked for, if that is one run.
-        ahead = AHEAD if apart else n_here * n_rows * length
-        if live and apart:
-            own_sums = np.zeros(n_here, np.int64), np.zeros((3, n_here))
-            n, sums = lend(own_sums)
-            shift, s1, s2 = sums[0], sums[1], sums[2]
-            for i in range(n_runs):
-                for j in range(n_in_run):
-                    at_row = (start + i * step + j) * length
-                    xs, counts = stretch(x, at_row, length), stretch(mask, at_row, length)
-                    if n[j] == 0:
-                        shift[j] = _first(xs, counts)
-                    k, sum_1, sum_2 = _shifted_sums(xs, counts, shift[j])
-                    n[j] += k
-                    s1[j] += sum_1
-                    s2[j] += sum_2
-            for j in range(n_here):
-                mu, _, m2 = _unshift(n[j], shift[j], s1[j], s2[j])
-                _write_statistics(first + j, n[j], mu, m2, center, count, mean, var)
-            keep(own_sums)
-        elif live:
-            _statistics_of_groups(x, mask, first, last, center, count, mean, var)
-        _write_rstds(count[first:last], var[first:last], eps, rstd)
-        for i in range(n_runs):
-            if apart:
-                _finish(buffer, kept, out, at)
-                kept, at = np.intp(0), (start + i * step) * length
-            for j in range(n_in_run):
-                p = start + i * step + j
+    nothing = 0, 0, 0, 0, 0
+    written, first_written = nothing, first
+    while first < end or written[0] > 0:
+        summed = nothing
+        if first < end and (beside or written[0] == 0):
+            summed = _next_groups(first, end, x.shape, block)
+        n[:], s1[:], s2[:] = 0, 0.0, 0.0
+        for i in range(max(summed[3], written[3])):
+            for j in range(max(summed[4], written[4])):
                 g = j if apart else i
-                f = feature[p]
-                scale = rstd[g] * weight[f]
-                mu = mean[first + g]
-                row[0] = mu
-                row[1] = scale
-                row[2] = (np.float64(row[0]) - mu) * scale + bias[f]
-                xs, ys = stretch(x, p * length, length), stretch(y, p * length, length)
-                if streamed:
-                    kept, at = _stream_applied(
-                        xs, row[0], row[1], row[2], buffer, kept, out, at, ahead
-                    )
-                else:
-                    _apply(xs, row[0], row[1], row[2], ys, ahead)
-        first = last
-    _finish(buffer, kept, out, at)
-    fence()
+                q, n_here = _row_of_block(written, i, j, length)
+                p, n_coming = _row_of_block(summed, i, j, length)
+                if not live:
+                    n_coming = 0
+                elif length < LONG_ROW and not apart:
+                    n_coming = n_coming * n_rows if j == 0 else 0
+                # Where nothing is summed up, what comes next is asked for all the same.
+                at = (p if summed[0] > 0 else q + (0 if apart else written[0] * n_rows)) * length
+                coming = _row(None, x, mask, at, n_coming)
+                around = shift[g]
+                if n_coming > 0 and n[g] == 0:
+                    around = _first(coming[1], coming[2])
+                    shift[g] = around
+                here = _row(None, x, None, q * length, n_here)
+                mu, scale, offset = 0.0, 0.0, 0.0
+                if n_here > 0:
+                    mu, scale = mean[first_written + g], rstd[g] * weight[feature[q]]
+                    offset = bias[feature[q]]
+                by = _rounded(mu, scale, offset, y)
+                n_row, sum_1, sum_2, stream = _write_beside(
+                    streamed, stream, coming, n_coming, around, _apply_vector, here, n_here, by,
+                    out, q * length,
+                )  # fmt: skip
+                if n_coming > 0:
+                    n[g] += n_row
+                    s1[g] += sum_1
+                    s2[g] += sum_2
+        last = first + summed[0]
+        if live:
+            for g in range(summed[0]):
+                mu, _, m2 = _unshift(n[g], shift[g], s1[g], s2[g])
+                _write_statistics(first + g, n[g], mu, m2, center, count, mean, var)
+        _write_rstds(count[first:last], var[first:last], eps, rstd)
+        written, first_written, first = summed, first, last
+    _close_stream(streamed, stream, out)
     keep(own)
 
 
@@ -1254,71 +1335,68 @@ def _group_coefficients(count, mean, rstd, g0, g1, center, row):
 
 @cached_njit(**FLAGS)
 def backward_groups(
-    threads, dy, x, mask, feature, weight, eps, center, live, block, streamed,
+    threads, dy, x, mask, feature, weight, eps, center, live, block, beside, streamed,
     count, mean, var, dx, s0, s1,
 ):  # fmt: skip
     """Write dx of groups of R rows, and each row's sums of dy and dy * x_hat, s0, s1 (A * R * B,).
 
     The other arguments are as in forward_groups.
     """
-    n_outer, n_rows, n_inner, length = x.shape
-    first, end = share(threads, n_outer * n_inner)
+    n_rows, n_inner, length = x.shape[1:]
+    first, end = share(threads, x.shape[0] * n_inner)
     dy, x, feature, weight, count, mean, var, dx, s0, s1 = lend(
         (dy, x, feature, weight, count, mean, var, dx, s0, s1)
     )
     apart = n_inner > 1
-    n_most = min(block, end - first)
     own = (
-        np.empty((3, n_most)), np.empty((n_most, 4), dx.dtype), np.empty(1, dx.dtype),
-        _buffer(BUFFER, streamed, dx),
+        np.empty((3, block)), np.empty((block, 4), dx.dtype),
+        _buffer(BUFFER, streamed is not None, dx),
     )  # fmt: skip
-    sums, rows, row, buffer = lend(own)
-    rstd, g0, g1 = sums[0], sums[1], sums[2]
-    kept, out = np.intp(0), stretch(dx, 0, dx.size)
-    at = first * n_rows * length
-    # A thread's groups are next to each other: the longer a run is, the faster it is read.
-    while first < end:
-        n_here, start, step, n_runs, n_in_run = _next_groups(first, end, x.shape, block)
-        g0[:n_here] = 0.0
-        g1[:n_here] = 0.0
-        for i in range(n_runs):
-            for j in range(n_in_run):
-                p = start + i * step + j
+    memory, rows, buffer = lend(own)
+    rstd, g0, g1 = memory[0], memory[1], memory[2]
+    stream, out = (buffer, np.intp(0), np.intp(0)), stretch(dx, 0, dx.size)
+    beside = beside and live
+    nothing = 0, 0, 0, 0, 0
+    written = nothing
+    while first < end or written[0] > 0:
+        summed = nothing
+        if first < end and (beside or written[0] == 0):
+            summed = _next_groups(first, end, x.shape, block)
+        g0[:], g1[:] = 0.0, 0.0
+        for i in range(max(summed[3], written[3])):
+            for j in range(max(summed[4], written[4])):
                 g = j if apart else i
-                dys, xs = stretch(dy, p * length, length), stretch(x, p * length, length)
-                counts = stretch(mask, p * length, length)
-                sum_1, sum_x = _gradient_sums(dys, xs, counts, mean[first + g])
-                s0[p] = sum_1
-                s1[p] = sum_x
-                g0[g] += weight[feature[p]] * sum_1
-                g1[g] += weight[feature[p]] * sum_x
-        _write_rstds(count[first : first + n_here], var[first : first + n_here], eps, rstd)
-        for g in range(n_here):
+                q, n_here = _row_of_block(written, i, j, length)
+                p, n_coming = _row_of_block(summed, i, j, length)
+                at = (p if summed[0] > 0 else q + (0 if apart else written[0] * n_rows)) * length
+                coming = _row(dy, x, mask, at, n_coming)
+                place, scale = q * length, 0.0
+                if n_here > 0:
+                    s1[q] *= rstd[g]
+                    scale = rstd[g] * weight[feature[q]]
+                by = dx.dtype.type(scale), rows[g, 0], rows[g, 1], rows[g, 2], rows[g, 3]
+                if n_here > 0 and not live:
+                    _scale(stretch(dy, place, length), by[0], stretch(dx, place, length))
+                    n_here = 0
+                here = _row(dy, x, mask, place, n_here)
+                around = mean[first + g] if n_coming > 0 else 0.0
+                _, sum_1, sum_x, stream = _write_beside(
+                    streamed, stream, coming, n_coming, around, _backward_vector, here, n_here, by,
+                    out, place,
+                )  # fmt: skip
+                if n_coming > 0:
+                    s0[p] = sum_1
+                    s1[p] = sum_x
+                    g0[g] += weight[feature[p]] * sum_1
+                    g1[g] += weight[feature[p]] * sum_x
+        last = first + summed[0]
+        _write_rstds(count[first:last], var[first:last], eps, rstd)
+        for g in range(summed[0]):
             _group_coefficients(
                 count[first + g], mean[first + g], rstd[g], g0[g], g1[g], center, rows[g]
             )
-        for i in range(n_runs):
-            if apart:
-                _finish(buffer, kept, out, at)
-                kept, at = np.intp(0), (start + i * step) * length
-            for j in range(n_in_run):
-                p = start + i * step + j
-                g = j if apart else i
-                s1[p] *= rstd[g]
-                row[0] = rstd[g] * weight[feature[p]]
-                by = row[0], rows[g, 0], rows[g, 1], rows[g, 2], rows[g, 3]
-                dys, xs = stretch(dy, p * length, length), stretch(x, p * length, length)
-                counts, dxs = stretch(mask, p * length, length), stretch(dx, p * length, length)
-                if not live:
-                    _scale(dys, row[0], dxs)
-                elif streamed:
-                    rest = buffer, kept, out, at, AHEAD
-                    kept, at = _stream_backward(dys, xs, counts, *by, *rest)
-                else:
-                    _backward(dys, xs, counts, *by, dxs, AHEAD)
-        first += n_here
-    _finish(buffer, kept, out, at)
-    fence()
+        written, first = summed, last
+    _close_stream(streamed, stream, out)
     keep(own)
 
 
@@ -1421,9 +1499,7 @@ def forward_group_columns(
             mu = mean[first + g]
             for c in range(g * size, (g + 1) * size, span):
                 scale = rstd[g] * weight[feature[p]]
-                row[0] = mu
-                row[1] = scale
-                row[2] = (np.float64(row[0]) - mu) * scale + bias[feature[p]]
+                row[0], row[1], row[2] = _rounded(mu, scale, bias[feature[p]], y)
                 _fill_columns(c, span, n_columns, c1 - c0, row, rows)
                 p += 1
         _apply_rows(x, a, 0, length, c0, c1, rows[0], rows[1], rows[2], streamed, buffer, y)
@@ -1517,7 +1593,7 @@ def feature_gradients(feature, s0, s1, dbias, dweight):
 
 @njit(**CONTRACT)
 def _column_coefficients(mean, rstd, m, r, t):
-    """Write what _row_coefficients does for each of n columns to m, r, t (n,)."""
+    """Write what _rounded returns for each of n columns to m, r, t (n,)."""
     for c in range(mean.shape[0]):
         m[c] = mean[c]
         r[c] = rstd[c]
@@ -1557,9 +1633,8 @@ def forward_element_columns(
         _column_coefficients(groups[1], rstd, m, r, t)
         for i in range(length):
             # Nothing is asked for ahead: the block is in a cache since its sums were taken.
-            _normalize(
-                stretch(x, place, n), weight[i], bias[i], m, r, t, stretch(y, place, n), 0
-            )  # fmt: skip
+            by = weight[i], bias[i], m, r, t
+            _normalize(stretch(x, place, n), by, stretch(y, place, n))
             place += n_columns
         keep(own)
 
@@ -1649,7 +1724,7 @@ def backward_element_columns(
 def _element_terms(dys, xs, counts, i, n, row):
     """Return vectors of dy and dy * x_hat from i on, and 0 where they do not enter the sums.
 
-    ``row`` (3,) is as _row_coefficients writes it; see _gradient_terms about the others.
+    ``row`` (3,) is what _rounded returns; see _gradient_terms about the others.
     """
     dy, x = load(dys, i, n), load(xs, i, n)
     if counts is not None:
@@ -1660,11 +1735,16 @@ def _element_terms(dys, xs, counts, i, n, row):
 
 
 @njit(**LEAF)
-def _add_four_vectors(dys, xs, counts, i, n, rows, weight, dweight, dbias):
+def _add_four_vectors(dys, xs, counts, i, n, rows, weight, dweight, dbias, ahead):
     """Add dy * x_hat and dy of four rows to dweight and dbias, from i on; see load about n.
 
-    Return vectors of g = dy * weight, and of g * x_hat, of each row.
+    Return vectors of g = dy * weight, and of g * x_hat, of each row. Ask for what is so far ahead
+    of dys.
     """
+    fetch(dys[0], i + ahead)
+    fetch(dys[1], i + ahead)
+    fetch(dys[2], i + ahead)
+    fetch(dys[3], i + ahead)
     a, a_hat = _element_terms(dys[0], xs[0], counts[0], i, n, rows[0])
     b, b_hat = _element_terms(dys[1], xs[1], counts[1], i, n, rows[1])
     c, c_hat = _element_terms(dys[2], xs[2], counts[2], i, n, rows[2])
@@ -1692,7 +1772,7 @@ def _plus(v, w):
 
 
 @njit(**LEAF)
-def _add_four_rows(dys, xs, counts, rows, weight, sums, dweight, dbias):
+def _add_four_rows(dys, xs, counts, rows, weight, sums, dweight, dbias, ahead):
     """Add what backward sums up over few elements (n,) of four rows.
 
     ``sums`` (4, 2) are those of g = dy * weight and of g * x_hat, which are added up in the type of
@@ -1700,7 +1780,7 @@ def _add_four_rows(dys, xs, counts, rows, weight, sums, dweight, dbias):
     """
     n = weight.shape[0]
     whole = n // LANES * LANES
-    rest = rows, weight, dweight, dbias
+    rest = rows, weight, dweight, dbias, ahead
     g, g_hat = _add_four_vectors(dys, xs, counts, whole, n - whole, *rest)
     for i in range(0, whole, LANES):
         next_g, next_g_hat = _add_four_vectors(dys, xs, counts, i, None, *rest)
@@ -1722,41 +1802,14 @@ def _element_gradient(dy, x, counts, weight, m, rstd, t, c0, c1):
 
 
 @njit(**LEAF)
-def _backward_element_vector(dys, xs, counts, i, n, weight, m, rstd, t, c0, c1, dxs):
+def _backward_element_vector(row, i, n, by, dxs, k):
+    """Write the gradient of a vector of a row, see _terms, to dxs[k]."""
+    (dys, xs, counts), (weight, m, rstd, t, c0, c1) = row, by
     dx = _element_gradient(
         load(dys, i, n), load(xs, i, n), load(counts, i, n), load(weight, i, n),
         load(m, i, n), load(rstd, i, n), load(t, i, n), load(c0, i, n), load(c1, i, n),
     )  # fmt: skip
-    store(dx, dxs, i, n)
-
-
-@njit(**LEAF)
-def _backward_elements(dys, xs, counts, weight, m, rstd, t, c0, c1, dxs, ahead):
-    """Write the gradient of xs (n,), as _backward does."""
-    n = xs.shape[0]
-    whole = n // LANES * LANES
-    for i in range(0, whole, LANES):
-        fetch(dys, i + ahead)
-        fetch(xs, i + ahead)
-        _backward_element_vector(dys, xs, counts, i, None, weight, m, rstd, t, c0, c1, dxs)
-    if whole < n:
-        _backward_element_vector(dys, xs, counts, whole, n - whole, weight, m, rstd, t, c0, c1, dxs)
-
-
-@njit(**STREAM)
-def _stream_backward_elements(
-    dys, xs, counts, weight, m, rstd, t, c0, c1, buffer, kept, dx, at, ahead
-):
-    """Make the gradient of xs (n,), and write it to dx (N,), as _stream_backward does."""
-    n = xs.shape[0]
-    for lo in range(0, n, BUFFER):
-        here = min(BUFFER, n - lo)
-        _backward_elements(
-            stretch(dys, lo, here), stretch(xs, lo, here), stretch(counts, lo, here),
-            stretch(weight, lo, here), m, rstd, t, c0, c1, stretch(buffer, kept, here), ahead,
-        )  # fmt: skip
-        kept, at = _flush(buffer, kept + here, dx, at)
-    return kept, at
+    store(dx, dxs, k, n)
 
 
 @njit(**CONTRACT)
@@ -1809,14 +1862,16 @@ def backward_elements(
     own = (
         np.empty(block * n_weights), np.empty((4, 2)), np.empty((4, 3), dx.dtype),
         np.empty((2, 4), dx.dtype),
-        np.zeros(min(ELEMENTS, length), dx.dtype), _buffer(BUFFER, streamed, dx),
+        np.zeros(min(ELEMENTS, length), dx.dtype), _buffer(BUFFER, streamed is not None, dx),
         np.empty(room(2, n_weights * length, dweight), dweight.dtype),
     )  # fmt: skip
     rstd, sums, rows, c, nothing, buffer, memory = lend(own)
     gradients = rows_of(memory, 2)  # of weight and bias
-    kept, out = np.intp(0), stretch(dx, 0, dx.size)
-    at = begin * block * n_weights * length
+    stream, out = (buffer, np.intp(0), np.intp(0)), stretch(dx, 0, dx.size)
+    # While four rows are handled those that come next are asked for: long ones in parts, dy while
+    # sums are taken and x while dx is written.
     ahead = 4 * length if n_weights == 1 else length
+    near, late = (ahead, 0) if n_weights == 1 and length >= LONG_ROW else (0, ahead)
     for task in range(begin, end):
         first, last = task * block, min((task + 1) * block, n_samples)
         i0, i1 = first * n_weights, last * n_weights
@@ -1830,7 +1885,7 @@ def backward_elements(
                 row, o = lo * n_weights + k, k * length
                 for j in range(n_here):
                     i = row + j * n_weights
-                    _row_coefficients(mean[i], rstd[i - i0], rows[j])
+                    rows[j, 0], rows[j, 1], rows[j, 2] = _rounded(mean[i], rstd[i - i0], 0.0, dx)
                     sums[j, 0] = 0.0
                     sums[j, 1] = 0.0
                 for j in range(n_here, 4):
@@ -1842,7 +1897,7 @@ def backward_elements(
                         _four(dy, nothing, *where_from), _four(x, nothing, *where_from),
                         _four(mask, mask, *where_from), rows, stretch(weight, o + d, n), sums,
                         stretch(gradients, o + d, n),
-                        stretch(gradients, gradients.shape[1] + o + d, n),
+                        stretch(gradients, gradients.shape[1] + o + d, n), near,
                     )  # fmt: skip
                 for j in range(n_here):
                     n = max(count[row + j * n_weights], 1)
@@ -1851,21 +1906,18 @@ def backward_elements(
                 for j in range(n_here):
                     i = row + j * n_weights
                     m, r, t = rows[j, 0], rows[j, 1], rows[j, 2]
-                    by = weight[k], m, r, t, c[0, j], c[1, j]
-                    counts = stretch(mask, i * length, length)
                     if not live:
                         _apply_weight(dy[i], weight[k], r, dx[i])
-                    elif streamed:
-                        if at + kept != i * length:
-                            _finish(buffer, kept, out, at)
-                            kept, at = np.intp(0), i * length
-                        where_to = buffer, kept, out, at, ahead
-                        kept, at = _stream_backward_elements(dy[i], x[i], counts, *by, *where_to)
-                    else:
-                        _backward_elements(dy[i], x[i], counts, *by, dx[i], ahead)
+                        continue
+                    at, by = i * length, (weight[k], m, r, t, c[0, j], c[1, j])
+                    row_here = _row(dy, x, mask, at, length)
+                    coming = stretch(dy, at + late, 0), stretch(x, at + ahead, 0), None
+                    _, _, _, stream = _write_beside(
+                        streamed, stream, coming, np.intp(0), 0.0, _backward_element_vector,
+                        row_here, length, by, out, at,
+                    )  # fmt: skip
         if affine:
             _add_up(gradients[0, : n_weights * length], dweight[task])
             _add_up(gradients[1, : n_weights * length], dbias[task])
-    _finish(buffer, kept, out, at)
-    fence()
+    _close_stream(streamed, stream, out)
     keep(own)

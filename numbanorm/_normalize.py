@@ -5,7 +5,7 @@ the smallest pieces of x; algebra on small arrays merges them into the groups of
 mixes those and makes one multiplier and one offset for each piece; a last kernel applies them.
 Backward is the same road: sums of dy and of dy * (x - mean) over each piece, algebra, and a
 kernel that writes dx = a * dy + r * ((x - m) * b + c). Where all there is is one statistic, and its
-groups fit in cache, one kernel does all of this for some groups before it goes on to the next.
+groups fit in cache, one kernel does all of this, and sums up some groups while it writes others.
 """
 
 import math
@@ -268,6 +268,13 @@ def _is_streamed(saved: Saved, in_place: bool, n_read: int, y: Array) -> bool:
     return in_runs and not in_place and not once and y.shape[-1] >= STREAM_FROM
 
 
+def _stream(plan: Plan, streamed: bool) -> tuple[bool | None, ...]:
+    """Return what a kernel is told of that; those of rows are compiled for either, with None."""
+    if plan.columns:
+        return () if plan.elements else (streamed,)
+    return (streamed or None,) if plan.by_group else ()
+
+
 def _forward_groups(
     saved: Saved,
     weight: Array | None,
@@ -285,9 +292,8 @@ def _forward_groups(
         saved.n = np.ones(shape, np.int64)
         saved.mean, saved.var = plan.from_grid(mean), plan.from_grid(var)
     parameters = saved.weight, _parameter(saved, bias, 0.0, y.dtype)
-    options = () if plan.elements and plan.columns else (streamed,)
     rest = (
-        saved.eps, saved.center, fixed is None, *plan.cut, *options,
+        saved.eps, saved.center, fixed is None, *plan.cut, *_stream(plan, streamed),
         saved.n, saved.mean, saved.var, y,
     )  # fmt: skip
     args: tuple[Any, ...]
@@ -381,8 +387,7 @@ def _apply(plan: Plan, x: Array, m: Array, s: Array, t: Array, streamed: bool, y
     """Write y = (x - m) * s + t."""
     kernel = _kernels.apply_columns if plan.columns else _kernels.apply_rows
     _, part, block = plan.tiles
-    options = (streamed,) if plan.columns else ()
-    _threads.run(kernel, y.size, x, part, block, m, s, t, *options, y)
+    _threads.run(kernel, y.size, x, part, block, m, s, t, *_stream(plan, streamed), y)
 
 
 Parameters = tuple[Float64 | None, Float64 | None, Float64, Float64]
@@ -441,7 +446,7 @@ def _backward_elements(saved: Saved, dy: Array, streamed: bool, dx: Array) -> Pa
     else:
         _threads.run(
             _kernels.backward_elements, dy.size,
-            dy, saved.x, saved.mask, saved.weight, *options, streamed, *rest,
+            dy, saved.x, saved.mask, saved.weight, *options, *_stream(plan, streamed), *rest,
         )  # fmt: skip
 
     def unfold(blocks: Array) -> Array:
@@ -472,7 +477,8 @@ def _backward_groups(saved: Saved, dy: Array, streamed: bool, dx: Array) -> Para
     _threads.run(
         kernel, dy.size,
         dy, saved.x, saved.mask, plan.features, saved.weight, saved.eps, saved.center,
-        not saved.fixed, *plan.cut, streamed, saved.n, saved.mean, saved.var, dx, s0, s1,
+        not saved.fixed, *plan.cut, *_stream(plan, streamed),
+        saved.n, saved.mean, saved.var, dx, s0, s1,
     )  # fmt: skip
     dweight, dbias = np.empty((2, len(saved.weight)))
     _kernels.feature_gradients(plan.features, s0, s1, dbias, dweight)
@@ -530,10 +536,9 @@ def _backward_pieces(saved: Saved, dy: Array, streamed: bool, dx: Array) -> Para
     else:
         kernel = _kernels.backward_columns if plan.columns else _kernels.backward_rows
         _, part, block = plan.tiles
-        options = (streamed,) if plan.columns else ()
         _threads.run(
             kernel, dy.size,
-            dy, saved.x, saved.mask, part, block, *of_pieces, *options, dx,
+            dy, saved.x, saved.mask, part, block, *of_pieces, *_stream(plan, streamed), dx,
         )  # fmt: skip
     return (
         dweight.reshape(geometry.param_shape) if saved.has_weight else None,

@@ -12,7 +12,7 @@ from unittest import mock
 import numba
 import numpy as np
 
-from numbanorm import _kernels, _launch, _threads
+from numbanorm import _kernels, _launch, _normalize, _threads
 from numbanorm.layers import BatchNorm, LayerNorm
 from numbanorm.moments import moments
 from numbanorm.norm import Norm
@@ -60,7 +60,10 @@ def tasks() -> list[Task]:
             noted = functools.partial(note, getattr(_kernels, name))
             stack.enter_context(mock.patch.object(_kernels, name, noted))
         stack.enter_context(mock.patch.object(_threads, "run", run))
-        for dtype, masked in itertools.product((np.float32, np.float64), (False, True)):
+        either = False, True
+        for dtype, masked, streamed in itertools.product((np.float32, np.float64), either, either):
+            is_streamed = mock.Mock(return_value=streamed)
+            stack.enter_context(mock.patch.object(_normalize, "_is_streamed", is_streamed))
             x = np.ones((2, 2, 2), dtype)
             mask = x > 0 if masked else None
             for layer in (

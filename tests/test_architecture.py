@@ -95,7 +95,7 @@ def test_kernels_stand_in_one_file(path):
 
 def test_each_kernel_is_compiled_once_for_a_type():
     # A signature costs a second or two: whatever the strides, a kernel sees float32 or float64,
-    # and a mask or none.
+    # and a mask or none; one of rows writes past the caches, or does not.
     for case in CASES:
         for dtype in (np.float32, np.float64):
             layer, x = case.layer(dtype), case.input(dtype)
@@ -110,7 +110,9 @@ def test_each_kernel_is_compiled_once_for_a_type():
         if isinstance(getattr(kernel, "_cache", None), _cache.KernelCache)
     }
     assert counts
-    assert {name: n for name, n in counts.items() if n > 4} == {}
+    either = "forward_groups", "backward_groups", "forward_elements", "backward_elements"
+    most = {name: 8 if name in either else 4 for name in counts}
+    assert {name: n for name, n in counts.items() if n > most[name]} == {}
 
 
 def test_import_brings_nothing_optional():

@@ -16,7 +16,7 @@ from cases import CASES, DTYPES, FEW, LAYOUTS, by_id, normal
 from children import compiled, run
 
 import numbanorm as nn
-from numbanorm import _cache, _kernels, _threads, _warmup
+from numbanorm import _cache, _kernels, _normalize, _threads, _warmup
 from numbanorm.__main__ import main
 
 
@@ -142,8 +142,11 @@ def use_everything():
         return read(name)
 
     _cache._read = note
-    for parallel_from in (_threads.PARALLEL_FROM, 0):
+    _normalize.STREAM_FROM = _normalize.STREAM_PARTS_FROM = 1
+    # On one thread, on several, and past the caches.
+    for parallel_from, size in ((_threads.PARALLEL_FROM, None), (0, None), (0, 0)):
         _threads.PARALLEL_FROM = parallel_from
+        _normalize.cache_size = mock.Mock(return_value=size)
         for case, dtype, masked, training in itertools.product(
             CASES, DTYPES, (False, True), (True, False)
         ):
