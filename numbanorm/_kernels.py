@@ -720,7 +720,8 @@ def track(
 # Writing past the caches: a loop writes to a buffer, from where it goes on in whole lines
 # ---------------------------------------------------------------------------------------------
 
-# Elements that are written to a buffer at once: 8 KiB of float64, in a core's first cache.
+# Elements that are written to a buffer at once, whole steps: 8 KiB of float64, in a core's first
+# cache.
 BUFFER = 1 << 10
 # Not inlined, as rows are long here: a kernel with this in its loop would be slower for short ones.
 STREAM = INNER
