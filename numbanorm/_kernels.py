@@ -65,8 +65,9 @@ LEAF: dict[str, Any] = {"forceinline": True, **INNER}
 CONTRACT: dict[str, Any] = {"fastmath": {"contract"}, **LEAF}
 
 # How far ahead of a loop over a row memory is asked for, in elements: far where it comes from
-# memory, and near where a core's first cache has several rows to hold.
-AHEAD, NEAR = 1 << 11, 1 << 9
+# memory, and near where it comes from a cache, as an array of so many elements may, and a core's
+# first cache has several rows to hold.
+AHEAD, NEAR, NEAR_TO = 1 << 11, 1 << 9, 1 << 20
 # Elements of a step of such a loop.
 STEP = 2 * LANES
 # Rows that are added to a vector of columns at a time, and how many ahead memory is asked for.
@@ -1058,7 +1059,7 @@ def _beside(coming, n_coming, center, near, sums, write, row, n, by, ys, offset,
 
 @njit(**LEAF)
 def _beside_in_cache(streamed, stream, coming, n_coming, center, write, row, n, by, y, place):
-    near, middle = np.intp(NEAR), splat(center)
+    near, middle = np.intp(NEAR if y.size < NEAR_TO else AHEAD), splat(center)
     sums = _begin_sums(coming, n_coming, middle)
     n_most = max(n, n_coming)
     sums = _beside(
