@@ -177,13 +177,13 @@ class Plan:
         (A, L, C) for groups.
     elements : bool
         Whether each row, or column, is a group with a weight for each element.
-    groups_shape : tuple of int
-        Where whole groups are handled at once, their shape as the kernels see them, else ().
+    by_group : bool
+        Whether whole groups are handled at once.
     span : int
         This many elements, or columns, next to each other share a parameter.
     weights_shape : tuple of int
-        Shape of the weights of all elements: (G, D) for (M, D), if those of row i are those of row
-        i + G, and (D,) for (A, D, B).
+        Shape of the weights, as the kernels see them: (F,) of each feature, or of all elements,
+        which is (G, D) for (M, D), if those of row i are those of row i + G, or (D,) for (A, D, B).
     tiles : Tiles
         How the kernels cut the view.
     instance, instance_size : tuple of int, int
@@ -215,8 +215,8 @@ class Plan:
         self.inverse_order = tuple(int(axis) for axis in np.argsort(order))
         self.in_order = order == self.inverse_order == tuple(range(len(shape)))
         self.elements = per_element
-        self.groups_shape: tuple[int, ...] = ()
-        self.weights_shape: tuple[int, ...] = ()
+        self.by_group = per_element
+        self.weights_shape: tuple[int, ...] = (math.prod(geometry.param_grid) if affine else 1,)
         self.fold = self.span = 1
         self.instance = geometry.inner(affine)
         self.instance_size = self._size(self.instance)
@@ -239,7 +239,8 @@ class Plan:
             start = end = len(wide)
         outer, run, columns = wide[:start], wide[start:end], wide[end:]
         self.grid = tuple(1 if axis in run else n for axis, n in enumerate(shape))
-        if not (single and 0 not in shape and self._see_groups(outer, run, columns)):
+        self.by_group = single and 0 not in shape and self._see_groups(outer, run, columns)
+        if not self.by_group:
             self._see_pieces(outer, run, columns)
 
     def _size(self, axes: Iterable[int]) -> int:
@@ -247,7 +248,7 @@ class Plan:
         return math.prod(self.geometry.shape[axis] for axis in axes)
 
     def _see_element_rows(self, m: int, d: int, n_weights: int) -> None:
-        self.view, self.groups_shape, self.weights_shape = (m, d), (m,), (n_weights, d)
+        self.view, self.weights_shape = (m, d), (n_weights, d)
         self.tiles = Tiles(1, d, max(1, GROUP_BLOCK // max(d, 1)))
         # Each part has its own sums of the parameters' gradients, which takes room and time.
         # Samples of several rows are longer, so that fewer make a part. Powers of 2 are shared out
@@ -261,7 +262,7 @@ class Plan:
         self, outer: Iterable[int], reduced: Iterable[int], within: Iterable[int]
     ) -> None:
         a, d, b = self._size(outer), self._size(reduced), self._size(within)
-        self.view, self.groups_shape, self.weights_shape = (a, d, b), (a, b), (d,)
+        self.view, self.weights_shape = (a, d, b), (d,)
         # In whole lines of memory, where each row of x begins with one.
         width = max(1, min(b, max(64, CACHED_GROUP // max(d, 1) // 16 * 16)))
         self.tiles = Tiles(1, d, width)
@@ -328,7 +329,6 @@ class Plan:
             self.view = (a, r, b, length)
             self.tiles = Tiles(1, length, max(1, GROUP_BLOCK // d if b == 1 else ROW_RUN // length))
         self.span, self.grid = span, grid
-        self.groups_shape = (size(axis for axis in (*outer, *columns) if axis not in reduced),)
         return True
 
     def _see_group_rows(self, outer: list[int], rows: list[int], run: list[int]) -> bool:
@@ -349,18 +349,13 @@ class Plan:
         self._see_element_rows(n_samples * n_weights, n_rows * length, n_weights)
         return True
 
-    @property
-    def by_group(self) -> bool:
-        """Whether whole groups are handled at once."""
-        return len(self.groups_shape) > 0
-
     @functools.cached_property
     def cut(self) -> tuple[int, ...]:
         """How the kernels of whole groups cut the view."""
         block = self.tiles.block
         if self.columns:
             return (block,) if self.elements else (block, self.span)
-        size = math.prod(self.view) // max(math.prod(self.groups_shape), 1)
+        size = math.prod(self.view) // max(self.n_groups, 1)
         return block, block * size <= BESIDE
 
     @property
@@ -453,15 +448,29 @@ class Plan:
         sizes = self.geometry.kept_sizes(self.geometry.reductions[0])
         return tuple(sizes[axis] for axis in self.order)
 
+    @functools.cached_property
+    def n_groups(self) -> int:
+        """The number of groups of the first statistic."""
+        return math.prod(self.groups_in_memory)
+
+    @functools.cached_property
+    def ones(self) -> NDArray[np.float64]:
+        """1 for each group."""
+        return np.ones(self.n_groups)
+
     def to_grid(self, groups: Array) -> Array:
         """Return a value for each group with the axes of x (reduced ones 1)."""
         return groups.reshape(self.groups_in_memory).transpose(self.inverse_order)
 
-    def from_grid(self, values: Array, dtype: Any = np.float64) -> Array:
-        """Return values that broadcast to x, one for each group, as the kernels see them."""
-        groups = np.empty(self.groups_in_memory, dtype)
-        groups.transpose(self.inverse_order)[...] = values
-        return groups.reshape(self.groups_shape)
+    def from_grid(self, *values: Any) -> NDArray[np.float64]:
+        """Return n arrays that broadcast to x, a value for each group, as the kernels see them.
+
+        They are one array (n, G).
+        """
+        groups = np.empty((len(values), *self.groups_in_memory))
+        for own, value in zip(groups, values, strict=True):
+            own.transpose(self.inverse_order)[...] = value
+        return groups.reshape(len(values), self.n_groups)
 
 
 class Geometry:

@@ -68,11 +68,11 @@ def output_array(out: Array | None, like: Array, *inputs: Array) -> tuple[Array,
         raise ValueError(f"out: shape {like.shape} is needed, got {out.shape}")
     if not out.flags.writeable:
         raise ValueError("out: an array that may be written to is needed, got a read-only one")
-    lengths = zip(out.strides, out.shape, strict=True)
-    if 0 in out.strides and out.size and any(stride == 0 and n > 1 for stride, n in lengths):
-        raise ValueError(
-            "out: an array with memory for each element is needed, got a broadcast one"
-        )
+    if 0 in out.strides and out.size:
+        if any(stride == 0 and n > 1 for stride, n in zip(out.strides, out.shape, strict=True)):
+            raise ValueError(
+                "out: an array with memory for each element is needed, got a broadcast one"
+            )
     in_place = False
     for x in (like, *inputs):
         if not np.may_share_memory(x, out):

@@ -28,6 +28,9 @@ place of its own in the result: the bits do not depend on the number of threads.
 Where a mask may be None, what is made of it by ``stretch`` and ``load`` is None, too. A coefficient
 is a number, or a row of numbers: ``load`` makes a vector of either.
 
+Several numbers of each piece, or of each group, are the rows of one array: a call takes some time
+for each of its arrays. See :func:`numbanorm._launch.split`.
+
 ``streamed`` says whether the output is written past the caches, see :mod:`numbanorm._lines`. What
 is made of lent arrays has no owner, and costs nothing to make, see :func:`numbanorm._launch.lend`.
 """
@@ -39,7 +42,7 @@ from numba import njit, prange, types
 from numba.extending import overload
 
 from numbanorm._cache import cached_njit
-from numbanorm._launch import call_share, keep, lend, share
+from numbanorm._launch import call_share, keep, lend, share, split
 from numbanorm._lines import fence, line_size, room, rows_of, store_line, to_next_line
 from numbanorm._vectors import (
     LANES,
@@ -103,16 +106,23 @@ def _three_rows(memory, n):
 
 
 @njit(**LEAF)
-def _copy_columns(arrays, a, c0, c1, rows):
-    """Copy columns c0 to c1 of row a of each of n arrays (A, C) to n rows.
+def _copy_columns(values, c0, c1, row):
+    """Copy columns c0 to c1 of values (C,) to a row (c1 - c0,).
 
     Where several rows of x are folded into one there are more columns than C: those of each.
     """
-    for k in range(len(arrays)):
-        n_columns = arrays[k].shape[1]
-        n = min(n_columns, c1 - c0)
-        for at in range(0, c1 - c0, n):
-            _copy(stretch(arrays[k], a * n_columns + c0, n), stretch(rows[k], at, n))
+    n = min(values.shape[0], c1 - c0)
+    for at in range(0, c1 - c0, n):
+        _copy(stretch(values, c0, n), stretch(row, at, n))
+
+
+@njit(**LEAF)
+def _copy_coefficients(by, a, c0, c1, rows):
+    """Copy columns c0 to c1 of row a of each of N arrays (N, A, C) to N rows."""
+    n, n_outer, n_columns = by.shape
+    for k in range(n):
+        values = stretch(by, (k * n_outer + a) * n_columns, n_columns)
+        _copy_columns(values, c0, c1, stretch(rows, k * rows.shape[1], c1 - c0))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -238,13 +248,6 @@ def _unshift(n, shift, s1, s2):
 
 
 @njit(**LEAF)
-def _unshift_columns(n, shift, s1, s2):
-    """Write mean, its rest and m2 of columns, as _unshift returns them, over shift, s1 and s2."""
-    for c in range(n.shape[0]):
-        shift[c], s1[c], s2[c] = _unshift(n[c], shift[c], s1[c], s2[c])
-
-
-@njit(**LEAF)
 def _row_moments(xs, counts):
     """Return count, mean, its rest and m2 of xs (n,) where counts (n,) is True, or is None."""
     shift = _first(xs, counts)
@@ -265,11 +268,11 @@ def _rows_of_task(task, n_parts, part, block, shape):
 
 
 @cached_njit(**FLAGS)
-def moments_rows(threads, x, mask, part, block, count, mean, rest, m2):
-    """Moments of each part: x, mask or None (P, L) -> count, mean, rest, m2 (P, K, 1)."""
-    n_parts = mean.shape[1]
-    begin, end = share(threads, (mean.shape[0] + block - 1) // block * n_parts)
-    count, mean, rest, m2 = lend((count, mean, rest, m2))
+def moments_rows(threads, x, mask, part, block, moments):
+    """Moments of each part: x, mask or None (P, L) -> count, mean, rest, m2, (4, P, K, 1)."""
+    _, n_pieces, n_parts, _ = moments.shape
+    begin, end = share(threads, (n_pieces + block - 1) // block * n_parts)
+    count, mean, rest, m2 = split(moments, 4)
     for task in range(begin, end):
         first, last, k, lo, n = _rows_of_task(task, n_parts, part, block, x.shape)
         for p in range(first, last):
@@ -424,17 +427,17 @@ def _shifts_of_columns(x, mask, a, lo, hi, c0, c1, n_columns, shift):
 
 
 @cached_njit(**FLAGS)
-def moments_columns(threads, x, mask, part, width, count, mean, rest, m2):
-    """Moments of each part: x, mask or None (A, L, F * C) -> count, mean, rest, m2 (A, K, C).
+def moments_columns(threads, x, mask, part, width, moments):
+    """Moments of each part: x, mask or None (A, L, F * C) -> count, mean, rest, m2, (4, A, K, C).
 
     A row holds each column F times, once for each of the rows of x that are folded into it, and is
     one block then.
     """
-    n_outer, n_parts, n_columns = mean.shape
+    _, n_outer, n_parts, n_columns = moments.shape
     length, n_folded = x.shape[1:]
     n_blocks = (n_folded + width - 1) // width
     begin, end = share(threads, n_outer * n_parts * n_blocks)
-    x, count, mean, rest, m2 = lend((x, count, mean, rest, m2))
+    (x,), (count, mean, rest, m2) = lend((x,)), split(moments, 4)
     for task in range(begin, end):
         a = task // (n_parts * n_blocks)
         k = task // n_blocks - a * n_parts
@@ -454,18 +457,18 @@ def moments_columns(threads, x, mask, part, width, count, mean, rest, m2):
                 n[c] += n[f + c]
                 s1[c] += s1[f + c]
                 s2[c] += s2[f + c]
-        at, kept = (a * n_parts + k) * n_columns + c0, min(here, n_columns)
-        _unshift_columns(stretch(n, 0, kept), shift, s1, s2)
-        _copy(stretch(n, 0, kept), stretch(count, at, kept))
-        _copy(stretch(shift, 0, kept), stretch(mean, at, kept))
-        _copy(stretch(s1, 0, kept), stretch(rest, at, kept))
-        _copy(stretch(s2, 0, kept), stretch(m2, at, kept))
+        for c in range(min(here, n_columns)):
+            to = a, k, c0 + c
+            count[to] = n[c]
+            mean[to], rest[to], m2[to] = _unshift(n[c], shift[c], s1[c], s2[c])
         keep(own)
 
 
 @cached_njit(**FLAGS)
-def merge(count, mean, rest, m2, merged_count, merged_mean, merged_rest, merged_m2):
-    """Merge the middle axis: (A, K, B) -> (A, B), which start at 0."""
+def merge(moments, merged):
+    """Merge an axis of count, mean, rest, m2: (4, A, K, B) -> (4, A, B), which start at 0."""
+    count, mean, rest, m2 = split(moments, 4)
+    merged_count, merged_mean, merged_rest, merged_m2 = split(merged, 4)
     for a in range(count.shape[0]):
         for k in range(count.shape[1]):
             for b in range(count.shape[2]):
@@ -481,6 +484,8 @@ def merge(count, mean, rest, m2, merged_count, merged_mean, merged_rest, merged_
 # Algebra: pieces merge into the groups of all statistics, which make the pieces' coefficients.
 # ``group`` (S, P) is that of _axes.Groups, ``feature`` (P,) the number of a piece's weight. A task
 # of the sums over pieces is a statistic, whose groups go from ``bounds[k]`` to ``bounds[k + 1]``.
+# ``statistics`` (3 or more, G) are count, mean and variance of each group, ``mixture`` (2, S) the
+# weights of the statistics' means and variances, ``pieces`` (3, P) mean, variance and rstd of each.
 # Indices are unsigned: of others a kernel asks each time whether they count from the end.
 # ---------------------------------------------------------------------------------------------
 
@@ -499,7 +504,7 @@ def _merge_around(count, mean, rest, m2, group, first, last, n, group_mean, grou
     shift bounds the cancellation. What a run of pieces adds to a group stays in registers.
     """
     for g in range(np.uintp(first), np.uintp(last)):
-        n[g], group_mean[g], group_rest[g], group_m2[g] = 0, 0.0, 0.0, 0.0
+        n[g], group_mean[g], group_rest[g], group_m2[g] = 0.0, 0.0, 0.0, 0.0
     i, n_pieces, one = np.uintp(0), np.uintp(len(group)), np.uintp(1)
     while i < n_pieces:
         g = group[i]
@@ -512,7 +517,7 @@ def _merge_around(count, mean, rest, m2, group, first, last, n, group_mean, grou
             i += one
         n[g], group_mean[g], group_rest[g] = n_here, sum_here, around
     for g in range(np.uintp(first), np.uintp(last)):
-        group_mean[g] /= max(n[g], 1)
+        group_mean[g] /= max(n[g], 1.0)
     i = np.uintp(0)
     while i < n_pieces:
         g = group[i]
@@ -528,15 +533,15 @@ def _merge_around(count, mean, rest, m2, group, first, last, n, group_mean, grou
 
 
 @cached_njit(**FLAGS)
-def merge_pieces(
-    threads, count, mean, rest, m2, group, bounds, center, ddof,
-    n, group_mean, group_rest, group_m2, var,
-):  # fmt: skip
-    """Merge pieces (P,) into groups (G,), as Chan et al. 1983, eq. 2.1, for many at once.
+def merge_pieces(threads, moments, group, bounds, center, ddof, merged):
+    """Merge count, mean, rest, m2 (4, P) into count, mean, variance, rest, m2 of groups (5, G).
 
-    If not ``center``, var is the mean square, and the mean is 0.
+    As Chan et al. 1983, eq. 2.1, for many at once. If not ``center``, the variance is the mean
+    square, and the mean is 0.
     """
     begin, end = share(threads, group.shape[0])
+    count, mean, rest, m2 = split(moments, 4)
+    n, group_mean, var, group_rest, group_m2 = split(merged, 5)
     for k in range(begin, end):
         first, last = bounds[k], bounds[k + 1]
         own = stretch(group, k * len(count), len(count))
@@ -549,7 +554,7 @@ def merge_pieces(
                 count, mean, rest, m2, own, first, last, n, group_mean, group_rest, group_m2
             )
         for g in range(np.uintp(first), np.uintp(last)):
-            var[g] = group_m2[g] / max(n[g] - ddof, 1)
+            var[g] = group_m2[g] / max(n[g] - ddof, 1.0)
             if not center:
                 var[g] += group_mean[g] * group_mean[g]
                 group_mean[g] = 0.0
@@ -564,16 +569,18 @@ def _invert_roots(var, eps, rstd):
 
 
 @cached_njit(**FLAGS)
-def coefficients(
-    threads, group, feature, n, mean, var, p, q, eps, weight, bias,
-    piece_mean, piece_var, rstd, m, s, t,
-):  # fmt: skip
-    """Mix statistics (G,) with weights p, q (S,); write mean, var, rstd, m, s and t (P,).
+def coefficients(threads, group, feature, statistics, mixture, eps, parameters, pieces, by):
+    """Mix statistics; write what normalises pieces, and m, s and t (3, P), see _scale_shift.
 
-    ``weight``, ``bias`` have one value for each feature. See _scale_shift about m, s and t.
+    ``parameters`` (2, F) are weight and bias of each feature.
     """
     n_pieces = group.shape[1]
     begin, end = share(threads, (n_pieces + PIECES - 1) // PIECES)
+    n, mean, var = split(statistics, 3)
+    p, q = split(mixture, 2)
+    weight, bias = split(parameters, 2)
+    piece_mean, piece_var, rstd = split(pieces, 3)
+    m, s, t = split(by, 3)
     for task in range(begin, end):
         lo = task * PIECES
         hi = min(lo + PIECES, n_pieces)
@@ -600,15 +607,23 @@ def coefficients(
 
 @cached_njit(**FLAGS)
 def group_gradients(
-    threads, s0, s1, group, bounds, feature, n, mean, var, ddof, p, q, weight, piece_mean,
-    piece_var, rstd, dmean, dvar, dp, dq, dweight, dbias,
+    threads, sums, group, bounds, feature, statistics, ddof, mixture, parameters, pieces,
+    dstatistics, dmixture, dparameters,
 ):  # fmt: skip
-    """Sum gradients over groups (G,), logits (S,) and features, which start at 0.
+    """Sum gradients of groups (2, G), logits (2, S) and features (2, F), which start at 0.
 
-    ``s0``, ``s1`` (P,) are the pieces' sums of dy and dy * (x - mean). Those of the mean and of the
-    variance of a group are divided by the number that those were divided by.
+    ``sums`` (2, P) are those of dy and dy * (x - mean) over each piece. The gradients of the mean
+    and of the variance of a group are divided by the number that those were divided by.
     """
     begin, end = share(threads, group.shape[0])
+    s0, s1 = split(sums, 2)
+    n, mean, var = split(statistics, 3)
+    p, q = split(mixture, 2)
+    (weight,) = split(parameters, 1)
+    piece_mean, piece_var, rstd = split(pieces, 3)
+    dmean, dvar = split(dstatistics, 2)
+    dp, dq = split(dmixture, 2)
+    dweight, dbias = split(dparameters, 2)
     for k in range(begin, end):
         if k == 0:
             for piece in range(np.uintp(len(s0))):
@@ -632,22 +647,29 @@ def group_gradients(
             dmean[g], dvar[g] = dmean_here, dvar_here
         dp[k], dq[k] = sum_p, sum_q
         for g in range(np.uintp(bounds[k]), np.uintp(bounds[k + 1])):
-            dmean[g] /= max(n[g], 1)
-            dvar[g] /= max(n[g] - ddof, 1)
+            dmean[g] /= max(n[g], 1.0)
+            dvar[g] /= max(n[g] - ddof, 1.0)
 
 
 @cached_njit(**FLAGS)
 def gradient_coefficients(
-    threads, group, feature, mean, dmean, dvar, center, fixed, own, own_n, own_mean,
-    weight, piece_mean, rstd, a, r, m, b, c,
+    threads, group, feature, statistics, dstatistics, center, fixed, own, own_statistics,
+    parameters, pieces, by,
 ):  # fmt: skip
-    """Write a, r, m, b, c (P,), see _input_gradient, from what group_gradients found.
+    """Write a, r, m, b, c (5, P), see _input_gradient, from what group_gradients found.
 
     The groups of statistic ``fixed`` do not come from x. Where there are sample variances of
-    instances, ``own`` (P,) says which is a piece's, ``own_n`` and ``own_mean`` are theirs.
+    instances, ``own`` (P,) says which is a piece's, and ``own_statistics`` (2, I) are count and
+    mean of each; else both are None.
     """
     n_pieces = group.shape[1]
     begin, end = share(threads, (n_pieces + PIECES - 1) // PIECES)
+    _, mean, _ = split(statistics, 3)
+    dmean, dvar = split(dstatistics, 2)
+    own_n, own_mean = split(own_statistics, 2)
+    (weight,) = split(parameters, 1)
+    piece_mean, _, rstd = split(pieces, 3)
+    a, r, m, b, c = split(by, 5)
     for task in range(begin, end):
         lo = task * PIECES
         hi = min(lo + PIECES, n_pieces)
@@ -677,7 +699,7 @@ def gradient_coefficients(
                 else:
                     # var is the mean of factor * (x - own mean)**2 + (own mean - mean)**2.
                     n_own, mean_own = own_n[own[i]], own_mean[own[i]]
-                    factor = n_own / max(n_own - 1, 1)
+                    factor = n_own / max(n_own - 1.0, 1.0)
                     slope += dsquare * factor
                     offset += dsquare * (factor * (rounded - mean_own) + (mean_own - mean[g]))
             # r only keeps b and c in range: any number does where rstd is 0.
@@ -690,26 +712,28 @@ def gradient_coefficients(
 
 @cached_njit(**FLAGS)
 def track(
-    n, mean, var, ddof, batch_ddof, momentum, skip_nonfinite, running_mean, running_var, n_batches
-):
-    """Move running statistics (R,) towards those of N samples, n, mean, var (N * R,).
+    statistics, first, last, ddof, batch_ddof, momentum, skip_nonfinite,
+    running_mean, running_var, n_batches,
+):  # fmt: skip
+    """Move running statistics (R,) towards those of N samples, groups ``first`` to ``last``.
 
     Count a batch more, and return whether the statistics are left alone, as something is not
-    finite. ``var`` was divided by n - batch_ddof, a running variance is by n - ddof.
+    finite. A variance was divided by n - batch_ddof, a running one is by n - ddof.
     """
+    n, mean, var = split(statistics, 3)
     n_batches[()] += 1
     if skip_nonfinite:
-        for g in range(len(n)):
+        for g in range(first, last):
             if not (np.isfinite(mean[g]) and np.isfinite(var[g])):
                 return True
     size = len(running_mean)
     for i in range(size):
         n_samples, mean_sum, var_sum = 0, 0.0, 0.0
-        for g in range(i, len(n), size):
+        for g in range(first + i, last, size):
             if n[g] > 0:
                 n_samples += 1
                 mean_sum += mean[g]
-                var_sum += var[g] * (max(n[g] - batch_ddof, 1) / max(n[g] - ddof, 1))
+                var_sum += var[g] * (max(n[g] - batch_ddof, 1.0) / max(n[g] - ddof, 1.0))
         if n_samples > 0:
             rest = 1.0 - momentum
             running_mean[i] = rest * running_mean[i] + momentum * (mean_sum / n_samples)
@@ -799,11 +823,11 @@ def _apply(xs, m, s, t, ys, ahead):
 
 
 @cached_njit(**FLAGS)
-def apply_rows(threads, x, part, block, m, s, t, y):
-    """Scale and shift each piece: x (P, L), m, s, t (P, 1) -> y (P, L)."""
+def apply_rows(threads, x, part, block, by, y):
+    """Scale and shift each piece: x (P, L), m, s and t (3, P, 1) -> y (P, L)."""
     n_parts = max(1, (x.shape[1] + part - 1) // part)
     begin, end = share(threads, (x.shape[0] + block - 1) // block * n_parts)
-    m, s, t = lend((m, s, t))
+    m, s, t = split(by, 3)
     for task in range(begin, end):
         first, last, _, lo, n = _rows_of_task(task, n_parts, part, block, x.shape)
         for p in range(first, last):
@@ -830,13 +854,13 @@ def _apply_rows(x, a, lo, hi, c0, c1, m, s, t, streamed, buffer, y):
 
 
 @cached_njit(**FLAGS)
-def apply_columns(threads, x, part, width, m, s, t, streamed, y):
-    """Scale and shift each piece: x (A, L, F * C), m, s, t (A, C) -> y (A, L, F * C)."""
+def apply_columns(threads, x, part, width, by, streamed, y):
+    """Scale and shift each piece: x (A, L, F * C), m, s and t (3, A, C) -> y (A, L, F * C)."""
     n_outer, length, n_columns = x.shape
     n_parts = max(1, (length + part - 1) // part)
     n_blocks = (n_columns + width - 1) // width
     begin, end = share(threads, n_outer * n_parts * n_blocks)
-    x, m, s, t, y = lend((x, m, s, t, y))
+    x, by, y = lend((x, by, y))
     for task in range(begin, end):
         a = task // (n_parts * n_blocks)
         lo = (task // n_blocks - a * n_parts) * part
@@ -846,7 +870,7 @@ def apply_columns(threads, x, part, width, m, s, t, streamed, y):
         own = np.empty(room(3, c1 - c0, y), y.dtype), _buffer(c1 - c0, streamed, y)
         memory, buffer = lend(own)
         rows = rows_of(memory, 3)
-        _copy_columns((m, s, t), a, c0, c1, rows)
+        _copy_coefficients(by, a, c0, c1, rows)
         _apply_rows(x, a, lo, hi, c0, c1, rows[0], rows[1], rows[2], streamed, buffer, y)
         keep(own)
     fence()
@@ -883,11 +907,14 @@ def _gradient_terms(dys, xs, counts, i, n, center):
 
 
 @cached_njit(**FLAGS)
-def gradient_sums_rows(threads, dy, x, mask, part, block, mean, s0, s1):
-    """Sum dy and dy (x - mean): dy, x, mask or None (P, L), mean (P, 1) -> s0, s1 (P, K, 1)."""
-    n_parts = s0.shape[1]
-    begin, end = share(threads, (s0.shape[0] + block - 1) // block * n_parts)
-    mean, s0, s1 = lend((mean, s0, s1))
+def gradient_sums_rows(threads, dy, x, mask, part, block, pieces, sums):
+    """Sum dy and dy (x - mean): dy, x, mask or None (P, L) -> (2, P, K, 1).
+
+    The means are the first of ``pieces`` (3, P, 1).
+    """
+    _, n_pieces, n_parts, _ = sums.shape
+    begin, end = share(threads, (n_pieces + block - 1) // block * n_parts)
+    (mean,), (s0, s1) = split(pieces, 1), split(sums, 2)
     for task in range(begin, end):
         first, last, k, lo, n = _rows_of_task(task, n_parts, part, block, x.shape)
         for p in range(first, last):
@@ -897,16 +924,16 @@ def gradient_sums_rows(threads, dy, x, mask, part, block, mean, s0, s1):
 
 
 @cached_njit(**FLAGS)
-def gradient_sums_columns(threads, dy, x, mask, part, width, mean, s0, s1):
-    """Sum dy and dy (x - mean): dy, x, mask or None (A, L, F * C), mean (A, C).
+def gradient_sums_columns(threads, dy, x, mask, part, width, pieces, sums):
+    """Sum dy and dy (x - mean): dy, x, mask or None (A, L, F * C) -> (2, A, K, C).
 
-    Writes s0, s1 (A, K, C); see moments_columns about F.
+    The means are the first of ``pieces`` (3, A, C); see moments_columns about F.
     """
-    n_outer, n_parts, n_columns = s0.shape
+    _, n_outer, n_parts, n_columns = sums.shape
     length, n_folded = x.shape[1:]
     n_blocks = (n_folded + width - 1) // width
     begin, end = share(threads, n_outer * n_parts * n_blocks)
-    dy, x, mean, s0, s1 = lend((dy, x, mean, s0, s1))
+    (dy, x), (mean,), (s0, s1) = lend((dy, x)), split(pieces, 1), split(sums, 2)
     for task in range(begin, end):
         a = task // (n_parts * n_blocks)
         k = task // n_blocks - a * n_parts
@@ -914,7 +941,7 @@ def gradient_sums_columns(threads, dy, x, mask, part, width, mean, s0, s1):
         c1 = min(n_folded, c0 + width)
         own = (np.zeros(room(3, c1 - c0, mean), mean.dtype),)
         sum_0, sum_1, means = _three_rows(own[0], c1 - c0)
-        _copy_columns((mean,), a, c0, c1, (means,))
+        _copy_columns(stretch(mean, a * n_columns, n_columns), c0, c1, means)
         lo, hi = k * part, min(length, (k + 1) * part)
         _add_to_columns(dy, x, mask, None, a, lo, hi, c0, c1, means, sum_0, sum_1)
         for c in range(c0, min(c1, n_columns)):
@@ -965,18 +992,18 @@ def _backward(row, n, by, dxs, ahead):
 
 
 @cached_njit(**FLAGS)
-def backward_rows(threads, dy, x, mask, part, block, a, r, m, b, c, dx):
-    """Write dx: dy, x, mask or None (P, L), a, r, m, b, c (P, 1) -> dx (P, L)."""
+def backward_rows(threads, dy, x, mask, part, block, by, dx):
+    """Write dx: dy, x, mask or None (P, L), a, r, m, b, c (5, P, 1) -> dx (P, L)."""
     n_parts = max(1, (x.shape[1] + part - 1) // part)
     begin, end = share(threads, (x.shape[0] + block - 1) // block * n_parts)
-    a, r, m, b, c = lend((a, r, m, b, c))
+    a, r, m, b, c = split(by, 5)
     for task in range(begin, end):
         first, last, _, lo, n = _rows_of_task(task, n_parts, part, block, x.shape)
         for p in range(first, last):
             at = p * x.shape[1] + lo
             row = _row(dy, x, mask, at, n)
-            by = a[p, 0], r[p, 0], m[p, 0], b[p, 0], c[p, 0]
-            _backward(row, n, by, stretch(dx, at, n), AHEAD)
+            of_piece = a[p, 0], r[p, 0], m[p, 0], b[p, 0], c[p, 0]
+            _backward(row, n, of_piece, stretch(dx, at, n), AHEAD)
 
 
 @njit(**LEAF)
@@ -999,13 +1026,13 @@ def _backward_rows(dy, x, mask, o, lo, hi, c0, c1, a, r, m, b, c, streamed, buff
 
 
 @cached_njit(**FLAGS)
-def backward_columns(threads, dy, x, mask, part, width, a, r, m, b, c, streamed, dx):
-    """Write dx: dy, x, mask or None (A, L, F * C), a, r, m, b, c (A, C) -> dx (A, L, F * C)."""
+def backward_columns(threads, dy, x, mask, part, width, by, streamed, dx):
+    """Write dx: dy, x, mask or None (A, L, F * C), a, r, m, b, c (5, A, C) -> dx (A, L, F * C)."""
     n_outer, length, n_columns = x.shape
     n_parts = max(1, (length + part - 1) // part)
     n_blocks = (n_columns + width - 1) // width
     begin, end = share(threads, n_outer * n_parts * n_blocks)
-    dy, x, a, r, m, b, c, dx = lend((dy, x, a, r, m, b, c, dx))
+    dy, x, by, dx = lend((dy, x, by, dx))
     for task in range(begin, end):
         o = task // (n_parts * n_blocks)
         lo = (task // n_blocks - o * n_parts) * part
@@ -1015,7 +1042,7 @@ def backward_columns(threads, dy, x, mask, part, width, a, r, m, b, c, streamed,
         own = np.empty(room(5, c1 - c0, dx), dx.dtype), _buffer(c1 - c0, streamed, dx)
         memory, buffer = lend(own)
         rows = rows_of(memory, 5)
-        _copy_columns((a, r, m, b, c), o, c0, c1, rows)
+        _copy_coefficients(by, o, c0, c1, rows)
         _backward_rows(
             dy, x, mask, o, lo, hi, c0, c1,
             rows[0], rows[1], rows[2], rows[3], rows[4], streamed, buffer, dx,
@@ -1167,18 +1194,19 @@ def _normalize(xs, by, ys):
 
 @cached_njit(**FLAGS)
 def forward_elements(
-    threads, x, mask, weight, bias, eps, center, live, block, beside, streamed,
-    count, mean, var, y,
-):  # fmt: skip
-    """Normalise rows: x, mask or None, y (M, D), weight, bias (G, D), count, mean, var (M,).
+    threads, x, mask, parameters, eps, center, live, block, beside, streamed, statistics, y
+):
+    """Normalise rows: x, mask or None, y (M, D), weight and bias (2, G, D).
 
-    Rows i and i + G have the same weights. Statistics are taken and written if ``live``, else read.
+    Rows i and i + G have the same weights. ``statistics`` (3, M), count, mean and variance of each
+    row, are taken and written if ``live``, else read.
     ``block`` rows are handled at once, and those that come next ``beside`` them or after them.
     ``streamed`` is True or None.
     """
-    n_weights, length = weight.shape
+    _, n_weights, length = parameters.shape
     first, end = share(threads, x.shape[0])
-    x, weight, bias, count, mean, var, y = lend((x, weight, bias, count, mean, var, y))
+    (x, y), (weight, bias) = lend((x, y)), split(parameters, 2)
+    count, mean, var = split(statistics, 3)
     own = np.empty(block), _buffer(BUFFER, streamed is not None, y)
     rstd, buffer = lend(own)
     stream, out = (buffer, np.intp(0), np.intp(0)), stretch(y, 0, y.size)
@@ -1251,20 +1279,19 @@ def _row_of_block(block, i, j, length):
 
 @cached_njit(**FLAGS)
 def forward_groups(
-    threads, x, mask, feature, weight, bias, eps, center, live, block, beside, streamed,
-    count, mean, var, y,
+    threads, x, mask, feature, parameters, eps, center, live, block, beside, streamed,
+    statistics, y,
 ):  # fmt: skip
-    """Normalise groups of R rows: x, mask or None, y (A, R, B, L), weight, bias (F,).
+    """Normalise groups of R rows: x, mask or None, y (A, R, B, L), weight and bias (2, F).
 
-    ``feature`` (A * R * B,) says which weight a row has; count, mean, var (A * B,) are taken and
+    ``feature`` (A * R * B,) says which weight a row has; ``statistics`` (3, A * B) are taken and
     written if ``live``, else read. Up to ``block`` groups are handled at once, and those that come
     next ``beside`` them or after them. ``streamed`` is True or None.
     """
     n_rows, n_inner, length = x.shape[1:]
     first, end = share(threads, x.shape[0] * n_inner)
-    x, feature, weight, bias, count, mean, var, y = lend(
-        (x, feature, weight, bias, count, mean, var, y)
-    )
+    (x, y), (feature,), (weight, bias) = lend((x, y)), lend((feature,)), split(parameters, 2)
+    count, mean, var = split(statistics, 3)
     apart = n_inner > 1
     own = (
         np.empty((4, block)), np.empty(block, np.int64),
@@ -1327,7 +1354,7 @@ def forward_groups(
 def _group_coefficients(count, mean, rstd, g0, g1, center, row):
     """Write r, m, b, c, see _input_gradient, from a group's sums of dy * weight (* (x - mean))."""
     # The slope is -rstd**3 * g1 / n, and r is rstd.
-    n = max(count, 1)
+    n = max(count, 1.0)
     slope = -(rstd * g1) * rstd / n
     row[0] = rstd
     row[1] = mean
@@ -1337,18 +1364,17 @@ def _group_coefficients(count, mean, rstd, g0, g1, center, row):
 
 @cached_njit(**FLAGS)
 def backward_groups(
-    threads, dy, x, mask, feature, weight, eps, center, live, block, beside, streamed,
-    count, mean, var, dx, s0, s1,
+    threads, dy, x, mask, feature, parameters, eps, center, live, block, beside, streamed,
+    statistics, dx, sums,
 ):  # fmt: skip
-    """Write dx of groups of R rows, and each row's sums of dy and dy * x_hat, s0, s1 (A * R * B,).
+    """Write dx of groups of R rows, and each row's sums of dy and dy * x_hat, (2, A * R * B).
 
     The other arguments are as in forward_groups.
     """
     n_rows, n_inner, length = x.shape[1:]
     first, end = share(threads, x.shape[0] * n_inner)
-    dy, x, feature, weight, count, mean, var, dx, s0, s1 = lend(
-        (dy, x, feature, weight, count, mean, var, dx, s0, s1)
-    )
+    (dy, x, dx), (feature,), (weight,) = lend((dy, x, dx)), lend((feature,)), split(parameters, 1)
+    (count, mean, var), (s0, s1) = split(statistics, 3), split(sums, 2)
     apart = n_inner > 1
     own = (
         np.empty((3, block)), np.empty((block, 4), dx.dtype),
@@ -1450,24 +1476,23 @@ def _fill_columns(first, span, n_columns, n_folded, row, rows):
 
 @cached_njit(**FLAGS)
 def forward_group_columns(
-    threads, x, mask, feature, weight, bias, eps, center, live, width, span, streamed,
-    count, mean, var, y,
+    threads, x, mask, feature, parameters, eps, center, live, width, span, streamed,
+    statistics, y,
 ):  # fmt: skip
-    """Normalise groups of columns: x, mask or None, y (A, L, F * C), weight, bias (F,).
+    """Normalise groups of columns: x, mask or None, y (A, L, F * C), weight and bias (2, F).
 
     A row holds each column F times, as in moments_columns. ``span`` columns next to each other
     share a weight, and ``feature`` (A * C / span,) says which; some more are one of the groups,
-    whose count, mean, var (G,) are taken and written if ``live``, else read. A task has ``width``
+    whose ``statistics`` (3, G) are taken and written if ``live``, else read. A task has ``width``
     columns.
     """
     n_outer, length, n_folded = x.shape
-    n_spans, n_groups = len(feature) // n_outer, len(count) // n_outer
+    n_spans, n_groups = len(feature) // n_outer, statistics.shape[1] // n_outer
     n_columns = n_spans * span
     size = n_columns // n_groups
     begin, end = share(threads, n_outer * ((n_folded + width - 1) // width))
-    x, feature, weight, bias, count, mean, var, y = lend(
-        (x, feature, weight, bias, count, mean, var, y)
-    )
+    (x, y), (feature,), (weight, bias) = lend((x, y)), lend((feature,)), split(parameters, 2)
+    count, mean, var = split(statistics, 3)
     for task in range(begin, end):
         a, c0, c1 = _block(task, n_folded, width)
         n_here = (min(c1, n_columns) - c0) // size
@@ -1511,21 +1536,20 @@ def forward_group_columns(
 
 @cached_njit(**FLAGS)
 def backward_group_columns(
-    threads, dy, x, mask, feature, weight, eps, center, live, width, span, streamed,
-    count, mean, var, dx, s0, s1,
+    threads, dy, x, mask, feature, parameters, eps, center, live, width, span, streamed,
+    statistics, dx, sums,
 ):  # fmt: skip
     """Write dx of groups of columns, and the sums of dy and dy * x_hat over each span.
 
-    ``s0, s1`` (A * C / span,) are written; the other arguments are as in forward_group_columns.
+    ``sums`` (2, A * C / span) are written; the other arguments are as in forward_group_columns.
     """
     n_outer, length, n_folded = x.shape
-    n_spans, n_groups = len(feature) // n_outer, len(count) // n_outer
+    n_spans, n_groups = len(feature) // n_outer, statistics.shape[1] // n_outer
     n_columns = n_spans * span
     size = n_columns // n_groups
     begin, end = share(threads, n_outer * ((n_folded + width - 1) // width))
-    dy, x, feature, weight, count, mean, var, dx, s0, s1 = lend(
-        (dy, x, feature, weight, count, mean, var, dx, s0, s1)
-    )
+    (dy, x, dx), (feature,), (weight,) = lend((dy, x, dx)), lend((feature,)), split(parameters, 1)
+    (count, mean, var), (s0, s1) = split(statistics, 3), split(sums, 2)
     for task in range(begin, end):
         a, c0, c1 = _block(task, n_folded, width)
         n_here = (min(c1, n_columns) - c0) // size
@@ -1536,8 +1560,8 @@ def backward_group_columns(
             np.empty(5, dx.dtype), _rstds(count[first:last], var[first:last], eps),
             _buffer(c1 - c0, streamed, dx),
         )  # fmt: skip
-        sums, memory, row, rstd, buffer = lend(own)
-        s, rows = rows_of(sums, 3), rows_of(memory, 5)
+        own_sums, memory, row, rstd, buffer = lend(own)
+        s, rows = rows_of(own_sums, 3), rows_of(memory, 5)
         for g in range(n_here):
             own_mean = mean[first + g : first + g + 1]
             _fill_columns(g * size, size, n_columns, c1 - c0, own_mean, s[2:])
@@ -1581,10 +1605,9 @@ def backward_group_columns(
 
 
 @cached_njit(**FLAGS)
-def feature_gradients(feature, s0, s1, dbias, dweight):
-    """Write the sums over each feature's rows of s0 and s1 (P,) to dbias and dweight (F,)."""
-    dbias[:] = 0.0
-    dweight[:] = 0.0
+def feature_gradients(feature, sums, dparameters):
+    """Add sums of dy and dy * x_hat (2, P) to dweight and dbias of their features (2, F)."""
+    (s0, s1), (dweight, dbias) = split(sums, 2), split(dparameters, 2)
     for p in range(len(feature)):
         dbias[feature[p]] += s0[p]
         dweight[feature[p]] += s1[p]
@@ -1603,16 +1626,15 @@ def _column_coefficients(mean, rstd, m, r, t):
 
 
 @cached_njit(**FLAGS)
-def forward_element_columns(
-    threads, x, weight, bias, eps, center, live, width, count, mean, var, y
-):
-    """Normalise columns: x, y (A, D, B), weight, bias (D,), count, mean, var (A, B).
+def forward_element_columns(threads, x, parameters, eps, center, live, width, statistics, y):
+    """Normalise columns: x, y (A, D, B), weight and bias (2, D).
 
-    Statistics are taken and written if ``live``, else read.
+    ``statistics`` (3, A * B) are taken and written if ``live``, else read.
     """
     n_outer, length, n_columns = x.shape
     begin, end = share(threads, n_outer * ((n_columns + width - 1) // width))
-    x, weight, bias, count, mean, var, y = lend((x, weight, bias, count, mean, var, y))
+    (x, y), (weight, bias) = lend((x, y)), split(parameters, 2)
+    count, mean, var = split(statistics, 3)
     for task in range(begin, end):
         a, c0, c1 = _block(task, n_columns, width)
         n, first = c1 - c0, a * n_columns + c0
@@ -1675,21 +1697,21 @@ def _backward_row_of_columns(dys, xs, live, weight, m, r, t, c0, c1, dxs):
 
 @cached_njit(**FLAGS)
 def backward_element_columns(
-    threads, dy, x, weight, eps, center, live, affine, width,
-    count, mean, var, dx, dweight, dbias,
-):  # fmt: skip
-    """Write dx and parameter gradients of columns: dy, x, dx (A, D, B), weight (D,).
+    threads, dy, x, parameters, eps, center, live, affine, width, statistics, dx, dparameters
+):
+    """Write dx and parameter gradients of columns: dy, x, dx (A, D, B), weight first in (2, D).
 
-    ``count, mean, var`` (A, B) are those of forward; ``dweight, dbias`` (T, D), a row for each
+    ``statistics`` (3, A * B) are those of forward; dweight and dbias (2, T, D), a row for each
     of T tasks, start at 0 and are left alone unless ``affine``.
     """
     n_outer, length, n_columns = x.shape
-    n_tasks = dweight.shape[0]
+    n_tasks = dparameters.shape[1]
     n_units = n_outer * ((n_columns + width - 1) // width)
     begin, end = share(threads, n_tasks)
-    dy, x, weight, count, mean, var, dx, dweight, dbias = lend(
-        (dy, x, weight, count, mean, var, dx, dweight, dbias)
-    )
+    (dy, x, dx), (weight,), (dweight, dbias) = (
+        lend((dy, x, dx)), split(parameters, 1), split(dparameters, 2)
+    )  # fmt: skip
+    count, mean, var = split(statistics, 3)
     for task in range(begin, end):
         for unit in range(task * n_units // n_tasks, (task + 1) * n_units // n_tasks):
             a, c0, c1 = _block(unit, n_columns, width)
@@ -1706,7 +1728,7 @@ def backward_element_columns(
             _column_coefficients(means, rstd, rows[0], rows[1], rows[2])
             _add_to_columns(dy, x, None, weight, a, 0, length, c0, c1, means, s0, s1)
             for c in range(n):
-                n_all = max(count[a, c0 + c], 1)
+                n_all = max(count[first + c], 1.0)
                 rows[3, c] = s0[c] / n_all if center else 0.0
                 rows[4, c] = s1[c] * rstd[c] / n_all
             place = a * length * n_columns + c0
@@ -1844,23 +1866,24 @@ def _add_up(values, totals):
 
 @cached_njit(**FLAGS)
 def backward_elements(
-    threads, dy, x, mask, weight, eps, center, live, affine, streamed,
-    count, mean, var, dx, dweight, dbias,
+    threads, dy, x, mask, parameters, eps, center, live, affine, streamed,
+    statistics, dx, dparameters,
 ):  # fmt: skip
-    """Write dx and parameter gradients of rows: dy, x, mask or None, dx (M, D), weight (G, D).
+    """Write dx and parameter gradients of rows: dy, x, mask or None, dx (M, D).
 
-    Rows i and i + G have the same weights. ``count, mean, var`` (M,) are those of forward;
-    ``dweight, dbias`` (T, F), one row for each of T blocks of G rows, are written if ``affine``:
-    a parameter is the weight of G * D / F elements next to each other.
+    ``parameters`` (2, G, D) are weight and bias: rows i and i + G have the same. ``statistics``
+    (3, M) are those of forward. dweight and dbias (2, T, F), one row for each of T blocks of G
+    rows, are written if ``affine``: a parameter is that of G * D / F elements next to each other.
     """
-    n_weights, length = weight.shape
+    _, n_weights, length = parameters.shape
     n_samples = x.shape[0] // n_weights
-    n_blocks = dweight.shape[0]
+    n_blocks = dparameters.shape[1]
     block = (n_samples + n_blocks - 1) // n_blocks
     begin, end = share(threads, n_blocks)
-    dy, x, weight, count, mean, var, dx, dweight, dbias = lend(
-        (dy, x, weight, count, mean, var, dx, dweight, dbias)
-    )
+    (dy, x, dx), (weight,), (dweight, dbias) = (
+        lend((dy, x, dx)), split(parameters, 1), split(dparameters, 2)
+    )  # fmt: skip
+    count, mean, var = split(statistics, 3)
     own = (
         np.empty(block * n_weights), np.empty((4, 2)), np.empty((4, 3), dx.dtype),
         np.empty((2, 4), dx.dtype),
@@ -1902,9 +1925,9 @@ def backward_elements(
                         stretch(gradients, gradients.shape[1] + o + d, n), near,
                     )  # fmt: skip
                 for j in range(n_here):
-                    n = max(count[row + j * n_weights], 1)
-                    c[0, j] = sums[j, 0] / n if center else 0.0
-                    c[1, j] = sums[j, 1] / n
+                    n_all = max(count[row + j * n_weights], 1.0)
+                    c[0, j] = sums[j, 0] / n_all if center else 0.0
+                    c[1, j] = sums[j, 1] / n_all
                 for j in range(n_here):
                     i = row + j * n_weights
                     m, r, t = rows[j, 0], rows[j, 1], rows[j, 2]

@@ -13,6 +13,7 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
+from numba.np.arrayobj import populate_array
 
 # What Python calls a kernel with: one share, in its own thread.
 SERIAL = 0, -1, 1
@@ -124,6 +125,43 @@ def lend(typing_context: Any, arrays: Any) -> Any:
     return arrays(arrays), generate
 
 
+@intrinsic(prefer_literal=True)
+def split(typing_context: Any, array: Any, n: Any) -> Any:
+    """Return the first n arrays along the first axis of one (n or more, ...), without an owner.
+
+    ``n`` is a literal; of None each is None. A kernel takes one array for several, as each takes a
+    call some time.
+    """
+    number = n.literal_value
+    if isinstance(array, types.NoneType):
+
+        def generate_nothing(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            return context.make_tuple(builder, signature.return_type, [args[0]] * number)
+
+        return types.UniTuple(array, number)(array, n), generate_nothing
+    seen = types.Array(array.dtype, array.ndim - 1, "C", readonly=not array.mutable)
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        whole = context.make_array(array)(context, builder, args[0])
+        shape = cgutils.unpack_tuple(builder, whole.shape, array.ndim)[1:]
+        step, *strides = cgutils.unpack_tuple(builder, whole.strides, array.ndim)
+        arrays = []
+        for k in range(number):
+            one = context.make_array(seen)(context, builder)
+            populate_array(
+                one,
+                data=cgutils.pointer_add(builder, whole.data, builder.mul(step, step.type(k))),
+                shape=cgutils.pack_array(builder, shape),
+                strides=cgutils.pack_array(builder, strides),
+                itemsize=whole.itemsize,
+                meminfo=None,
+            )
+            arrays.append(one._getvalue())
+        return context.make_tuple(builder, signature.return_type, arrays)
+
+    return types.UniTuple(seen, number)(array, n), generate
+
+
 @intrinsic
 def keep(typing_context: Any, arrays: Any) -> Any:
     """Do nothing with a tuple of arrays, which live until here."""
@@ -153,6 +191,10 @@ if numba.config.DISABLE_JIT:
     def lend(arrays: Any) -> Any:
         """Return the arrays."""
         return arrays
+
+    def split(array: Any, n: int) -> Any:
+        """Return the first n arrays."""
+        return (None,) * n if array is None else tuple(array[:n])
 
     def keep(arrays: Any) -> None:
         """Do nothing."""

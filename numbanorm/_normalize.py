@@ -8,7 +8,6 @@ kernel that writes dx = a * dy + r * ((x - m) * b + c). Where all there is is on
 groups fit in cache, one kernel does all of this, and sums up some groups while it writes others.
 """
 
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -19,7 +18,7 @@ from numbanorm import _kernels, _threads
 from numbanorm._axes import TASKS, Array, Axes, Geometry, Plan, memory_order
 from numbanorm._checks import float_array, output_array
 from numbanorm._lines import cache_size
-from numbanorm.moments import Moments, Parts, merge_pieces, piece_moments, work
+from numbanorm.moments import Moments, merge_pieces, piece_moments, work
 
 Float64 = NDArray[np.float64]
 
@@ -36,20 +35,13 @@ class Statistic(NamedTuple):
     var: Float64
 
 
-class Mixture(NamedTuple):
-    """Softmax weights of the statistics' means and variances."""
-
-    mean: Float64
-    var: Float64
-
-
 # Rows of fewer elements have too few whole lines to be written past the caches.
 STREAM_FROM = 1 << 7
 # And parts of rows: what comes next in memory is written much later.
 STREAM_PARTS_FROM = 1 << 10
 
-# The weights of a single statistic.
-ALONE = Mixture(np.ones(1), np.ones(1))
+# The mixture of a single statistic.
+ALONE = np.ones((2, 1))
 
 
 class Saved:
@@ -66,17 +58,16 @@ class Saved:
     x_is_lost: bool
     center: bool
     eps: float
-    weight: Array  # of each feature for pieces, of each element for elements
+    # Weight and bias (2, ...): of each feature for pieces, of each element for elements.
+    parameters: Array
     has_weight: bool
     has_bias: bool
-    # Of each group: how many elements, mean and variance. The groups are in the order of
-    # plan.groups for pieces, of the rows for elements.
-    n: NDArray[np.int64]
-    mean: Float64
-    var: Float64
+    # How many elements, mean and variance of each group (3 or more, G), in the order of plan.groups
+    # for pieces, else as in memory.
+    of_groups: Float64
     fixed: bool  # whether the tracked statistic does not come from x
-    pieces: tuple[Float64, Float64, Float64]  # mean, var and rstd that normalise each piece
-    mixture: Mixture | None
+    of_pieces: Float64  # mean, var and rstd that normalise each piece (3, P)
+    mixture: Float64 | None  # weights of the statistics' means and variances (2, S)
     sample_variance: bool
     instances: Moments | None  # what sample variances were made of
 
@@ -87,7 +78,7 @@ class Saved:
         geometry: Geometry,
         affine: tuple[bool, bool],
         eps: float | None,
-        mixture: Mixture | None,
+        mixture: Float64 | None,
         center: bool,
         sample_variance: bool,
         mask: Array | None = None,
@@ -121,14 +112,14 @@ class Saved:
     def statistic(self, k: int) -> Statistic:
         """Return statistic k."""
         geometry, plan = self.geometry, self.plan
-        groups = (self.n, self.mean, self.var)
         if plan.by_group:
-            n, mean, var = (plan.to_grid(array) for array in groups)
+            n, mean, var = (plan.to_grid(values) for values in self.of_groups)
         else:
-            where, shape = plan.groups.slices[k], plan.groups.shapes[k]
-            n, mean, var = (array[where].reshape(shape) for array in groups)
+            n, mean, var = self.of_groups[:3, plan.groups.slices[k]].reshape(
+                3, *plan.groups.shapes[k]
+            )
         fixed = self.fixed and k == geometry.tracked
-        return Statistic(geometry.reductions[k], None if fixed else n, mean, var)
+        return Statistic(geometry.reductions[k], None if fixed else n.astype(np.int64), mean, var)
 
     @property
     def batch(self) -> Statistic:
@@ -136,16 +127,19 @@ class Saved:
         return self.statistic(self.geometry.tracked)
 
     @property
-    def tracked(self) -> tuple[NDArray[np.int64], Float64, Float64]:
-        """Count, mean and variance of that, (G,), in the C order of its kept axes."""
+    def tracked(self) -> tuple[Float64, int, int]:
+        """Count, mean and variance of groups, and from where to where they are that statistic's.
+
+        There they are in the C order of its kept axes.
+        """
         plan = self.plan
         if not plan.by_group:
             where = plan.groups.slices[self.geometry.tracked]
-            return self.n[where], self.mean[where], self.var[where]
-        if plan.in_order:
-            return self.n.reshape(-1), self.mean.reshape(-1), self.var.reshape(-1)
-        n, mean, var = (plan.to_grid(array).reshape(-1) for array in (self.n, self.mean, self.var))
-        return n, mean, var
+            return self.of_groups, where.start, where.stop
+        in_order = self.of_groups
+        if not plan.in_order:
+            in_order = np.stack([plan.to_grid(values).ravel() for values in self.of_groups])
+        return in_order, 0, in_order.shape[1]
 
 
 def normalize(
@@ -157,7 +151,7 @@ def normalize(
     eps: float | None,
     *,
     fixed: tuple[Array, Array] | None = None,
-    mixture: Mixture | None = None,
+    mixture: Float64 | None = None,
     center: bool = True,
     sample_variance: bool = False,
     mask: Array | None = None,
@@ -178,8 +172,8 @@ def normalize(
         Added to the variance; None means the machine epsilon of x's type.
     fixed : (mean, var), optional
         Running statistics, which take the place of the tracked statistic.
-    mixture : Mixture, optional
-        Needed where the geometry has several statistics.
+    mixture : array (2, S), optional
+        Weights of the means and of the variances of several statistics.
     center : bool
         Whether the mean is subtracted; if not, the variance is the mean square.
     sample_variance : bool
@@ -216,7 +210,7 @@ def restore(
     eps: float | None,
     statistics: list[Statistic],
     *,
-    mixture: Mixture | None = None,
+    mixture: Float64 | None = None,
     center: bool = True,
     sample_variance: bool = False,
     instances: Moments | None = None,
@@ -234,19 +228,16 @@ def restore(
     saved.instances, saved.share, plan = instances, share, saved.plan
     saved.fixed = statistics[geometry.tracked].n is None
     if plan.by_group:
-        (_, n, mean, var) = statistics[0]
-        saved.n = plan.from_grid(np.ones_like(mean) if n is None else n, np.int64)
-        saved.mean, saved.var = plan.from_grid(mean), plan.from_grid(var)
-        saved.weight = _parameter(saved, weight, 1.0, x.dtype)
+        _, n, mean, var = statistics[0]
+        saved.of_groups = plan.from_grid(1.0 if n is None else n, mean, var)
+        saved.parameters = _parameters(saved, weight, None, x.dtype)
         return saved
-    saved.n = np.ones(plan.groups.total, np.int64)
-    saved.mean, saved.var = np.empty((2, plan.groups.total))
+    saved.of_groups = np.empty((3, plan.groups.total))
     for where, (_, n, mean, var) in zip(plan.groups.slices, statistics, strict=True):
-        if n is not None:
-            saved.n[where] = n.ravel()
-        saved.mean[where], saved.var[where] = mean.ravel(), var.ravel()
-    saved.weight = _feature_parameter(saved, weight, 1.0)
-    _coefficients(saved, saved.weight, x.dtype)
+        saved.of_groups[0, where] = 1.0 if n is None else n.ravel()
+        saved.of_groups[1, where], saved.of_groups[2, where] = mean.ravel(), var.ravel()
+    saved.parameters = _parameters(saved, weight, None, x.dtype)
+    _coefficients(saved, x.dtype)
     return saved
 
 
@@ -283,42 +274,47 @@ def _forward_groups(
     streamed: bool,
     y: Array,
 ) -> None:
-    plan, shape = saved.plan, saved.plan.groups_shape
-    saved.weight = _parameter(saved, weight, 1.0, y.dtype)
-    if fixed is None:
-        saved.n, (saved.mean, saved.var) = np.empty(shape, np.int64), np.empty((2, *shape))
-    else:
-        mean, var = (running.reshape(saved.geometry.running_grid) for running in fixed)
-        saved.n = np.ones(shape, np.int64)
-        saved.mean, saved.var = plan.from_grid(mean), plan.from_grid(var)
-    parameters = saved.weight, _parameter(saved, bias, 0.0, y.dtype)
-    rest = (
-        saved.eps, saved.center, fixed is None, *plan.cut, *_stream(plan, streamed),
-        saved.n, saved.mean, saved.var, y,
-    )  # fmt: skip
-    args: tuple[Any, ...]
+    plan = saved.plan
+    saved.of_groups = np.empty((3, plan.n_groups)) if fixed is None else _of_running(saved, fixed)
+    saved.parameters = _parameters(saved, weight, bias, y.dtype)
+    kernel, args = _kernels.forward_elements, [saved.x, saved.mask]
     if not plan.elements:
         kernel = _kernels.forward_group_columns if plan.columns else _kernels.forward_groups
-        args = saved.mask, plan.features
+        args += [plan.features]
     elif plan.columns:
-        kernel, args = _kernels.forward_element_columns, ()
-    else:
-        kernel, args = _kernels.forward_elements, (saved.mask,)
-    _threads.run(kernel, y.size, saved.x, *args, *parameters, *rest)
+        kernel, args = _kernels.forward_element_columns, [saved.x]
+    _threads.run(
+        kernel, y.size,
+        *args, saved.parameters, saved.eps, saved.center, fixed is None,
+        *plan.cut, *_stream(plan, streamed), saved.of_groups, y,
+    )  # fmt: skip
 
 
-def _parameter(saved: Saved, value: Array | None, default: float, dtype: Any) -> Array:
-    """Return a parameter (or its default) for each element of a row, or for each feature."""
-    if not saved.plan.elements:
-        return _feature_parameter(saved, value, default)
-    plan = saved.plan
-    if value is None:
-        return np.full(plan.weights_shape, default, dtype)
+def _of_running(saved: Saved, fixed: tuple[Array, Array]) -> Float64:
+    """Return running statistics as those of the groups; a copy, as they may move on."""
+    plan, (mean, var) = saved.plan, fixed
+    if mean.shape == (plan.n_groups,):
+        return np.array((plan.ones, mean, var), np.float64)
+    return plan.from_grid(1.0, *(running.reshape(saved.geometry.running_grid) for running in fixed))
+
+
+def _parameters(saved: Saved, weight: Array | None, bias: Array | None, dtype: Any) -> Array:
+    """Return weight and bias (2, ...), of each element of a row in its type or of each feature.
+
+    They are copies, as both may change before backward.
+    """
+    plan, geometry = saved.plan, saved.geometry
+    shape = geometry.param_shape if plan.affine else (1,)
+    weight = np.ones(shape) if weight is None else weight
+    bias = np.zeros(shape) if bias is None else bias
+    if not plan.elements:
+        return np.array((weight, bias), np.float64).reshape(2, *plan.weights_shape)
+    found = np.array((weight, bias), dtype)
     if not plan.in_order:
-        value = value.reshape(saved.geometry.param_grid).transpose(plan.order)
+        found = found.reshape(2, *geometry.param_grid).transpose(0, *(i + 1 for i in plan.order))
     if plan.span > 1:
-        return np.repeat(value.astype(dtype, copy=False), plan.span).reshape(plan.weights_shape)
-    return np.array(value, dtype, order="C").reshape(plan.weights_shape)
+        found = np.repeat(found.reshape(2, -1), plan.span, axis=1)
+    return np.ascontiguousarray(found).reshape(2, *plan.weights_shape)
 
 
 def _forward_pieces(
@@ -334,68 +330,62 @@ def _forward_pieces(
     if fixed is None or len(geometry.reductions) > 1:
         pieces, groups_of = piece_moments(plan, saved.x, saved.mask), plan.groups_of_parts
         if saved.sample_variance and plan.instance_size > 1:
-            instances, _ = merge_pieces(pieces, plan.instances_of_parts)
-            pieces, groups_of = _with_sample_variance(saved, instances), plan.groups_of_instances
-        merged, saved.var = merge_pieces(pieces, groups_of, saved.center, saved.ddof)
-        saved.n, saved.mean, *_ = merged
+            pieces = _with_sample_variance(saved, pieces)
+            groups_of = plan.groups_of_instances
+        saved.of_groups = merge_pieces(pieces, groups_of, saved.center, saved.ddof)
     else:
-        saved.n = np.empty(groups.total, np.int64)
-        saved.mean, saved.var = np.empty((2, groups.total))
+        saved.of_groups = np.empty((3, groups.total))
     if fixed is not None:
         # Copied: running statistics may move on before backward.
         where, shape = groups.slices[geometry.tracked], groups.shapes[geometry.tracked]
-        saved.n[where] = 1
-        for array, running in zip((saved.mean, saved.var), fixed, strict=True):
-            array[where].reshape(shape)[...] = running.reshape(geometry.running_grid)
-    saved.weight = _feature_parameter(saved, weight, 1.0)
-    m, s, t = _coefficients(saved, _feature_parameter(saved, bias, 0.0), y.dtype)
-    _apply(plan, saved.x, m, s, t, streamed, y)
+        saved.of_groups[0, where] = 1.0
+        for values, running in zip(saved.of_groups[1:3], fixed, strict=True):
+            values[where].reshape(shape)[...] = running.reshape(geometry.running_grid)
+    saved.parameters = _parameters(saved, weight, bias, y.dtype)
+    _apply(plan, saved.x, _coefficients(saved, y.dtype), streamed, y)
 
 
 @np.errstate(all="ignore")  # NaN and Inf are the user's, and reach what they should
-def _with_sample_variance(saved: Saved, instances: Parts) -> Parts:
+def _with_sample_variance(saved: Saved, parts: Float64) -> Float64:
     """Return the instances as pieces, with n - 1 instead of n in their variances."""
-    count, mean, rest, m2 = instances
+    count, mean, _, rest, m2 = merge_pieces(parts, saved.plan.instances_of_parts)
     (shape,) = saved.plan.instances.shapes
-    saved.instances = Moments(count.reshape(shape), mean.reshape(shape), m2.reshape(shape))
-    return count, mean, rest, m2 * (count / np.maximum(count - 1, 1))
+    n = count.astype(np.int64)
+    saved.instances = Moments(n.reshape(shape), mean.reshape(shape), m2.reshape(shape))
+    return np.stack((count, mean, rest, m2 * (count / np.maximum(count - 1, 1))))
 
 
-def _feature_parameter(saved: Saved, value: Array | None, default: float) -> Float64:
-    """Return a copy of a parameter (or its default), which may change before backward."""
-    if value is None:
-        return np.full(math.prod(saved.geometry.param_grid) if saved.plan.affine else 1, default)
-    return np.array(value, np.float64, order="C").reshape(-1)
+def _mixture(saved: Saved) -> Float64:
+    return ALONE if saved.mixture is None else saved.mixture
 
 
-def _coefficients(saved: Saved, bias: Float64, dtype: Any) -> tuple[Array, Array, Array]:
-    """Mix the statistics; return m, s and t of each piece."""
+def _coefficients(saved: Saved, dtype: Any) -> Array:
+    """Mix the statistics; return m, s and t of each piece, (3, A, B)."""
     plan = saved.plan
-    mean, var, rstd = np.empty((3, plan.groups.of_piece.shape[1]))
-    saved.pieces = mean, var, rstd
-    found = np.empty((3, len(mean)), dtype)
+    n_pieces = plan.groups.of_piece.shape[1]
+    saved.of_pieces, found = np.empty((3, n_pieces)), np.empty((3, n_pieces), dtype)
     _threads.run(
-        _kernels.coefficients, len(mean) * _kernels.PIECE,
-        plan.groups.of_piece, plan.features, saved.n, saved.mean, saved.var,
-        *(saved.mixture or ALONE), saved.eps, saved.weight, bias, mean, var, rstd, *found,
+        _kernels.coefficients, n_pieces * _kernels.PIECE,
+        plan.groups.of_piece, plan.features, saved.of_groups, _mixture(saved), saved.eps,
+        saved.parameters, saved.of_pieces, found,
     )  # fmt: skip
-    m, s, t = found.reshape(3, *plan.pieces)
-    return m, s, t
+    return found.reshape(3, *plan.pieces)
 
 
-def _apply(plan: Plan, x: Array, m: Array, s: Array, t: Array, streamed: bool, y: Array) -> None:
-    """Write y = (x - m) * s + t."""
+def _apply(plan: Plan, x: Array, by: Array, streamed: bool, y: Array) -> None:
+    """Write y = (x - m) * s + t; ``by`` has m, s and t of each piece, (3, A, B)."""
     kernel = _kernels.apply_columns if plan.columns else _kernels.apply_rows
     _, part, block = plan.tiles
-    _threads.run(kernel, y.size, x, part, block, m, s, t, *_stream(plan, streamed), y)
+    _threads.run(kernel, y.size, x, part, block, by, *_stream(plan, streamed), y)
 
 
-Parameters = tuple[Float64 | None, Float64 | None, Float64, Float64]
+# Gradients of weight, bias, and of the logits of the means and of the variances.
+Parameters = tuple[Float64 | None, Float64 | None, Float64 | None, Float64 | None]
 
 
 def backward(
     dy: ArrayLike, saved: Saved, out: Array | None = None
-) -> tuple[Array, Float64 | None, Float64 | None, Float64, Float64]:
+) -> tuple[Array, Float64 | None, Float64 | None, Float64 | None, Float64 | None]:
     """Return dx and what :func:`differentiate` does, once dy, saved and out are found to fit."""
     if not isinstance(saved, Saved):
         raise TypeError(
@@ -426,68 +416,70 @@ def differentiate(dy: Array, saved: Saved, dx: Array, in_place: bool) -> Paramet
         else _backward_groups if plan.by_group
         else _backward_pieces
     )  # fmt: skip
-    parameters = write(saved, plan.to_view(dy), streamed, target)
+    dweight, dbias, dmixture = write(saved, plan.to_view(dy), streamed, target)
     if unset is not None:
         unset[...] = target.reshape(unset.shape)
-    return parameters
+    if saved.mixture is None:
+        dmean_weight = dvar_weight = None
+    elif dmixture is None:  # of a single statistic
+        dmean_weight, dvar_weight = np.zeros_like(saved.mixture)
+    else:
+        dmean_weight, dvar_weight = dmixture
+    return (
+        dweight if saved.has_weight else None,
+        dbias if saved.has_bias else None,
+        dmean_weight,
+        dvar_weight,
+    )
 
 
-def _backward_elements(saved: Saved, dy: Array, streamed: bool, dx: Array) -> Parameters:
+# Gradients of weight and bias, and of a mixture's logits (2, S) where there are several statistics.
+Found = tuple[Float64, Float64, Float64 | None]
+
+
+def _backward_elements(saved: Saved, dy: Array, streamed: bool, dx: Array) -> Found:
     plan, geometry = saved.plan, saved.geometry
     affine = saved.has_weight or saved.has_bias
-    dweight, dbias = np.zeros((2, *(plan.gradient_parts if affine else (TASKS, 0))))
-    rest = saved.n, saved.mean, saved.var, dx, dweight, dbias
-    options = saved.eps, saved.center, not saved.fixed, affine
+    blocks = np.zeros((2, *(plan.gradient_parts if affine else (TASKS, 0))))
+    kernel, args = _kernels.backward_elements, [dy, saved.x, saved.mask]
+    cut: tuple[Any, ...] = _stream(plan, streamed)
     if plan.columns:
-        _threads.run(
-            _kernels.backward_element_columns, dy.size,
-            dy, saved.x, saved.weight, *options, *plan.cut, *rest,
-        )  # fmt: skip
-    else:
-        _threads.run(
-            _kernels.backward_elements, dy.size,
-            dy, saved.x, saved.mask, saved.weight, *options, *_stream(plan, streamed), *rest,
-        )  # fmt: skip
-
-    def unfold(blocks: Array) -> Array:
-        total: Array = blocks[0] if len(blocks) == 1 else _sum(blocks)
-        if plan.in_order:
-            return total.reshape(geometry.param_shape)
-        in_memory = total.reshape([geometry.param_grid[axis] for axis in plan.order])
-        return in_memory.transpose(plan.inverse_order).reshape(geometry.param_shape)
-
-    return (
-        unfold(dweight) if saved.has_weight else None,
-        unfold(dbias) if saved.has_bias else None,
-        np.zeros(1),
-        np.zeros(1),
-    )
+        kernel, args, cut = _kernels.backward_element_columns, [dy, saved.x], plan.cut
+    _threads.run(
+        kernel, dy.size,
+        *args, saved.parameters, saved.eps, saved.center, not saved.fixed, affine, *cut,
+        saved.of_groups, dx, blocks,
+    )  # fmt: skip
+    if not affine:
+        return blocks[0], blocks[1], None
+    found = blocks[:, 0] if blocks.shape[1] == 1 else _sum(blocks)
+    if not plan.in_order:
+        found = found.reshape(2, *(geometry.param_grid[axis] for axis in plan.order))
+        found = found.transpose(0, *(i + 1 for i in plan.inverse_order))
+    found = found.reshape(2, *geometry.param_shape)
+    return found[0], found[1], None
 
 
 @np.errstate(all="ignore")  # as above
-def _sum(blocks: Array) -> Array:
-    total: Array = blocks.sum(0)
+def _sum(blocks: Float64) -> Float64:
+    total: Float64 = blocks.sum(1)
     return total
 
 
-def _backward_groups(saved: Saved, dy: Array, streamed: bool, dx: Array) -> Parameters:
-    plan, geometry = saved.plan, saved.geometry
-    s0, s1 = np.empty((2, len(plan.features)))
+def _backward_groups(saved: Saved, dy: Array, streamed: bool, dx: Array) -> Found:
+    plan = saved.plan
+    sums = np.empty((2, len(plan.features)))
     kernel = _kernels.backward_group_columns if plan.columns else _kernels.backward_groups
     _threads.run(
         kernel, dy.size,
-        dy, saved.x, saved.mask, plan.features, saved.weight, saved.eps, saved.center,
-        not saved.fixed, *plan.cut, *_stream(plan, streamed),
-        saved.n, saved.mean, saved.var, dx, s0, s1,
+        dy, saved.x, saved.mask, plan.features, saved.parameters, saved.eps, saved.center,
+        not saved.fixed, *plan.cut, *_stream(plan, streamed), saved.of_groups, dx, sums,
     )  # fmt: skip
-    dweight, dbias = np.empty((2, len(saved.weight)))
-    _kernels.feature_gradients(plan.features, s0, s1, dbias, dweight)
-    return (
-        dweight.reshape(geometry.param_shape) if saved.has_weight else None,
-        dbias.reshape(geometry.param_shape) if saved.has_bias else None,
-        np.zeros(1),
-        np.zeros(1),
-    )
+    found = np.zeros((2, *plan.weights_shape))
+    _kernels.feature_gradients(plan.features, sums, found)
+    if plan.affine:
+        found = found.reshape(2, *saved.geometry.param_shape)
+    return found[0], found[1], None
 
 
 def _gradient_sums(saved: Saved, dy: Array) -> Float64:
@@ -495,54 +487,48 @@ def _gradient_sums(saved: Saved, dy: Array) -> Float64:
     plan = saved.plan
     kernel = _kernels.gradient_sums_columns if plan.columns else _kernels.gradient_sums_rows
     _, part, block = plan.tiles
-    sums, mean = np.empty((2, *plan.parts)), saved.pieces[0].reshape(plan.pieces)
-    _threads.run(kernel, dy.size, dy, saved.x, saved.mask, part, block, mean, *sums)
+    sums, of_pieces = np.empty((2, *plan.parts)), saved.of_pieces.reshape(3, *plan.pieces)
+    _threads.run(kernel, dy.size, dy, saved.x, saved.mask, part, block, of_pieces, sums)
     if plan.parts[1] > 1:
         with np.errstate(invalid="ignore"):
             sums = sums.sum(2)
     return sums.reshape(2, -1)
 
 
-def _backward_pieces(saved: Saved, dy: Array, streamed: bool, dx: Array) -> Parameters:
+def _backward_pieces(saved: Saved, dy: Array, streamed: bool, dx: Array) -> Found:
     geometry, plan, groups = saved.geometry, saved.plan, saved.plan.groups
-    sums = _gradient_sums(saved, dy)
-    p, q = saved.mixture or ALONE
-    mean, var, rstd = saved.pieces
-    dmean, dvar = np.zeros((2, groups.total))
-    dp, dq = np.zeros((2, len(p)))
-    dweight, dbias = np.zeros((2, len(saved.weight)))
+    sums, mixture = _gradient_sums(saved, dy), _mixture(saved)
+    dstatistics, dmixture = np.zeros((2, groups.total)), np.zeros(mixture.shape)
+    found = np.zeros((2, *plan.weights_shape))
     _threads.run(
         _kernels.group_gradients, work(groups),
-        *sums, groups.of_piece, groups.bounds, plan.features, saved.n, saved.mean, saved.var,
-        saved.ddof, p, q, saved.weight, mean, var, rstd, dmean, dvar, dp, dq, dweight, dbias,
+        sums, groups.of_piece, groups.bounds, plan.features, saved.of_groups, saved.ddof,
+        mixture, saved.parameters, saved.of_pieces, dstatistics, dmixture, found,
     )  # fmt: skip
     if saved.share is not None:
-        saved.share(dmean)
-        saved.share(dvar)
-    coefficients = np.empty((5, len(rstd)), dx.dtype)
-    own: tuple[Any, Any, Any] = None, None, None
+        saved.share(dstatistics)
+    n_pieces = sums.shape[1]
+    by = np.empty((5, n_pieces), dx.dtype)
+    own: tuple[Any, Any] = None, None
     if saved.instances is not None:
-        count, mean_of_instance = saved.instances.count, saved.instances.mean
-        own = plan.instances.of_piece[0], np.ravel(count), mean_of_instance.ravel()
+        count, mean = saved.instances.count, saved.instances.mean
+        own = plan.instances.of_piece[0], np.stack((np.ravel(count).astype(float), mean.ravel()))
     _threads.run(
-        _kernels.gradient_coefficients, len(mean) * _kernels.PIECE,
-        groups.of_piece, plan.features, saved.mean, dmean, dvar, saved.center,
-        geometry.tracked if saved.fixed else -1, *own, saved.weight, mean, rstd, *coefficients,
+        _kernels.gradient_coefficients, n_pieces * _kernels.PIECE,
+        groups.of_piece, plan.features, saved.of_groups, dstatistics, saved.center,
+        geometry.tracked if saved.fixed else -1, *own, saved.parameters, saved.of_pieces, by,
     )  # fmt: skip
-    of_pieces = coefficients.reshape(5, *plan.pieces)
+    of_pieces = by.reshape(5, *plan.pieces)
     if saved.fixed and len(groups.slices) == 1:
         zero = np.zeros_like(of_pieces[0])
-        _apply(plan, dy, zero, of_pieces[0], zero, streamed, dx)
+        _apply(plan, dy, np.stack((zero, of_pieces[0], zero)), streamed, dx)
     else:
         kernel = _kernels.backward_columns if plan.columns else _kernels.backward_rows
         _, part, block = plan.tiles
         _threads.run(
             kernel, dy.size,
-            dy, saved.x, saved.mask, part, block, *of_pieces, *_stream(plan, streamed), dx,
+            dy, saved.x, saved.mask, part, block, of_pieces, *_stream(plan, streamed), dx,
         )  # fmt: skip
-    return (
-        dweight.reshape(geometry.param_shape) if saved.has_weight else None,
-        dbias.reshape(geometry.param_shape) if saved.has_bias else None,
-        dp,
-        dq,
-    )
+    if plan.affine:
+        found = found.reshape(2, *geometry.param_shape)
+    return found[0], found[1], dmixture

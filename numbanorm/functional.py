@@ -24,7 +24,7 @@ from numbanorm._checks import (
     output_array,
     parameter,
 )
-from numbanorm._normalize import Float64, Mixture, Saved, backward, normalize
+from numbanorm._normalize import Float64, Saved, backward, normalize
 from numbanorm._running import track
 
 __all__ = [
@@ -178,7 +178,7 @@ def _with_running(
     eps: float,
     mask: ArrayLike | None,
     out: Array | None,
-    mixture: Mixture | None = None,
+    mixture: Float64 | None = None,
 ) -> tuple[Array, Saved]:
     """Normalise with the batch's statistics and track them, or with the running ones."""
     factor = check_momentum(momentum)
@@ -742,7 +742,7 @@ def rms_norm(
     return rms_norm_forward(x, normalized_shape, weight, eps, mask=mask, out=out)[0]
 
 
-def mix(mean_weight: ArrayLike, var_weight: ArrayLike, n: int) -> Mixture:
+def mix(mean_weight: ArrayLike, var_weight: ArrayLike, n: int) -> Float64:
     """Return the softmax weights of ``n`` statistics from their logits."""
     # Imported here, since it takes four times as long as all the rest of the library.
     from scipy.special import softmax
@@ -752,7 +752,8 @@ def mix(mean_weight: ArrayLike, var_weight: ArrayLike, n: int) -> Mixture:
         for value, name in ((mean_weight, "mean_weight"), (var_weight, "var_weight"))
     ]
     # At once: a call takes longer than a small kernel.
-    return Mixture(*softmax(np.array(logits, np.float64), axis=1))
+    mixture: Float64 = softmax(np.array(logits, np.float64), axis=1)
+    return mixture
 
 
 def switchable_norm_forward(
@@ -911,7 +912,9 @@ def switchable_norm_backward(
     >>> F.switchable_norm_backward(np.ones_like(x), saved).dmean_weight.round(4)
     array([0., 0.])
     """
-    return SwitchableGradients(*backward(dy, saved, out))
+    dx, dweight, dbias, dmean_weight, dvar_weight = backward(dy, saved, out)
+    assert dmean_weight is not None and dvar_weight is not None
+    return SwitchableGradients(dx, dweight, dbias, dmean_weight, dvar_weight)
 
 
 batch_norm_backward = norm_backward

@@ -150,18 +150,19 @@ class Moments:
                 raise TypeError(f"moments: Moments are needed, got {type(one).__name__}")
             if shape is None:
                 shape = one.mean.shape
-                merged = _zeros(shape)
+                merged = np.zeros((4, 1, one.mean.size))
             elif one.mean.shape != shape:
                 raise ValueError(
                     f"moments: all of one shape are needed, got {shape} and {one.mean.shape}"
                 )
-            count = np.broadcast_to(np.asarray(one.count, np.int64), shape)
-            parts = count, one.mean, one._rest, one.m2
-            _merge_into(merged, parts, (1, 1, one.mean.size))
+            parts = np.empty((4, 1, 1, one.mean.size))
+            for part, values in zip(parts, (one.count, one.mean, one._rest, one.m2), strict=True):
+                part.reshape(shape)[...] = values
+            _kernels.merge(parts, merged)
             total = total + one.count
         if shape is None:
             raise ValueError("moments: at least one is needed, got none")
-        return cls._of(total, *merged[1:])
+        return cls._of(total, *merged[1:].reshape(3, *shape))
 
     @classmethod
     def _of(
@@ -172,34 +173,16 @@ class Moments:
         return new
 
 
-# Count, mean, the mean's rest, m2.
-Parts = tuple[NDArray[np.int64], Float64, Float64, Float64]
-
-
-def _zeros(shape: tuple[int, ...]) -> Parts:
-    return np.zeros(shape, np.int64), np.zeros(shape), np.zeros(shape), np.zeros(shape)
-
-
-def _merge_into(merged: Parts, parts: Parts, shape: tuple[int, int, int]) -> None:
-    """Merge the middle axis of ``parts``, seen in this shape, into the arrays ``merged``."""
-    a, _, b = shape
-    _kernels.merge(
-        *(np.ascontiguousarray(part).reshape(shape) for part in parts),
-        *(array.reshape(a, b) for array in merged),
-    )
-
-
-def piece_moments(plan: Plan, x: Array, mask: Array | None) -> Parts:
-    """Return count, mean, its rest and m2 of all parts of pieces of x, (A * K * B,).
+def piece_moments(plan: Plan, x: Array, mask: Array | None) -> Float64:
+    """Return count, mean, its rest and m2 of all parts of pieces of x, (4, A * K * B).
 
     ``x`` and ``mask`` are views of the plan.
     """
     kernel = _kernels.moments_columns if plan.columns else _kernels.moments_rows
     _, part, block = plan.tiles
-    count, others = np.empty(plan.parts, np.int64), np.empty((3, *plan.parts))
-    _threads.run(kernel, x.size, x, mask, part, block, count, *others)
-    mean, rest, m2 = others.reshape(3, -1)
-    return count.reshape(-1), mean, rest, m2
+    found = np.empty((4, *plan.parts))
+    _threads.run(kernel, x.size, x, mask, part, block, found)
+    return found.reshape(4, -1)
 
 
 def work(groups: Groups) -> int:
@@ -208,20 +191,18 @@ def work(groups: Groups) -> int:
     return of_piece.size * _kernels.PIECE if len(of_piece) > 1 else 0
 
 
-def merge_pieces(
-    parts: Parts, groups: Groups, center: bool = True, ddof: int = 0
-) -> tuple[Parts, Float64]:
-    """Return count, mean, its rest and m2 of all groups, (G,), and the variance.
+def merge_pieces(parts: Float64, groups: Groups, center: bool = True, ddof: int = 0) -> Float64:
+    """Return count, mean, variance, the mean's rest and m2 of all groups, (5, G).
 
-    It is m2 / (count - ``ddof``), or the mean square if not ``center``; the mean is 0 then.
+    The variance is m2 / (count - ``ddof``), or the mean square if not ``center``; the mean is 0
+    then. ``parts`` are as from :func:`piece_moments`.
     """
-    mean, rest, m2, var = np.empty((4, groups.total))
-    merged = np.empty(groups.total, np.int64), mean, rest, m2
+    merged = np.empty((5, groups.total))
     _threads.run(
         _kernels.merge_pieces, work(groups),
-        *parts, groups.of_piece, groups.bounds, center, ddof, *merged, var,
+        parts, groups.of_piece, groups.bounds, center, ddof, merged,
     )  # fmt: skip
-    return merged, var
+    return merged
 
 
 def moments(
@@ -280,7 +261,6 @@ def moments(
     (shape,) = plan.groups.shapes
     if not keepdims:
         shape = tuple(n for axis, n in enumerate(shape) if axis not in reduced)
-    (count, *others), _ = merge_pieces(parts, plan.groups_of_parts)
-    count, (mean, rest, m2) = count.reshape(shape), (array.reshape(shape) for array in others)
+    count, mean, _, rest, m2 = merge_pieces(parts, plan.groups_of_parts).reshape(5, *shape)
     size = math.prod(array.shape[axis] for axis in reduced)
-    return Moments._of(size if counts is None else count, mean, rest, m2)
+    return Moments._of(size if counts is None else count.astype(np.int64), mean, rest, m2)

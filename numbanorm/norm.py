@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike, DTypeLike
 from numbanorm import _checks, functional
 from numbanorm._axes import AllBut, Array, Axes, Geometry, axis_tuple, geometry, normalize_axes
 from numbanorm._checks import bool_mask, float_array, output_array
-from numbanorm._normalize import Mixture, Saved, backward, normalize
+from numbanorm._normalize import Float64, Saved, backward, normalize
 from numbanorm._running import Pool, is_finite, track
 
 
@@ -219,7 +219,7 @@ class Norm:
                 f"has them, got {shape.running_shape} in shape {x.shape}"
             )
 
-    def _mixture(self) -> Mixture | None:
+    def _mixture(self) -> Float64 | None:
         """Return the weights of several statistics."""
         return None
 

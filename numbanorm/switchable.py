@@ -8,7 +8,7 @@ from numpy.typing import DTypeLike
 
 from numbanorm import _checks, functional
 from numbanorm._axes import AllBut, Array, Geometry
-from numbanorm._normalize import Mixture
+from numbanorm._normalize import Float64
 from numbanorm.norm import Norm, live_array
 
 
@@ -127,7 +127,7 @@ class SwitchableNorm(Norm):
             x, channel, self.over, self.num_groups, by_instance=self.sample_variance
         )
 
-    def _mixture(self) -> Mixture:
+    def _mixture(self) -> Float64:
         return functional.mix(self.mean_weight, self.var_weight, len(self.over))
 
     mean_weight = live_array("_parameters", "mean_weight", "Logits of the means.")
@@ -142,10 +142,10 @@ class SwitchableNorm(Norm):
         >>> numbanorm.SwitchableNorm(4, over=("ln", "bn")).importance()
         {'mean': {'ln': 0.5, 'bn': 0.5}, 'var': {'ln': 0.5, 'bn': 0.5}}
         """
-        mixture = self._mixture()
+        mean, var = self._mixture().tolist()
         return {
-            "mean": dict(zip(self.over, mixture.mean.tolist(), strict=True)),
-            "var": dict(zip(self.over, mixture.var.tolist(), strict=True)),
+            "mean": dict(zip(self.over, mean, strict=True)),
+            "var": dict(zip(self.over, var, strict=True)),
         }
 
     # Of the authors' code: the statistics that 3 and 2 logits stand for, and the weight of the

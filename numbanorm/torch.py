@@ -31,7 +31,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 import numbanorm
 from numbanorm import _checks, _threads, functional
 from numbanorm._axes import Array, Axes, Geometry
-from numbanorm._normalize import Mixture, Saved, Statistic, differentiate, normalize, restore
+from numbanorm._normalize import Float64, Saved, Statistic, differentiate, normalize, restore
 from numbanorm._running import Pool, track
 from numbanorm.moments import Moments
 
@@ -78,7 +78,7 @@ def _optional(tensor: Tensor | None) -> Array | None:
     return None if tensor is None else _array(tensor)
 
 
-def _mixture(mean_weight: Tensor | None, var_weight: Tensor | None) -> Mixture | None:
+def _mixture(mean_weight: Tensor | None, var_weight: Tensor | None) -> Float64 | None:
     if mean_weight is None or var_weight is None:
         return None
     return functional.mix(_array(mean_weight), _array(var_weight), mean_weight.numel())
