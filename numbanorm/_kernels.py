@@ -883,13 +883,13 @@ def apply_columns(threads, x, part, width, by, streamed, y):
 
 
 @njit(**LEAF)
-def _enters(dy, x, counts, zero):
+def _enters(x, counts):
     """Tell which elements of vectors enter the sums of backward.
 
-    A masked-out element is normalised too, so that its dy counts, unless dy is 0 or there is
-    nothing finite to normalise: what stands there then must not turn the sums into NaN.
+    A masked-out element is normalised too, so that its dy counts, unless there is nothing finite to
+    normalise: what stands there must not turn the sums into NaN.
     """
-    return counts | ((dy != zero) & is_finite(x))
+    return counts | is_finite(x)
 
 
 @njit(**LEAF)
@@ -901,7 +901,7 @@ def _gradient_terms(dys, xs, counts, i, n, center):
     dy, x = load(dys, i, n), load(xs, i, n)
     w, d = widen(dy), widen(x) - center
     if counts is not None:
-        enters = _enters(dy, x, load(counts, i, n), splat(dys.dtype.type(0.0)))
+        enters = _enters(x, load(counts, i, n))
         w, d = where(enters, w, splat(0.0)), where(enters, d, splat(0.0))
     return w, d
 
@@ -1750,12 +1750,13 @@ def _element_terms(dys, xs, counts, i, n, row):
 
     ``row`` (3,) is what _rounded returns; see _gradient_terms about the others.
     """
-    dy, x = load(dys, i, n), load(xs, i, n)
+    dy, m, r, t = load(dys, i, n), splat(row[0]), splat(row[1]), splat(row[2])
+    x_hat = _scale_shift(load(xs, i, n), m, r, t)
     if counts is not None:
         zero = splat(dys.dtype.type(0.0))
-        enters = _enters(dy, x, load(counts, i, n), zero)
-        dy, x = where(enters, dy, zero), where(enters, x, zero)
-    return dy, dy * _scale_shift(x, splat(row[0]), splat(row[1]), splat(row[2]))
+        enters = _enters(x_hat, load(counts, i, n))
+        dy, x_hat = where(enters, dy, zero), where(enters, x_hat, zero)
+    return dy, dy * x_hat
 
 
 @njit(**LEAF)
@@ -1894,7 +1895,7 @@ def backward_elements(
     gradients = rows_of(memory, 2)  # of weight and bias
     stream, out = (buffer, np.intp(0), np.intp(0)), stretch(dx, 0, dx.size)
     # While four rows are handled those that come next are asked for: long ones in parts, dy while
-    # sums are taken and x while dx is written.
+    # sums are taken, x and the mask while dx is written.
     ahead = 4 * length if n_weights == 1 else length
     near, late = (ahead, 0) if n_weights == 1 and length >= LONG_ROW else (0, ahead)
     for task in range(begin, end):
@@ -1936,7 +1937,10 @@ def backward_elements(
                         continue
                     at, by = i * length, (weight[k], m, r, t, c[0, j], c[1, j])
                     row_here = _row(dy, x, mask, at, length)
-                    coming = stretch(dy, at + late, 0), stretch(x, at + ahead, 0), None
+                    coming = (
+                        stretch(dy, at + late, 0), stretch(x, at + ahead, 0),
+                        stretch(mask, at + ahead, 0),
+                    )  # fmt: skip
                     _, _, _, stream = _write_beside(
                         streamed, stream, coming, np.intp(0), 0.0, _backward_element_vector,
                         row_here, length, by, out, at,

@@ -47,16 +47,15 @@ class _VectorModel(models.PrimitiveModel):
         super().__init__(data_model_manager, vector, ir.VectorType(element, LANES))
 
 
-def _define(function: Any, takes: Any, makes: Any, generate: Any) -> None:
-    """Let two vectors have an operator: for elements of some types, with others as its result."""
+def _define(function: Any, takes: Any, generate: Any) -> None:
+    """Let two vectors have an operator, for elements of some types."""
 
     @infer_global(function)
     class _Typing(AbstractTemplate):
         def generic(self, args: Any, kws: Any) -> Any:
             if len(args) == 2 and isinstance(args[0], Vector) and args[0] == args[1]:
-                dtype = args[0].dtype
-                if isinstance(dtype, takes):
-                    return signature(Vector(makes or dtype), *args)
+                if isinstance(args[0].dtype, takes):
+                    return signature(args[0], *args)
             return None
 
     @lower_builtin(function, Vector, Vector)
@@ -68,21 +67,11 @@ def _rounded_together(operation: str) -> Any:
     return lambda builder, a, b: getattr(builder, operation)(a, b, flags=("contract",))
 
 
-def _not_equal(builder: Any, a: Any, b: Any) -> Any:
-    return builder.fcmp_unordered("!=", a, b)
-
-
-def _of_booleans(operation: str) -> Any:
-    return lambda builder, a, b: getattr(builder, operation)(a, b)
-
-
 for _function, _operation in (
     (operator.add, "fadd"), (operator.iadd, "fadd"), (operator.sub, "fsub"), (operator.mul, "fmul"),
 ):  # fmt: skip
-    _define(_function, types.Float, None, _rounded_together(_operation))
-for _function, _operation in ((operator.or_, "or_"), (operator.and_, "and_")):
-    _define(_function, types.Boolean, None, _of_booleans(_operation))
-_define(operator.ne, types.Float, types.boolean, _not_equal)
+    _define(_function, types.Float, _rounded_together(_operation))
+_define(operator.or_, types.Boolean, lambda builder, a, b: builder.or_(a, b))
 
 
 def _place(context: Any, builder: Any, array_type: Any, array: Any, i: Any) -> Any:

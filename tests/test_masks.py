@@ -88,7 +88,7 @@ def test_a_mask_may_be_a_list(case):
 
 @cases(*MASKABLE)
 @modes
-@pytest.mark.parametrize("bad", [np.nan, np.inf], ids=str)
+@pytest.mark.parametrize("bad", [np.nan, np.inf, np.finfo(np.float64).max], ids=str)
 def test_what_is_masked_out_reaches_nothing(case, training, bad):
     x, dy = case.input(), normal(*case.shape, seed=1)
     mask = normal(*case.shape, seed=2) < 0.5

@@ -69,14 +69,14 @@ def test_nothing_is_read_after_the_last_element(n, dtype):
 
 @njit
 def choose(x, mask, y):
-    """Write x to y where mask is True or x is finite and not 0, else 7: rows (n,)."""
-    n, zero, seven = x.shape[0], splat(x.dtype.type(0)), splat(x.dtype.type(7))
+    """Write x to y where mask is True or x is finite, else 7: rows (n,)."""
+    n, seven = x.shape[0], splat(x.dtype.type(7))
     whole = n // LANES * LANES
     for i in range(0, whole, LANES):
         v, counts = load(x, i, None), load(mask, i, None)
-        store(where(counts | ((v != zero) & is_finite(v)), v, seven), y, i, None)
+        store(where(counts | is_finite(v), v, seven), y, i, None)
     v, counts = load(x, whole, n - whole), load(mask, whole, n - whole)
-    store(where(counts | ((v != zero) & is_finite(v)), v, seven), y, whole, n - whole)
+    store(where(counts | is_finite(v), v, seven), y, whole, n - whole)
 
 
 @DTYPES
@@ -86,7 +86,7 @@ def test_choices(dtype):
     mask = np.arange(x.size) % 3 == 0
     y = np.empty_like(x)
     choose(x, mask, y)
-    np.testing.assert_array_equal(y, np.where(mask | ((x != 0) & np.isfinite(x)), x, dtype(7)))
+    np.testing.assert_array_equal(y, np.where(mask | np.isfinite(x), x, dtype(7)))
 
 
 @njit
