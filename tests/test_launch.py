@@ -1,5 +1,6 @@
 """A kernel calls itself for each share of its tasks: each task is done once, with its arguments."""
 
+import gc
 import sys
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 from numba import njit
 from numba.core.runtime import _nrt_python, rtsys
 
-from numbanorm import _launch, _threads
+from numbanorm import _cache, _launch, _threads
 
 
 @njit(nogil=True)
@@ -79,6 +80,45 @@ def test_lent_arrays():
     after = rtsys.get_allocation_stats()
     assert sys.getrefcount(x) == before[0]
     assert after.alloc - before[1].alloc == after.free - before[1].free > 0
+
+
+@njit
+def add_up(arrays, nothing):
+    """Write the sum of the first two arrays to the third; return whether nothing is None twice."""
+    a, b, total = _launch.split(arrays, 3)
+    first, second = _launch.split(nothing, 2)
+    for i in range(total.shape[0]):
+        for j in range(total.shape[1]):
+            total[i, j] = a[i, j] + b[i, j]
+    return first is None and second is None
+
+
+@pytest.mark.usefixtures("counting")
+def test_the_arrays_of_one():
+    arrays = np.arange(24.0).reshape(4, 2, 3)
+    expected = [arrays[0], arrays[1], arrays[0] + arrays[1], arrays[3]]
+    before = sys.getrefcount(arrays)
+    assert add_up(arrays, None)
+    assert sys.getrefcount(arrays) == before
+    np.testing.assert_array_equal(arrays, expected)
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_no_garbage_is_looked_for_while_compiling(enabled):
+    def compile_it(fails):
+        found.append(gc.isenabled())
+        if fails:
+            raise ValueError("no kernel")
+
+    found = []
+    (gc.enable if enabled else gc.disable)()
+    try:
+        _cache._uncollected(compile_it)(False)
+        with pytest.raises(ValueError, match="no kernel"):
+            _cache._uncollected(compile_it)(True)
+        assert (found, gc.isenabled()) == ([False, False], enabled)
+    finally:
+        gc.enable()
 
 
 @njit(nogil=True)
