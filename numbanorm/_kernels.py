@@ -1625,42 +1625,117 @@ def _column_coefficients(mean, rstd, m, r, t):
         t[c] = (np.float64(m[c]) - mean[c]) * rstd[c]
 
 
+@njit(**LEAF)
+def _begin_columns(xs, place, length, shift, s1, s2):
+    """Write the first elements of n columns to shift (n,), and 0 to their sums."""
+    for c in range(shift.shape[0]):
+        shift[c] = xs[place + c] if length > 0 else 0.0
+        s1[c], s2[c] = 0.0, 0.0
+
+
+@njit(**LEAF)
+def _block_of_lines(unit, early, n_columns, width):
+    """Return the outer index and the columns of a unit of work, where ``early`` a line begins."""
+    n_blocks = max((n_columns - early + width - 1) // width, 1)
+    a = unit // n_blocks
+    c0 = (unit - a * n_blocks) * width
+    return a, c0 + (early if c0 > 0 else 0), min(c0 + early + width, n_columns)
+
+
+@njit(**LEAF)
+def _normalize_beside(x, i, coming, n_coming, shift, s1, s2, row, n, by, ys):
+    """Add vectors of ROWS rows that come next to their sums, while row i (n,) is written to ys.
+
+    They are those of row i and of its neighbours, of which a share is added beside each.
+    """
+    length, step = x.shape[1:]
+    q, n_vectors = i % ROWS, n_coming // LANES if i // ROWS * ROWS + ROWS <= length else 0
+    first, last = q * n_vectors // ROWS, (q + 1) * n_vectors // ROWS
+    xs, place = stretch(x, 0, x.size), coming + (i - q) * step
+    n_steps = n // (ROWS * LANES)
+    for k in range(max(last - first, n_steps)):
+        if first + k < last:
+            c = (first + k) * LANES
+            at = place + c
+            _add_to_vector(
+                None, xs, None, None, i - q, ROWS, at, step, at + ROWS * step, step, c, None,
+                shift, s1, s2,
+            )  # fmt: skip
+        if k < n_steps:
+            for j in range(k * ROWS * LANES, (k + 1) * ROWS * LANES, LANES):
+                _normalize_vector(row, j, None, by, ys, j)
+    for j in range(n_steps * ROWS * LANES, n, LANES):
+        _normalize_vector(row, j, min(LANES, n - j), by, ys, j)
+
+
 @cached_njit(**FLAGS)
-def forward_element_columns(threads, x, parameters, eps, center, live, width, statistics, y):
+def forward_element_columns(
+    threads, x, parameters, eps, center, live, width, streamed, statistics, y
+):
     """Normalise columns: x, y (A, D, B), weight and bias (2, D).
 
-    ``statistics`` (3, A * B) are taken and written if ``live``, else read.
+    ``statistics`` (3, A * B) are taken and written if ``live``, else read. ``streamed`` is True or
+    None: then a block of columns is summed up while the one before it is written.
     """
     n_outer, length, n_columns = x.shape
-    begin, end = share(threads, n_outer * ((n_columns + width - 1) // width))
+    # A store to a part of a line waits for the line, and what is stored later waits, too: blocks
+    # end where lines do. A column's sums do not depend on its block.
+    early = np.intp(0) if streamed is None else to_next_line(y, 0)
+    n_blocks = max((n_columns - early + width - 1) // width, 1)
+    begin, end = share(threads, n_outer * n_blocks)
     (x, y), (weight, bias) = lend((x, y)), split(parameters, 2)
     count, mean, var = split(statistics, 3)
-    for task in range(begin, end):
-        a, c0, c1 = _block(task, n_columns, width)
-        n, first = c1 - c0, a * n_columns + c0
-        own = (
-            np.zeros(room(3, n, mean), mean.dtype), np.empty(room(3, n, y), y.dtype), np.empty(n),
-        )  # fmt: skip
-        sums, memory, rstd = lend(own)
+    most = width + LANES
+    own = (
+        np.empty(room(3, most, mean), mean.dtype), np.empty(room(3, most, y), y.dtype),
+        np.empty(most), _buffer(most, streamed is not None, y),
+    )  # fmt: skip
+    sums, memory, rstd, buffer = lend(own)
+    xs, ys, is_summed = stretch(x, 0, x.size), stretch(y, 0, y.size), False
+    for unit in range(begin, end):
+        a, c0, c1 = _block_of_lines(unit, early, n_columns, width)
+        n, first, place = c1 - c0, a * n_columns + c0, a * length * n_columns + c0
+        s1, s2, shift = _three_rows(sums, n)
         groups = stretch(count, first, n), stretch(mean, first, n), stretch(var, first, n)
-        place = a * length * n_columns + c0
         if live:
-            s1, s2, shift = _three_rows(sums, n)
-            if length > 0:
-                _copy(stretch(x, place, n), shift)
-            _add_to_columns(None, x, None, None, a, 0, length, c0, c1, shift, s1, s2)
+            if not is_summed:
+                _begin_columns(xs, place, length, shift, s1, s2)
+                _add_to_columns(None, x, None, None, a, 0, length, c0, c1, shift, s1, s2)
             for c in range(n):
                 mu, _, m2 = _unshift(length, shift[c], s1[c], s2[c])
                 _write_statistics(c, length, mu, m2, center, *groups)
         _write_rstds(groups[0], groups[2], eps, rstd)
         m, r, t = _three_rows(memory, n)
         _column_coefficients(groups[1], rstd, m, r, t)
+        is_summed = streamed is not None and live and unit + 1 < end
+        if is_summed:
+            a, c0, c1 = _block_of_lines(unit + 1, early, n_columns, width)
+        n_coming, coming = c1 - c0 if is_summed else 0, a * length * n_columns + c0
+        s1, s2, shift = _three_rows(sums, n_coming)
+        _begin_columns(xs, coming, length, shift, s1, s2)
         for i in range(length):
-            # Nothing is asked for ahead: the block is in a cache since its sums were taken.
             by = weight[i], bias[i], m, r, t
-            _normalize(stretch(x, place, n), by, stretch(y, place, n))
+            if streamed is None:
+                # Nothing is asked for ahead: the block is in a cache since its sums were taken.
+                _normalize(stretch(x, place, n), by, stretch(y, place, n))
+            else:
+                row = None, stretch(x, place, n), None
+                _normalize_beside(x, i, coming, n_coming, shift, s1, s2, row, n, by, buffer)
+                kept, at = _flush(buffer, n, ys, place)
+                _finish(buffer, kept, ys, at)
             place += n_columns
-        keep(own)
+        if is_summed:
+            # What is not in whole vectors of ROWS rows.
+            whole, whole_rows = n_coming // LANES * LANES, length // ROWS * ROWS
+            for lo, hi, c in ((0, whole_rows, whole), (whole_rows, length, 0)):
+                rest = n_coming - c
+                _add_to_columns(
+                    None, x, None, None, a, lo, hi, c0 + c, c1,
+                    stretch(shift, c, rest), stretch(s1, c, rest), stretch(s2, c, rest),
+                )  # fmt: skip
+    if streamed is not None:
+        fence()
+    keep(own)
 
 
 @njit(**LEAF)

@@ -255,15 +255,16 @@ def _is_streamed(saved: Saved, in_place: bool, n_read: int, y: Array) -> bool:
     # What is written at once must be a run in memory. For pieces that are rows it was not faster.
     in_runs = plan.by_group
     if plan.columns:
-        in_runs = not plan.elements and plan.tiles.block >= min(plan.view[-1], STREAM_PARTS_FROM)
+        least = STREAM_FROM if plan.elements else STREAM_PARTS_FROM
+        in_runs = plan.tiles.block >= min(plan.view[-1], least)
     return in_runs and not in_place and not once and y.shape[-1] >= STREAM_FROM
 
 
 def _stream(plan: Plan, streamed: bool) -> tuple[bool | None, ...]:
     """Return what a kernel is told of that; those of rows are compiled for either, with None."""
-    if plan.columns:
-        return () if plan.elements else (streamed,)
-    return (streamed or None,) if plan.by_group else ()
+    if plan.elements or (plan.by_group and not plan.columns):
+        return (streamed or None,)
+    return (streamed,) if plan.columns else ()
 
 
 def _forward_groups(
