@@ -42,6 +42,9 @@ COLUMN_WIDTH = 256
 
 # Elements of a column group that is read again from a core's own cache: 256 KiB of float32.
 CACHED_GROUP = 1 << 16
+# Columns that are groups of their own and are handled at once: in fewer, rows are short runs of
+# memory. There are fewer where groups are long, unless there are many.
+COLUMN_RUN = 1 << 9
 # Elements that one task reads twice, the second time from a cache: 1 MiB of float32.
 SLAB = 1 << 18
 # Elements of rows next to each other that are read in one run where those of a group are apart.
@@ -263,10 +266,14 @@ class Plan:
     ) -> None:
         a, d, b = self._size(outer), self._size(reduced), self._size(within)
         self.view, self.weights_shape = (a, d, b), (d,)
-        # In whole lines of memory, where each row of x begins with one.
-        width = max(1, min(b, max(64, CACHED_GROUP // max(d, 1) // 16 * 16)))
+        width = max(64, min(COLUMN_RUN, max(CACHED_GROUP // max(d, 1), a * b // TASKS)))
+        # All blocks of a row about as wide, in steps of a kernel's loops.
+        n_blocks = max(1, -(-b // width))
+        width = max(1, min(b, -(-b // (n_blocks * 64)) * 64))
         self.tiles = Tiles(1, d, width)
-        self.gradient_parts = (min(a * -(-b // width), TASKS), d)
+        # Each part has its own sums of the parameters' gradients.
+        n_parts = 1 if a * d * b < LONG_TASK else min(a * -(-b // width), TASKS)
+        self.gradient_parts = n_parts, d
 
     def _see_pieces(self, outer: list[int], run: list[int], columns: list[int]) -> None:
         a, length, c = self._size(outer), self._size(run), self._size(columns)

@@ -1626,11 +1626,26 @@ def _column_coefficients(mean, rstd, m, r, t):
 
 
 @njit(**LEAF)
-def _begin_columns(xs, place, length, shift, s1, s2):
-    """Write the first elements of n columns to shift (n,), and 0 to their sums."""
-    for c in range(shift.shape[0]):
-        shift[c] = xs[place + c] if length > 0 else 0.0
-        s1[c], s2[c] = 0.0, 0.0
+def _begin_columns(values, place, n_rows, center, s0, s1):
+    """Write values from ``place`` on, unless there are no rows, to center (n,), and 0 to sums."""
+    for c in range(center.shape[0]):
+        center[c] = values[place + c] if n_rows > 0 else 0.0
+        s0[c], s1[c] = 0.0, 0.0
+
+
+@njit(**LEAF)
+def _write_row(buffer, n, y, at, ahead):
+    """Write a row (n,) to y (N,) from ``at`` on, past the caches but for parts of lines.
+
+    A store to one waits for the line, and so does what is stored after it: those of a row that
+    comes so far ahead are asked for.
+    """
+    if to_next_line(y, at) > 0:
+        fetch(y, at + ahead)
+    kept, end = _flush(buffer, n, y, at)
+    if kept > 0:
+        fetch(y, end + ahead)
+    _finish(buffer, kept, y, end)
 
 
 @njit(**LEAF)
@@ -1642,23 +1657,45 @@ def _block_of_lines(unit, early, n_columns, width):
     return a, c0 + (early if c0 > 0 else 0), min(c0 + early + width, n_columns)
 
 
-@njit(**LEAF)
-def _normalize_beside(x, i, coming, n_coming, shift, s1, s2, row, n, by, ys):
-    """Add vectors of ROWS rows that come next to their sums, while row i (n,) is written to ys.
+# A block of columns is summed up while the one before it is written past the caches: some vectors
+# of ROWS rows of the one, beside each row of the other.
 
-    They are those of row i and of its neighbours, of which a share is added beside each.
+
+@njit(**LEAF)
+def _vectors_beside(i, length, n):
+    """Return which vectors of n columns are summed up beside row i, from ... to.
+
+    They are those of ROWS rows, of which a share is added beside each of as many rows.
     """
-    length, step = x.shape[1:]
-    q, n_vectors = i % ROWS, n_coming // LANES if i // ROWS * ROWS + ROWS <= length else 0
-    first, last = q * n_vectors // ROWS, (q + 1) * n_vectors // ROWS
-    xs, place = stretch(x, 0, x.size), coming + (i - q) * step
+    q, n_vectors = i % ROWS, n // LANES
+    if i - q + ROWS > length:
+        return 0, 0
+    return q * n_vectors // ROWS, (q + 1) * n_vectors // ROWS
+
+
+@njit(**LEAF)
+def _add_rest(dy, x, weight, a, c0, c1, center, s0, s1):
+    """Add what is not summed up beside rows: columns and rows that are too few for it."""
+    length, n = x.shape[1], c1 - c0
+    whole, whole_rows = n // LANES * LANES, length // ROWS * ROWS
+    for lo, hi, c in ((0, whole_rows, whole), (whole_rows, length, 0)):
+        rest = n - c
+        _add_to_columns(
+            dy, x, None, weight, a, lo, hi, c0 + c, c1,
+            stretch(center, c, rest), stretch(s0, c, rest), stretch(s1, c, rest),
+        )  # fmt: skip
+
+
+@njit(**LEAF)
+def _normalize_beside(xs, step, coming, first, last, shift, s1, s2, row, n, by, ys):
+    """Add vectors of ROWS rows from ``coming`` on to their sums, while a row (n,) is written."""
     n_steps = n // (ROWS * LANES)
     for k in range(max(last - first, n_steps)):
         if first + k < last:
             c = (first + k) * LANES
-            at = place + c
+            at = coming + c
             _add_to_vector(
-                None, xs, None, None, i - q, ROWS, at, step, at + ROWS * step, step, c, None,
+                None, xs, None, None, 0, ROWS, at, step, at + ROWS * step, step, c, None,
                 shift, s1, s2,
             )  # fmt: skip
         if k < n_steps:
@@ -1719,20 +1756,16 @@ def forward_element_columns(
                 # Nothing is asked for ahead: the block is in a cache since its sums were taken.
                 _normalize(stretch(x, place, n), by, stretch(y, place, n))
             else:
-                row = None, stretch(x, place, n), None
-                _normalize_beside(x, i, coming, n_coming, shift, s1, s2, row, n, by, buffer)
-                kept, at = _flush(buffer, n, ys, place)
-                _finish(buffer, kept, ys, at)
+                lo, hi = _vectors_beside(i, length, n_coming)
+                row, from_row = (None, stretch(x, place, n), None), i // ROWS * ROWS
+                _normalize_beside(
+                    xs, n_columns, coming + from_row * n_columns, lo, hi, shift, s1, s2,
+                    row, n, by, buffer,
+                )  # fmt: skip
+                _write_row(buffer, n, ys, place, ROWS * n_columns)
             place += n_columns
         if is_summed:
-            # What is not in whole vectors of ROWS rows.
-            whole, whole_rows = n_coming // LANES * LANES, length // ROWS * ROWS
-            for lo, hi, c in ((0, whole_rows, whole), (whole_rows, length, 0)):
-                rest = n_coming - c
-                _add_to_columns(
-                    None, x, None, None, a, lo, hi, c0 + c, c1,
-                    stretch(shift, c, rest), stretch(s1, c, rest), stretch(s2, c, rest),
-                )  # fmt: skip
+            _add_rest(None, x, None, a, c0, c1, shift, s1, s2)
     if streamed is not None:
         fence()
     keep(own)
@@ -1740,7 +1773,7 @@ def forward_element_columns(
 
 @njit(**LEAF)
 def _backward_vector_of_columns(dys, xs, live, i, n, weight, m, r, t, c0, c1, dxs):
-    """Write dx, see _backward_row_of_columns; return vectors of dy * x_hat and dy."""
+    """Write dx to dxs[i], see _backward_row_of_columns; return vectors of dy * x_hat and dy."""
     dy, x = load(dys, i, n), load(xs, i, n)
     m, r, t = load(m, i, n), load(r, i, n), load(t, i, n)
     c0, c1 = load(c0, i, n), load(c1, i, n)
@@ -1770,53 +1803,109 @@ def _backward_row_of_columns(dys, xs, live, weight, m, r, t, c0, c1, dxs):
     return total(sum_x), total(sum_1)
 
 
+@njit(**LEAF)
+def _backward_beside(
+    dys, xs, weight, i, step, coming, first, last, means, s0, s1, row, live, by, dxs
+):
+    """Add vectors of ROWS rows from ``coming`` on to their sums, while dx of a row is written.
+
+    Return what _backward_row_of_columns does.
+    """
+    n = row[0].shape[0]
+    n_steps = n // (ROWS * LANES)
+    sum_x, sum_1 = splat(0.0), splat(0.0)
+    for k in range(max(last - first, n_steps)):
+        if first + k < last:
+            c = (first + k) * LANES
+            at = coming + c
+            _add_to_vector(
+                dys, xs, None, weight, i, ROWS, at, step, at + ROWS * step, step, c, None,
+                means, s0, s1,
+            )  # fmt: skip
+        if k < n_steps:
+            for j in range(k * ROWS * LANES, (k + 1) * ROWS * LANES, LANES):
+                dy_hat, dy = _backward_vector_of_columns(*row, live, j, None, *by, dxs)
+                sum_x += dy_hat
+                sum_1 += dy
+    for j in range(n_steps * ROWS * LANES, n, LANES):
+        dy_hat, dy = _backward_vector_of_columns(*row, live, j, min(LANES, n - j), *by, dxs)
+        sum_x += dy_hat
+        sum_1 += dy
+    return total(sum_x), total(sum_1)
+
+
 @cached_njit(**FLAGS)
 def backward_element_columns(
-    threads, dy, x, parameters, eps, center, live, affine, width, statistics, dx, dparameters
-):
+    threads, dy, x, parameters, eps, center, live, affine, width, streamed,
+    statistics, dx, dparameters,
+):  # fmt: skip
     """Write dx and parameter gradients of columns: dy, x, dx (A, D, B), weight first in (2, D).
 
     ``statistics`` (3, A * B) are those of forward; dweight and dbias (2, T, D), a row for each
-    of T tasks, start at 0 and are left alone unless ``affine``.
+    of T tasks, start at 0 and are left alone unless ``affine``. See forward_element_columns about
+    ``streamed``.
     """
     n_outer, length, n_columns = x.shape
+    # Blocks do not end where lines do: a row's sums depend on them, and must not on dx's address.
     n_tasks = dparameters.shape[1]
     n_units = n_outer * ((n_columns + width - 1) // width)
-    begin, end = share(threads, n_tasks)
+    task, last_task = share(threads, n_tasks)
+    begin, end = task * n_units // n_tasks, last_task * n_units // n_tasks
     (dy, x, dx), (weight,), (dweight, dbias) = (
         lend((dy, x, dx)), split(parameters, 1), split(dparameters, 2)
     )  # fmt: skip
     count, mean, var = split(statistics, 3)
-    for task in range(begin, end):
-        for unit in range(task * n_units // n_tasks, (task + 1) * n_units // n_tasks):
-            a, c0, c1 = _block(unit, n_columns, width)
-            n, first = c1 - c0, a * n_columns + c0
-            own = (
-                np.zeros(room(3, n, mean), mean.dtype), np.empty(room(5, n, dx), dx.dtype),
-                np.empty(n),
-            )  # fmt: skip
-            sums, memory, rstd = lend(own)
-            s0, s1, means = _three_rows(sums, n)
-            _copy(stretch(mean, first, n), means)
-            _write_rstds(stretch(count, first, n), stretch(var, first, n), eps, rstd)
-            rows = rows_of(memory, 5)
-            _column_coefficients(means, rstd, rows[0], rows[1], rows[2])
+    own = (
+        np.empty(room(3, width, mean), mean.dtype), np.empty(room(5, width, dx), dx.dtype),
+        np.empty(width), _buffer(width, streamed is not None, dx),
+    )  # fmt: skip
+    sums, memory, rstd, buffer = lend(own)
+    rows = rows_of(memory, 5)
+    m, r, t, g0, g1 = rows[0], rows[1], rows[2], rows[3], rows[4]
+    dys, xs, dxs = stretch(dy, 0, dy.size), stretch(x, 0, x.size), stretch(dx, 0, dx.size)
+    is_summed = False
+    for unit in range(begin, end):
+        while (task + 1) * n_units // n_tasks <= unit:
+            task += 1
+        a, c0, c1 = _block(unit, n_columns, width)
+        n, first, place = c1 - c0, a * n_columns + c0, a * length * n_columns + c0
+        s0, s1, means = _three_rows(sums, n)
+        if not is_summed:
+            _begin_columns(mean, first, length, means, s0, s1)
             _add_to_columns(dy, x, None, weight, a, 0, length, c0, c1, means, s0, s1)
-            for c in range(n):
-                n_all = max(count[first + c], 1.0)
-                rows[3, c] = s0[c] / n_all if center else 0.0
-                rows[4, c] = s1[c] * rstd[c] / n_all
-            place = a * length * n_columns + c0
-            for i in range(length):
-                dys, xs, dxs = stretch(dy, place, n), stretch(x, place, n), stretch(dx, place, n)
-                sum_x, sum_1 = _backward_row_of_columns(
-                    dys, xs, live, weight[i], rows[0], rows[1], rows[2], rows[3], rows[4], dxs
-                )
-                if affine:
-                    dweight[task, i] += sum_x
-                    dbias[task, i] += sum_1
-                place += n_columns
-            keep(own)
+        _write_rstds(stretch(count, first, n), stretch(var, first, n), eps, rstd)
+        _column_coefficients(means, rstd, m, r, t)
+        for c in range(n):
+            n_all = max(count[first + c], 1.0)
+            g0[c] = s0[c] / n_all if center else 0.0
+            g1[c] = s1[c] * rstd[c] / n_all
+        is_summed = streamed is not None and unit + 1 < end
+        if is_summed:
+            a, c0, c1 = _block(unit + 1, n_columns, width)
+        n_coming, coming = c1 - c0 if is_summed else 0, a * length * n_columns + c0
+        s0, s1, means = _three_rows(sums, n_coming)
+        _begin_columns(mean, a * n_columns + c0, length, means, s0, s1)
+        for i in range(length):
+            row, by = (stretch(dy, place, n), stretch(x, place, n)), (weight[i], m, r, t, g0, g1)
+            if streamed is None:
+                sum_x, sum_1 = _backward_row_of_columns(*row, live, *by, stretch(dx, place, n))
+            else:
+                lo, hi = _vectors_beside(i, length, n_coming)
+                from_row = i // ROWS * ROWS
+                sum_x, sum_1 = _backward_beside(
+                    dys, xs, weight, from_row, n_columns, coming + from_row * n_columns, lo, hi,
+                    means, s0, s1, row, live, by, buffer,
+                )  # fmt: skip
+                _write_row(buffer, n, dxs, place, ROWS * n_columns)
+            if affine:
+                dweight[task, i] += sum_x
+                dbias[task, i] += sum_1
+            place += n_columns
+        if is_summed:
+            _add_rest(dy, x, weight, a, c0, c1, means, s0, s1)
+    if streamed is not None:
+        fence()
+    keep(own)
 
 
 @njit(**LEAF)

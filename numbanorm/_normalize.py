@@ -255,8 +255,9 @@ def _is_streamed(saved: Saved, in_place: bool, n_read: int, y: Array) -> bool:
     # What is written at once must be a run in memory. For pieces that are rows it was not faster.
     in_runs = plan.by_group
     if plan.columns:
-        least = STREAM_FROM if plan.elements else STREAM_PARTS_FROM
-        in_runs = plan.tiles.block >= min(plan.view[-1], least)
+        # Runs that leave parts of lines to each other are longer.
+        least = 2 * STREAM_FROM if plan.elements else min(plan.view[-1], STREAM_PARTS_FROM)
+        in_runs = plan.tiles.block >= least
     return in_runs and not in_place and not once and y.shape[-1] >= STREAM_FROM
 
 
@@ -443,13 +444,13 @@ def _backward_elements(saved: Saved, dy: Array, streamed: bool, dx: Array) -> Fo
     affine = saved.has_weight or saved.has_bias
     blocks = np.zeros((2, *(plan.gradient_parts if affine else (TASKS, 0))))
     kernel, args = _kernels.backward_elements, [dy, saved.x, saved.mask]
-    cut: tuple[Any, ...] = _stream(plan, streamed)
+    cut: tuple[int, ...] = ()
     if plan.columns:
         kernel, args, cut = _kernels.backward_element_columns, [dy, saved.x], plan.cut
     _threads.run(
         kernel, dy.size,
-        *args, saved.parameters, saved.eps, saved.center, not saved.fixed, affine, *cut,
-        saved.of_groups, dx, blocks,
+        *args, saved.parameters, saved.eps, saved.center, not saved.fixed, affine,
+        *cut, *_stream(plan, streamed), saved.of_groups, dx, blocks,
     )  # fmt: skip
     if not affine:
         return blocks[0], blocks[1], None

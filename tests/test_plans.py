@@ -45,7 +45,7 @@ PLANS = {
     ),
     "columns, folded": ({"COLUMN_FOLD": 12}, "BatchNorm2d-last", (3, 5, 6, 4), (1, 30, 12)),
     "columns with a weight for each row": (
-        {"CACHED_GROUP": 1}, "Norm-columns", (3, 6, 15, 13), (3, 6, 195)
+        {"COLUMN_RUN": 64}, "Norm-columns", (3, 6, 15, 13), (3, 6, 195)
     ),
     "groups of columns": ({"COLUMN_FOLD": 1}, "GroupNorm-last", (3, 8, 8, 6), (3, 64, 6)),
     "groups of columns, folded": ({}, "GroupNorm-last", (3, 8, 8, 6), (3, 16, 24)),
