@@ -1625,6 +1625,10 @@ def _column_coefficients(mean, rstd, m, r, t):
         t[c] = (np.float64(m[c]) - mean[c]) * rstd[c]
 
 
+# A block of columns is summed up while the one before it is written past the caches: some vectors
+# of ROWS rows of the one, beside each row of the other.
+
+
 @njit(**LEAF)
 def _begin_columns(values, place, n_rows, center, s0, s1):
     """Write values from ``place`` on, unless there are no rows, to center (n,), and 0 to sums."""
@@ -1655,10 +1659,6 @@ def _block_of_lines(unit, early, n_columns, width):
     a = unit // n_blocks
     c0 = (unit - a * n_blocks) * width
     return a, c0 + (early if c0 > 0 else 0), min(c0 + early + width, n_columns)
-
-
-# A block of columns is summed up while the one before it is written past the caches: some vectors
-# of ROWS rows of the one, beside each row of the other.
 
 
 @njit(**LEAF)
@@ -1711,8 +1711,8 @@ def forward_element_columns(
 ):
     """Normalise columns: x, y (A, D, B), weight and bias (2, D).
 
-    ``statistics`` (3, A * B) are taken and written if ``live``, else read. ``streamed`` is True or
-    None: then a block of columns is summed up while the one before it is written.
+    ``statistics`` (3, A * B) are taken and written if ``live``, else read. If ``streamed``, which
+    is True or None, a block of columns is summed up while the one before it is written.
     """
     n_outer, length, n_columns = x.shape
     # A store to a part of a line waits for the line, and what is stored later waits, too: blocks
@@ -1846,8 +1846,8 @@ def backward_element_columns(
     ``streamed``.
     """
     n_outer, length, n_columns = x.shape
-    # Blocks do not end where lines do: a row's sums depend on them, and must not on dx's address.
     n_tasks = dparameters.shape[1]
+    # Blocks do not end where lines do: a row's sums depend on them, and must not on dx's address.
     n_units = n_outer * ((n_columns + width - 1) // width)
     task, last_task = share(threads, n_tasks)
     begin, end = task * n_units // n_tasks, last_task * n_units // n_tasks
@@ -1860,8 +1860,7 @@ def backward_element_columns(
         np.empty(width), _buffer(width, streamed is not None, dx),
     )  # fmt: skip
     sums, memory, rstd, buffer = lend(own)
-    rows = rows_of(memory, 5)
-    m, r, t, g0, g1 = rows[0], rows[1], rows[2], rows[3], rows[4]
+    m, r, t, g0, g1 = split(rows_of(memory, 5), 5)
     dys, xs, dxs = stretch(dy, 0, dy.size), stretch(x, 0, x.size), stretch(dx, 0, dx.size)
     is_summed = False
     for unit in range(begin, end):

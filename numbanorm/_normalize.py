@@ -255,7 +255,8 @@ def _is_streamed(saved: Saved, in_place: bool, n_read: int, y: Array) -> bool:
     # What is written at once must be a run in memory. For pieces that are rows it was not faster.
     in_runs = plan.by_group
     if plan.columns:
-        # Runs that leave parts of lines to each other are longer.
+        # Blocks of element columns share lines, and short runs are mostly parts of lines: those of
+        # 196 columns took twice as long past the caches.
         least = 2 * STREAM_FROM if plan.elements else min(plan.view[-1], STREAM_PARTS_FROM)
         in_runs = plan.tiles.block >= least
     return in_runs and not in_place and not once and y.shape[-1] >= STREAM_FROM
@@ -510,26 +511,26 @@ def _backward_pieces(saved: Saved, dy: Array, streamed: bool, dx: Array) -> Foun
     if saved.share is not None:
         saved.share(dstatistics)
     n_pieces = sums.shape[1]
-    by = np.empty((5, n_pieces), dx.dtype)
+    by: Array = np.empty((5, n_pieces), dx.dtype)
     own: tuple[Any, Any] = None, None
     if saved.instances is not None:
         count, mean = saved.instances.count, saved.instances.mean
-        own = plan.instances.of_piece[0], np.stack((np.ravel(count).astype(float), mean.ravel()))
+        own = plan.instances.of_piece[0], np.stack((np.ravel(count), mean.ravel()))
     _threads.run(
         _kernels.gradient_coefficients, n_pieces * _kernels.PIECE,
         groups.of_piece, plan.features, saved.of_groups, dstatistics, saved.center,
         geometry.tracked if saved.fixed else -1, *own, saved.parameters, saved.of_pieces, by,
     )  # fmt: skip
-    of_pieces = by.reshape(5, *plan.pieces)
+    by = by.reshape(5, *plan.pieces)
     if saved.fixed and len(groups.slices) == 1:
-        zero = np.zeros_like(of_pieces[0])
-        _apply(plan, dy, np.stack((zero, of_pieces[0], zero)), streamed, dx)
+        zero = np.zeros_like(by[0])
+        _apply(plan, dy, np.stack((zero, by[0], zero)), streamed, dx)
     else:
         kernel = _kernels.backward_columns if plan.columns else _kernels.backward_rows
         _, part, block = plan.tiles
         _threads.run(
             kernel, dy.size,
-            dy, saved.x, saved.mask, part, block, of_pieces, *_stream(plan, streamed), dx,
+            dy, saved.x, saved.mask, part, block, by, *_stream(plan, streamed), dx,
         )  # fmt: skip
     if plan.affine:
         found = found.reshape(2, *geometry.param_shape)
