@@ -761,12 +761,6 @@ def _buffer(n, streamed, y):
 
 
 @njit(**LEAF)
-def _target(y, at, n, streamed, buffer, kept):
-    """Return where to write the n elements that come to y (N,) at ``at``, or after what is kept."""
-    return stretch(buffer, kept, n) if streamed else stretch(y, at, n)
-
-
-@njit(**LEAF)
 def _flush(buffer, n, y, at):
     """Write n elements to y (N,) from ``at`` on; return how many are kept, and where they belong.
 
@@ -791,6 +785,79 @@ def _finish(buffer, kept, y, at):
         y[at + i] = buffer[i]
 
 
+@njit(**LEAF)
+def _open_stream(buffer):
+    """Return what is between loops and memory: the buffer, how many are kept, where they belong."""
+    return buffer, np.intp(0), np.intp(0)
+
+
+@njit(**LEAF)
+def _follow(stream, y, place):
+    """Return the stream once what is kept, unless ``place`` comes next, is written to y (N,)."""
+    buffer, kept, at = stream
+    if at + kept != place:
+        _finish(buffer, kept, y, at)
+        kept, at = np.intp(0), place
+    return buffer, kept, at
+
+
+@njit(**LEAF)
+def _begin_run(streamed, stream, y, place, n):
+    """Return where to write n elements that come to y (N,) at ``place``, and the stream."""
+    if not streamed:
+        return stretch(y, place, n), stream
+    stream = _follow(stream, y, place)
+    return stretch(stream[0], stream[1], n), stream
+
+
+@njit(**LEAF)
+def _end_run(streamed, stream, y, n):
+    """Return the stream once a run of n elements is written."""
+    buffer, kept, at = stream
+    if streamed:
+        kept, at = _flush(buffer, kept + n, y, at)
+    return buffer, kept, at
+
+
+@njit(**LEAF)
+def _write_run(streamed, stream, write, row, n, by, y, place):
+    """Write a row of n elements to y (N,) from ``place`` on, and return the stream.
+
+    ``write`` is the function that writes a row from ``by``. ``streamed`` is True or None, as having
+    both makes a kernel slower for short rows.
+    """
+    if streamed is None:
+        write(row, n, by, stretch(y, place, n), AHEAD)
+        return stream
+    for i in range(0, n, BUFFER):
+        n_here = min(BUFFER, n - i)
+        ys, stream = _begin_run(streamed, stream, y, place + i, n_here)
+        write(_row(*row, i, n_here), n_here, by, ys, AHEAD)
+        stream = _end_run(streamed, stream, y, n_here)
+    return stream
+
+
+@njit(**LEAF)
+def _close_stream(streamed, stream, y):
+    """Write what is kept to y (N,)."""
+    if streamed:
+        buffer, kept, at = stream
+        _finish(buffer, kept, y, at)
+        fence()
+
+
+@njit(**LEAF)
+def _write_columns(streamed, buffer, write, dy, x, mask, a, lo, hi, c0, c1, by, y):
+    """Write rows lo to hi of y[a], columns c0 to c1, from rows of coefficients; see _write_run."""
+    stream, out, n, step = _open_stream(buffer), stretch(y, 0, y.size), c1 - c0, x.shape[2]
+    for i in range(lo, hi):
+        at = (a * x.shape[1] + i) * step + c0
+        ys, stream = _begin_run(streamed, stream, out, at, n)
+        write(_row(dy, x, mask, at, n), n, by, ys, ROWS * step)
+        stream = _end_run(streamed, stream, out, n)
+    _close_stream(streamed, stream, out)
+
+
 # ---------------------------------------------------------------------------------------------
 # Apply: y = (x - m) * s + t, with one m, s and t for each piece
 # ---------------------------------------------------------------------------------------------
@@ -810,47 +877,37 @@ def _apply_vector(row, i, n, by, ys, k):
 
 
 @njit(**LEAF)
-def _apply(xs, m, s, t, ys, ahead):
-    """Scale and shift xs (n,) by numbers, or rows of them; ask for what is so far ahead of it."""
-    n = xs.shape[0]
+def _apply(row, n, by, ys, ahead):
+    """Scale and shift a row of n elements by numbers, or rows of them.
+
+    What is so far ahead of it is asked for.
+    """
     whole = n // LANES * LANES
-    row, by = (None, xs, None), (m, s, t)
     for i in range(0, whole, LANES):
-        fetch(xs, i + ahead)
+        fetch(row[1], i + ahead)
         _apply_vector(row, i, None, by, ys, i)
     if whole < n:
         _apply_vector(row, whole, n - whole, by, ys, whole)
 
 
 @cached_njit(**FLAGS)
-def apply_rows(threads, x, part, block, by, y):
-    """Scale and shift each piece: x (P, L), m, s and t (3, P, 1) -> y (P, L)."""
+def apply_rows(threads, x, part, block, by, streamed, y):
+    """Scale and shift each piece: x (P, L), m, s and t (3, P, 1) -> y (P, L).
+
+    ``streamed`` is True or None.
+    """
     n_parts = max(1, (x.shape[1] + part - 1) // part)
     begin, end = share(threads, (x.shape[0] + block - 1) // block * n_parts)
-    m, s, t = split(by, 3)
+    (x, y), (m, s, t), own = lend((x, y)), split(by, 3), (_buffer(BUFFER, streamed, y),)
+    stream, out = _open_stream(lend(own)[0]), stretch(y, 0, y.size)
     for task in range(begin, end):
         first, last, _, lo, n = _rows_of_task(task, n_parts, part, block, x.shape)
         for p in range(first, last):
-            at = p * x.shape[1] + lo
-            _apply(stretch(x, at, n), m[p, 0], s[p, 0], t[p, 0], stretch(y, at, n), AHEAD)
-
-
-@njit(**LEAF)
-def _apply_rows(x, a, lo, hi, c0, c1, m, s, t, streamed, buffer, y):
-    """Scale and shift rows lo to hi of x[a], columns c0 to c1: m, s, t (c1 - c0,)."""
-    out, n, step = stretch(y, 0, y.size), c1 - c0, x.shape[2]
-    place = (a * x.shape[1] + lo) * step + c0
-    kept, at = np.intp(0), place
-    for _ in range(lo, hi):
-        if streamed and at + kept != place:
-            _finish(buffer, kept, out, at)
-            kept, at = np.intp(0), place
-        xs, target = stretch(x, place, n), _target(out, place, n, streamed, buffer, kept)
-        _apply(xs, m, s, t, target, ROWS * step)
-        if streamed:
-            kept, at = _flush(buffer, kept + n, out, at)
-        place += step
-    _finish(buffer, kept, out, at)
+            at, of_piece = p * x.shape[1] + lo, (m[p, 0], s[p, 0], t[p, 0])
+            row = _row(None, x, None, at, n)
+            stream = _write_run(streamed, stream, _apply, row, n, of_piece, out, at)
+    _close_stream(streamed, stream, out)
+    keep(own)
 
 
 @cached_njit(**FLAGS)
@@ -871,9 +928,10 @@ def apply_columns(threads, x, part, width, by, streamed, y):
         memory, buffer = lend(own)
         rows = rows_of(memory, 3)
         _copy_coefficients(by, a, c0, c1, rows)
-        _apply_rows(x, a, lo, hi, c0, c1, rows[0], rows[1], rows[2], streamed, buffer, y)
+        _write_columns(
+            streamed, buffer, _apply, None, x, None, a, lo, hi, c0, c1, split(rows, 3), y
+        )
         keep(own)
-    fence()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -992,37 +1050,25 @@ def _backward(row, n, by, dxs, ahead):
 
 
 @cached_njit(**FLAGS)
-def backward_rows(threads, dy, x, mask, part, block, by, dx):
-    """Write dx: dy, x, mask or None (P, L), a, r, m, b, c (5, P, 1) -> dx (P, L)."""
+def backward_rows(threads, dy, x, mask, part, block, by, streamed, dx):
+    """Write dx: dy, x, mask or None (P, L), a, r, m, b, c (5, P, 1) -> dx (P, L).
+
+    ``streamed`` is True or None.
+    """
     n_parts = max(1, (x.shape[1] + part - 1) // part)
     begin, end = share(threads, (x.shape[0] + block - 1) // block * n_parts)
+    (dy, x, dx), own = lend((dy, x, dx)), (_buffer(BUFFER, streamed, dx),)
     a, r, m, b, c = split(by, 5)
+    stream, out = _open_stream(lend(own)[0]), stretch(dx, 0, dx.size)
     for task in range(begin, end):
         first, last, _, lo, n = _rows_of_task(task, n_parts, part, block, x.shape)
         for p in range(first, last):
+            of_piece = a[p, 0], r[p, 0], m[p, 0], b[p, 0], c[p, 0]
             at = p * x.shape[1] + lo
             row = _row(dy, x, mask, at, n)
-            of_piece = a[p, 0], r[p, 0], m[p, 0], b[p, 0], c[p, 0]
-            _backward(row, n, of_piece, stretch(dx, at, n), AHEAD)
-
-
-@njit(**LEAF)
-def _backward_rows(dy, x, mask, o, lo, hi, c0, c1, a, r, m, b, c, streamed, buffer, dx):
-    """Write rows lo to hi of dx[o], columns c0 to c1: a, r, m, b, c (c1 - c0,)."""
-    out, n, step = stretch(dx, 0, dx.size), c1 - c0, x.shape[2]
-    place = (o * x.shape[1] + lo) * step + c0
-    kept, at = np.intp(0), place
-    for _ in range(lo, hi):
-        if streamed and at + kept != place:
-            _finish(buffer, kept, out, at)
-            kept, at = np.intp(0), place
-        row = _row(dy, x, mask, place, n)
-        target = _target(out, place, n, streamed, buffer, kept)
-        _backward(row, n, (a, r, m, b, c), target, ROWS * step)
-        if streamed:
-            kept, at = _flush(buffer, kept + n, out, at)
-        place += step
-    _finish(buffer, kept, out, at)
+            stream = _write_run(streamed, stream, _backward, row, n, of_piece, out, at)
+    _close_stream(streamed, stream, out)
+    keep(own)
 
 
 @cached_njit(**FLAGS)
@@ -1043,12 +1089,10 @@ def backward_columns(threads, dy, x, mask, part, width, by, streamed, dx):
         memory, buffer = lend(own)
         rows = rows_of(memory, 5)
         _copy_coefficients(by, o, c0, c1, rows)
-        _backward_rows(
-            dy, x, mask, o, lo, hi, c0, c1,
-            rows[0], rows[1], rows[2], rows[3], rows[4], streamed, buffer, dx,
-        )  # fmt: skip
+        _write_columns(
+            streamed, buffer, _backward, dy, x, mask, o, lo, hi, c0, c1, split(rows, 5), dx
+        )
         keep(own)
-    fence()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1097,10 +1141,7 @@ def _beside_in_cache(streamed, stream, coming, n_coming, center, write, row, n, 
 
 @njit(**STREAM)
 def _beside_in_stream(streamed, stream, coming, n_coming, center, write, row, n, by, y, place):
-    buffer, kept, at = stream
-    if n > 0 and at + kept != place:
-        _finish(buffer, kept, y, at)
-        kept, at = np.intp(0), place
+    buffer, kept, at = _follow(stream, y, place) if n > 0 else stream
     near, middle = np.intp(AHEAD), splat(center)
     sums = _begin_sums(coming, n_coming, middle)
     for lo in range(0, max(n, n_coming), BUFFER):
@@ -1130,15 +1171,6 @@ def _compiled_write_beside(streamed, stream, coming, n_coming, center, write, ro
         return function(streamed, stream, coming, n_coming, center, write, row, n, by, y, place)
 
     return call
-
-
-@njit(**LEAF)
-def _close_stream(streamed, stream, y):
-    """Write what is kept to y (N,)."""
-    if streamed is not None:
-        buffer, kept, at = stream
-        _finish(buffer, kept, y, at)
-        fence()
 
 
 @njit(**LEAF)
@@ -1207,9 +1239,9 @@ def forward_elements(
     first, end = share(threads, x.shape[0])
     (x, y), (weight, bias) = lend((x, y)), split(parameters, 2)
     count, mean, var = split(statistics, 3)
-    own = np.empty(block), _buffer(BUFFER, streamed is not None, y)
+    own = np.empty(block), _buffer(BUFFER, streamed, y)
     rstd, buffer = lend(own)
-    stream, out = (buffer, np.intp(0), np.intp(0)), stretch(y, 0, y.size)
+    stream, out = _open_stream(buffer), stretch(y, 0, y.size)
     beside = beside and live
     n_written, k = 0, first % n_weights
     while first < end or n_written > 0:
@@ -1295,11 +1327,11 @@ def forward_groups(
     apart = n_inner > 1
     own = (
         np.empty((4, block)), np.empty(block, np.int64),
-        _buffer(BUFFER, streamed is not None, y),
+        _buffer(BUFFER, streamed, y),
     )  # fmt: skip
     memory, n, buffer = lend(own)
     rstd, shift, s1, s2 = memory[0], memory[1], memory[2], memory[3]
-    stream, out = (buffer, np.intp(0), np.intp(0)), stretch(y, 0, y.size)
+    stream, out = _open_stream(buffer), stretch(y, 0, y.size)
     beside = beside and live
     # A thread's groups are next to each other: the longer a run is, the faster it is read.
     nothing = 0, 0, 0, 0, 0
@@ -1362,6 +1394,18 @@ def _group_coefficients(count, mean, rstd, g0, g1, center, row):
     row[3] = slope * (np.float64(row[1]) - mean) - (g0 / n if center else 0.0)
 
 
+@njit(**LEAF)
+def _scale(row, n, a, dxs, ahead):
+    """Write a * dy of a row of n elements, where a is a number or a row of them."""
+    whole = n // LANES * LANES
+    for i in range(0, whole, LANES):
+        fetch(row[0], i + ahead)
+        store(load(a, i, None) * load(row[0], i, None), dxs, i, None)
+    if whole < n:
+        rest = n - whole
+        store(load(a, whole, rest) * load(row[0], whole, rest), dxs, whole, rest)
+
+
 @cached_njit(**FLAGS)
 def backward_groups(
     threads, dy, x, mask, feature, parameters, eps, center, live, block, beside, streamed,
@@ -1378,11 +1422,11 @@ def backward_groups(
     apart = n_inner > 1
     own = (
         np.empty((3, block)), np.empty((block, 4), dx.dtype),
-        _buffer(BUFFER, streamed is not None, dx),
+        _buffer(BUFFER, streamed, dx),
     )  # fmt: skip
     memory, rows, buffer = lend(own)
     rstd, g0, g1 = memory[0], memory[1], memory[2]
-    stream, out = (buffer, np.intp(0), np.intp(0)), stretch(dx, 0, dx.size)
+    stream, out = _open_stream(buffer), stretch(dx, 0, dx.size)
     beside = beside and live
     nothing = 0, 0, 0, 0, 0
     written = nothing
@@ -1403,10 +1447,10 @@ def backward_groups(
                     s1[q] *= rstd[g]
                     scale = rstd[g] * weight[feature[q]]
                 by = dx.dtype.type(scale), rows[g, 0], rows[g, 1], rows[g, 2], rows[g, 3]
-                if n_here > 0 and not live:
-                    _scale(stretch(dy, place, length), by[0], stretch(dx, place, length))
-                    n_here = 0
                 here = _row(dy, x, mask, place, n_here)
+                if not live:
+                    stream = _write_run(streamed, stream, _scale, here, n_here, by[0], out, place)
+                    n_here = 0
                 around = mean[first + g] if n_coming > 0 else 0.0
                 _, sum_1, sum_x, stream = _write_beside(
                     streamed, stream, coming, n_coming, around, _backward_vector, here, n_here, by,
@@ -1426,18 +1470,6 @@ def backward_groups(
         written, first = summed, last
     _close_stream(streamed, stream, out)
     keep(own)
-
-
-@njit(**LEAF)
-def _scale(dys, a, dxs):
-    """Write a * dys (n,), where a is a number or a row of them."""
-    n = dys.shape[0]
-    whole = n // LANES * LANES
-    for i in range(0, whole, LANES):
-        store(load(a, i, None) * load(dys, i, None), dxs, i, None)
-    if whole < n:
-        rest = n - whole
-        store(load(a, whole, rest) * load(dys, whole, rest), dxs, whole, rest)
 
 
 # Group columns: the same where a row has columns of many groups.
@@ -1529,9 +1561,10 @@ def forward_group_columns(
                 row[0], row[1], row[2] = _rounded(mu, scale, bias[feature[p]], y)
                 _fill_columns(c, span, n_columns, c1 - c0, row, rows)
                 p += 1
-        _apply_rows(x, a, 0, length, c0, c1, rows[0], rows[1], rows[2], streamed, buffer, y)
+        _write_columns(
+            streamed, buffer, _apply, None, x, None, a, 0, length, c0, c1, split(rows, 3), y
+        )
         keep(own)
-    fence()
 
 
 @cached_njit(**FLAGS)
@@ -1592,16 +1625,15 @@ def backward_group_columns(
                 row[0] = rstd[g] * weight[feature[p]]
                 _fill_columns(c, span, n_columns, c1 - c0, row, rows)
                 p += 1
-        if not live:
-            for i in range(length):
-                _scale(dy[a, i, c0:c1], rows[0], dx[a, i, c0:c1])
+        if live:
+            _write_columns(
+                streamed, buffer, _backward, dy, x, mask, a, 0, length, c0, c1, split(rows, 5), dx
+            )
         else:
-            _backward_rows(
-                dy, x, mask, a, 0, length, c0, c1,
-                rows[0], rows[1], rows[2], rows[3], rows[4], streamed, buffer, dx,
-            )  # fmt: skip
+            _write_columns(
+                streamed, buffer, _scale, dy, x, None, a, 0, length, c0, c1, split(rows, 1)[0], dx
+            )
         keep(own)
-    fence()
 
 
 @cached_njit(**FLAGS)
@@ -1725,7 +1757,7 @@ def forward_element_columns(
     most = width + LANES
     own = (
         np.empty(room(3, most, mean), mean.dtype), np.empty(room(3, most, y), y.dtype),
-        np.empty(most), _buffer(most, streamed is not None, y),
+        np.empty(most), _buffer(most, streamed, y),
     )  # fmt: skip
     sums, memory, rstd, buffer = lend(own)
     xs, ys, is_summed = stretch(x, 0, x.size), stretch(y, 0, y.size), False
@@ -1857,7 +1889,7 @@ def backward_element_columns(
     count, mean, var = split(statistics, 3)
     own = (
         np.empty(room(3, width, mean), mean.dtype), np.empty(room(5, width, dx), dx.dtype),
-        np.empty(width), _buffer(width, streamed is not None, dx),
+        np.empty(width), _buffer(width, streamed, dx),
     )  # fmt: skip
     sums, memory, rstd, buffer = lend(own)
     m, r, t, g0, g1 = split(rows_of(memory, 5), 5)
@@ -2051,12 +2083,12 @@ def backward_elements(
     own = (
         np.empty(block * n_weights), np.empty((4, 2)), np.empty((4, 3), dx.dtype),
         np.empty((2, 4), dx.dtype),
-        np.zeros(min(ELEMENTS, length), dx.dtype), _buffer(BUFFER, streamed is not None, dx),
+        np.zeros(min(ELEMENTS, length), dx.dtype), _buffer(BUFFER, streamed, dx),
         np.empty(room(2, n_weights * length, dweight), dweight.dtype),
     )  # fmt: skip
     rstd, sums, rows, c, nothing, buffer, memory = lend(own)
     gradients = rows_of(memory, 2)  # of weight and bias
-    stream, out = (buffer, np.intp(0), np.intp(0)), stretch(dx, 0, dx.size)
+    stream, out = _open_stream(buffer), stretch(dx, 0, dx.size)
     # While four rows are handled those that come next are asked for: long ones in parts, dy while
     # sums are taken, x and the mask while dx is written.
     ahead = 4 * length if n_weights == 1 else length

@@ -250,23 +250,20 @@ def _is_streamed(saved: Saved, in_place: bool, n_read: int, y: Array) -> bool:
     # A step has other arrays yet: long before y alone fills a cache, it drives out what is needed.
     if size is None or (n_read + 1) * y.nbytes < size // 4:
         return False
-    # Where x is read once there is nothing to be kept in a cache, and no gain.
-    once = saved.fixed and len(saved.geometry.reductions) == 1
-    # What is written at once must be a run in memory. For pieces that are rows it was not faster.
-    in_runs = plan.by_group
-    if plan.columns:
-        # Blocks of element columns share lines, and short runs are mostly parts of lines: those of
-        # 196 columns took twice as long past the caches.
-        least = 2 * STREAM_FROM if plan.elements else min(plan.view[-1], STREAM_PARTS_FROM)
-        in_runs = plan.tiles.block >= least
-    return in_runs and not in_place and not once and y.shape[-1] >= STREAM_FROM
+    # What is written at once must be a run in memory.
+    run, least = plan.view[-1], STREAM_FROM
+    if plan.columns and plan.elements:
+        # Blocks share lines, and short runs are mostly parts of lines: those of 196 columns took
+        # twice as long past the caches.
+        run, least = plan.tiles.block, 2 * STREAM_FROM
+    elif plan.columns:
+        run, least = plan.tiles.block, max(least, min(run, STREAM_PARTS_FROM))
+    return run >= least and not in_place
 
 
-def _stream(plan: Plan, streamed: bool) -> tuple[bool | None, ...]:
+def _stream(plan: Plan, streamed: bool) -> bool | None:
     """Return what a kernel is told of that; those of rows are compiled for either, with None."""
-    if plan.elements or (plan.by_group and not plan.columns):
-        return (streamed or None,)
-    return (streamed,) if plan.columns else ()
+    return streamed if plan.columns and not plan.elements else streamed or None
 
 
 def _forward_groups(
@@ -289,7 +286,7 @@ def _forward_groups(
     _threads.run(
         kernel, y.size,
         *args, saved.parameters, saved.eps, saved.center, fixed is None,
-        *plan.cut, *_stream(plan, streamed), saved.of_groups, y,
+        *plan.cut, _stream(plan, streamed), saved.of_groups, y,
     )  # fmt: skip
 
 
@@ -379,7 +376,7 @@ def _apply(plan: Plan, x: Array, by: Array, streamed: bool, y: Array) -> None:
     """Write y = (x - m) * s + t; ``by`` has m, s and t of each piece, (3, A, B)."""
     kernel = _kernels.apply_columns if plan.columns else _kernels.apply_rows
     _, part, block = plan.tiles
-    _threads.run(kernel, y.size, x, part, block, by, *_stream(plan, streamed), y)
+    _threads.run(kernel, y.size, x, part, block, by, _stream(plan, streamed), y)
 
 
 # Gradients of weight, bias, and of the logits of the means and of the variances.
@@ -451,7 +448,7 @@ def _backward_elements(saved: Saved, dy: Array, streamed: bool, dx: Array) -> Fo
     _threads.run(
         kernel, dy.size,
         *args, saved.parameters, saved.eps, saved.center, not saved.fixed, affine,
-        *cut, *_stream(plan, streamed), saved.of_groups, dx, blocks,
+        *cut, _stream(plan, streamed), saved.of_groups, dx, blocks,
     )  # fmt: skip
     if not affine:
         return blocks[0], blocks[1], None
@@ -476,7 +473,7 @@ def _backward_groups(saved: Saved, dy: Array, streamed: bool, dx: Array) -> Foun
     _threads.run(
         kernel, dy.size,
         dy, saved.x, saved.mask, plan.features, saved.parameters, saved.eps, saved.center,
-        not saved.fixed, *plan.cut, *_stream(plan, streamed), saved.of_groups, dx, sums,
+        not saved.fixed, *plan.cut, _stream(plan, streamed), saved.of_groups, dx, sums,
     )  # fmt: skip
     found = np.zeros((2, *plan.weights_shape))
     _kernels.feature_gradients(plan.features, sums, found)
@@ -530,7 +527,7 @@ def _backward_pieces(saved: Saved, dy: Array, streamed: bool, dx: Array) -> Foun
         _, part, block = plan.tiles
         _threads.run(
             kernel, dy.size,
-            dy, saved.x, saved.mask, part, block, by, *_stream(plan, streamed), dx,
+            dy, saved.x, saved.mask, part, block, by, _stream(plan, streamed), dx,
         )  # fmt: skip
     if plan.affine:
         found = found.reshape(2, *geometry.param_shape)
