@@ -247,8 +247,8 @@ def _is_streamed(saved: Saved, in_place: bool, n_read: int, y: Array) -> bool:
     It is made of so many arrays of its size.
     """
     plan, size = saved.plan, cache_size()
-    # A step has other arrays yet: long before y alone fills a cache, it drives out what is needed.
-    if size is None or (n_read + 1) * y.nbytes < size // 4:
+    # A step has other arrays yet: long before these fill a cache, y drives out what is needed.
+    if size is None or (n_read + 1) * y.nbytes < size // 2:
         return False
     # What is written at once must be a run in memory.
     run, least = plan.view[-1], STREAM_FROM
