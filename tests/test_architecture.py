@@ -111,6 +111,7 @@ def test_each_kernel_is_compiled_once_for_a_type():
     }
     assert counts
     either = (
+        "apply_rows", "backward_rows",
         "forward_groups", "backward_groups", "forward_elements", "backward_elements",
         "forward_element_columns", "backward_element_columns",
     )  # fmt: skip
