@@ -1719,22 +1719,36 @@ def _add_rest(dy, x, weight, a, c0, c1, center, s0, s1):
 
 
 @njit(**LEAF)
-def _normalize_beside(xs, step, coming, first, last, shift, s1, s2, row, n, by, ys):
-    """Add vectors of ROWS rows from ``coming`` on to their sums, while a row (n,) is written."""
+def _columns_beside(
+    dys, xs, weight, i, step, coming, first, last, center, s0, s1, write, totals, row, n, by, ys
+):
+    """Add vectors of ROWS rows from ``coming`` on to their sums, while a row (n,) is written.
+
+    ``write`` is the function that writes a vector of the row, and adds to ``totals``, which are
+    returned.
+    """
     n_steps = n // (ROWS * LANES)
     for k in range(max(last - first, n_steps)):
         if first + k < last:
             c = (first + k) * LANES
             at = coming + c
             _add_to_vector(
-                None, xs, None, None, 0, ROWS, at, step, at + ROWS * step, step, c, None,
-                shift, s1, s2,
+                dys, xs, None, weight, i, ROWS, at, step, at + ROWS * step, step, c, None,
+                center, s0, s1,
             )  # fmt: skip
         if k < n_steps:
             for j in range(k * ROWS * LANES, (k + 1) * ROWS * LANES, LANES):
-                _normalize_vector(row, j, None, by, ys, j)
+                totals = write(totals, row, j, None, by, ys)
     for j in range(n_steps * ROWS * LANES, n, LANES):
-        _normalize_vector(row, j, min(LANES, n - j), by, ys, j)
+        totals = write(totals, row, j, min(LANES, n - j), by, ys)
+    return totals
+
+
+@njit(**LEAF)
+def _normalize_column_vector(totals, row, i, n, by, ys):
+    """Write a vector as _normalize_vector does, with nothing to add up."""
+    _normalize_vector(row, i, n, by, ys, i)
+    return totals
 
 
 @cached_njit(**FLAGS)
@@ -1790,9 +1804,9 @@ def forward_element_columns(
             else:
                 lo, hi = _vectors_beside(i, length, n_coming)
                 row, from_row = (None, stretch(x, place, n), None), i // ROWS * ROWS
-                _normalize_beside(
-                    xs, n_columns, coming + from_row * n_columns, lo, hi, shift, s1, s2,
-                    row, n, by, buffer,
+                _columns_beside(
+                    None, xs, None, 0, n_columns, coming + from_row * n_columns, lo, hi, shift,
+                    s1, s2, _normalize_column_vector, None, row, n, by, buffer,
                 )  # fmt: skip
                 _write_row(buffer, n, ys, place, ROWS * n_columns)
             place += n_columns
@@ -1804,66 +1818,29 @@ def forward_element_columns(
 
 
 @njit(**LEAF)
-def _backward_vector_of_columns(dys, xs, live, i, n, weight, m, r, t, c0, c1, dxs):
-    """Write dx to dxs[i], see _backward_row_of_columns; return vectors of dy * x_hat and dy."""
+def _backward_column_vector(totals, row, i, n, by, dxs):
+    """Write dx of a vector to dxs[i]; add to vectors of the sums of dy * x_hat and of dy.
+
+    If not ``live``, which is the last of a row, the statistics do not come from x.
+    """
+    (dys, xs, live), (weight, m, r, t, c0, c1) = row, by
     dy, x = load(dys, i, n), load(xs, i, n)
     m, r, t = load(m, i, n), load(r, i, n), load(t, i, n)
     c0, c1 = load(c0, i, n), load(c1, i, n)
     dx = _element_gradient(dy, x, leading(live * LANES), splat(weight), m, r, t, c0, c1)
     store(dx, dxs, i, n)
-    return widen(dy * _scale_shift(x, m, r, t)), widen(dy)
+    return totals[0] + widen(dy * _scale_shift(x, m, r, t)), totals[1] + widen(dy)
 
 
 @njit(**LEAF)
-def _backward_row_of_columns(dys, xs, live, weight, m, r, t, c0, c1, dxs):
-    """Write the gradient of a row (n,); return the sums of dy * x_hat and of dy.
-
-    If not ``live``, the statistics do not come from x.
-    """
-    n = xs.shape[0]
+def _backward_column_row(totals, row, n, by, dxs):
+    """Write the gradient of a row of n elements; add to totals as _backward_column_vector does."""
     whole = n // LANES * LANES
-    rest = weight, m, r, t, c0, c1, dxs
-    sum_x, sum_1 = splat(0.0), splat(0.0)
     for i in range(0, whole, LANES):
-        dy_hat, dy = _backward_vector_of_columns(dys, xs, live, i, None, *rest)
-        sum_x += dy_hat
-        sum_1 += dy
+        totals = _backward_column_vector(totals, row, i, None, by, dxs)
     if whole < n:
-        dy_hat, dy = _backward_vector_of_columns(dys, xs, live, whole, n - whole, *rest)
-        sum_x += dy_hat
-        sum_1 += dy
-    return total(sum_x), total(sum_1)
-
-
-@njit(**LEAF)
-def _backward_beside(
-    dys, xs, weight, i, step, coming, first, last, means, s0, s1, row, live, by, dxs
-):
-    """Add vectors of ROWS rows from ``coming`` on to their sums, while dx of a row is written.
-
-    Return what _backward_row_of_columns does.
-    """
-    n = row[0].shape[0]
-    n_steps = n // (ROWS * LANES)
-    sum_x, sum_1 = splat(0.0), splat(0.0)
-    for k in range(max(last - first, n_steps)):
-        if first + k < last:
-            c = (first + k) * LANES
-            at = coming + c
-            _add_to_vector(
-                dys, xs, None, weight, i, ROWS, at, step, at + ROWS * step, step, c, None,
-                means, s0, s1,
-            )  # fmt: skip
-        if k < n_steps:
-            for j in range(k * ROWS * LANES, (k + 1) * ROWS * LANES, LANES):
-                dy_hat, dy = _backward_vector_of_columns(*row, live, j, None, *by, dxs)
-                sum_x += dy_hat
-                sum_1 += dy
-    for j in range(n_steps * ROWS * LANES, n, LANES):
-        dy_hat, dy = _backward_vector_of_columns(*row, live, j, min(LANES, n - j), *by, dxs)
-        sum_x += dy_hat
-        sum_1 += dy
-    return total(sum_x), total(sum_1)
+        totals = _backward_column_vector(totals, row, whole, n - whole, by, dxs)
+    return totals
 
 
 @cached_njit(**FLAGS)
@@ -1917,20 +1894,21 @@ def backward_element_columns(
         s0, s1, means = _three_rows(sums, n_coming)
         _begin_columns(mean, a * n_columns + c0, length, means, s0, s1)
         for i in range(length):
-            row, by = (stretch(dy, place, n), stretch(x, place, n)), (weight[i], m, r, t, g0, g1)
+            row = stretch(dy, place, n), stretch(x, place, n), live
+            by, totals = (weight[i], m, r, t, g0, g1), (splat(0.0), splat(0.0))
             if streamed is None:
-                sum_x, sum_1 = _backward_row_of_columns(*row, live, *by, stretch(dx, place, n))
+                totals = _backward_column_row(totals, row, n, by, stretch(dx, place, n))
             else:
                 lo, hi = _vectors_beside(i, length, n_coming)
                 from_row = i // ROWS * ROWS
-                sum_x, sum_1 = _backward_beside(
+                totals = _columns_beside(
                     dys, xs, weight, from_row, n_columns, coming + from_row * n_columns, lo, hi,
-                    means, s0, s1, row, live, by, buffer,
+                    means, s0, s1, _backward_column_vector, totals, row, n, by, buffer,
                 )  # fmt: skip
                 _write_row(buffer, n, dxs, place, ROWS * n_columns)
             if affine:
-                dweight[task, i] += sum_x
-                dbias[task, i] += sum_1
+                dweight[task, i] += total(totals[0])
+                dbias[task, i] += total(totals[1])
             place += n_columns
         if is_summed:
             _add_rest(dy, x, weight, a, c0, c1, means, s0, s1)
