@@ -1821,6 +1821,7 @@ def forward_element_columns(
 def _backward_column_vector(totals, row, i, n, by, dxs):
     """Write dx of a vector to dxs[i]; add to vectors of the sums of dy * x_hat and of dy.
 
+    They are added up in the type of the elements, see _add_four_rows.
     If not ``live``, which is the last of a row, the statistics do not come from x.
     """
     (dys, xs, live), (weight, m, r, t, c0, c1) = row, by
@@ -1829,7 +1830,7 @@ def _backward_column_vector(totals, row, i, n, by, dxs):
     c0, c1 = load(c0, i, n), load(c1, i, n)
     dx = _element_gradient(dy, x, leading(live * LANES), splat(weight), m, r, t, c0, c1)
     store(dx, dxs, i, n)
-    return totals[0] + widen(dy * _scale_shift(x, m, r, t)), totals[1] + widen(dy)
+    return totals[0] + dy * _scale_shift(x, m, r, t), totals[1] + dy
 
 
 @njit(**LEAF)
@@ -1871,7 +1872,7 @@ def backward_element_columns(
     sums, memory, rstd, buffer = lend(own)
     m, r, t, g0, g1 = split(rows_of(memory, 5), 5)
     dys, xs, dxs = stretch(dy, 0, dy.size), stretch(x, 0, x.size), stretch(dx, 0, dx.size)
-    is_summed = False
+    is_summed, zero = False, dx.dtype.type(0.0)
     for unit in range(begin, end):
         while (task + 1) * n_units // n_tasks <= unit:
             task += 1
@@ -1895,7 +1896,7 @@ def backward_element_columns(
         _begin_columns(mean, a * n_columns + c0, length, means, s0, s1)
         for i in range(length):
             row = stretch(dy, place, n), stretch(x, place, n), live
-            by, totals = (weight[i], m, r, t, g0, g1), (splat(0.0), splat(0.0))
+            by, totals = (weight[i], m, r, t, g0, g1), (splat(zero), splat(zero))
             if streamed is None:
                 totals = _backward_column_row(totals, row, n, by, stretch(dx, place, n))
             else:
