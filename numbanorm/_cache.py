@@ -22,8 +22,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+import llvmlite.binding as llvm
 import numba
-from numba.core.compiler import CompileResult
+from numba.core.codegen import JITCodeLibrary
+from numba.core.compiler import Compiler, CompileResult
 from numba.core.serialize import dumps
 from numba.core.sigutils import normalize_signature
 from numba.misc.appdirs import AppDirs
@@ -35,7 +37,7 @@ try:
     # Read while it is imported, and not again: it may be edited while the process runs.
     _SOURCE = b"".join(
         pkgutil.get_data("numbanorm", file) or b""
-        for file in ("_kernels.py", "_launch.py", "_lines.py", "_vectors.py")
+        for file in ("_kernels.py", "_launch.py", "_lines.py", "_vectors.py", "_views.py")
     )
 except OSError:
     # Nothing says which source a file is of, so that none must fit.
@@ -59,6 +61,40 @@ def cached_njit(**flags: Any) -> Callable[[Callable[..., Any]], Any]:
         return kernel
 
     return compiled
+
+
+class _InlinedLibrary(JITCodeLibrary):
+    """The code of a function that is only linked into others, and is compiled with them.
+
+    Numba would optimise it for itself, and make machine code that nobody calls.
+    """
+
+    def _optimize_final_module(self) -> None:
+        # What it calls is inlined, no more.
+        options = llvm.create_pipeline_tuning_options(speed_level=0)
+        builder = llvm.create_pass_builder(self._codegen._tm, options)
+        builder.getModulePassManager().run(self._final_module, builder)
+
+    def _finalize_final_module(self) -> None:
+        self._finalized = True
+
+    @property
+    def codegen(self) -> Any:
+        """What keeps the environments of functions that Python calls: this is none."""
+        return self
+
+    def set_env(self, name: str, environment: Any) -> None:
+        """Do nothing."""
+
+
+class InlinedCompiler(Compiler):
+    """Compiles what only kernels call: ``pipeline_class`` of ``numba.njit``."""
+
+    def __init__(self, typing_context: Any, target_context: Any, library: Any, *rest: Any) -> None:
+        if library is None:
+            library = _InlinedLibrary(target_context.codegen(), "inlined")
+            library.enable_object_caching()
+        super().__init__(typing_context, target_context, library, *rest)
 
 
 def _uncollected(function: Callable[..., T]) -> Callable[..., T]:

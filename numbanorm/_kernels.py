@@ -29,10 +29,9 @@ Where a mask may be None, what is made of it by ``stretch`` and ``load`` is None
 is a number, or a row of numbers: ``load`` makes a vector of either.
 
 Several numbers of each piece, or of each group, are the rows of one array: a call takes some time
-for each of its arrays. See :func:`numbanorm._launch.split`.
+for each of its arrays. See :func:`numbanorm._views.split`.
 
-``streamed`` says whether the output is written past the caches, see :mod:`numbanorm._lines`. What
-is made of lent arrays has no owner, and costs nothing to make, see :func:`numbanorm._launch.lend`.
+``streamed`` says whether the output is written past the caches, see :mod:`numbanorm._lines`.
 """
 
 from typing import Any
@@ -41,9 +40,9 @@ import numpy as np
 from numba import njit, prange, types
 from numba.extending import overload
 
-from numbanorm._cache import cached_njit
-from numbanorm._launch import call_share, keep, lend, share, split
-from numbanorm._lines import fence, line_size, room, rows_of, store_line, to_next_line
+from numbanorm._cache import InlinedCompiler, cached_njit
+from numbanorm._launch import call_share, share
+from numbanorm._lines import allocate, fence, line_size, release, store_line, to_next_line
 from numbanorm._vectors import (
     LANES,
     fetch,
@@ -52,17 +51,20 @@ from numbanorm._vectors import (
     load,
     splat,
     store,
-    stretch,
     total,
     where,
     widen,
 )
+from numbanorm._views import split, stretch
 
 # With the numpy error model no division is tested for zero, which would keep loops scalar. No
 # function written in C calls a kernel.
-FLAGS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "no_cfunc_wrapper": True}
-# What only kernels call. Ways in from elsewhere would take as long to compile as the rest of it.
-INNER: dict[str, Any] = {"no_cpython_wrapper": True, **FLAGS}
+PARALLEL: dict[str, Any] = {"nogil": True, "error_model": "numpy", "no_cfunc_wrapper": True}
+# No reference to an array is counted: that takes as long as a short row, and a third of the time
+# to compile. What a kernel allocates it has to release.
+FLAGS: dict[str, Any] = {"_nrt": False, **PARALLEL}
+# What only kernels call.
+INNER: dict[str, Any] = {"pipeline_class": InlinedCompiler, "no_cpython_wrapper": True, **FLAGS}
 # What a kernel calls for each row must be inlined: passing arrays costs more than a short row.
 LEAF: dict[str, Any] = {"forceinline": True, **INNER}
 CONTRACT: dict[str, Any] = {"fastmath": {"contract"}, **LEAF}
@@ -77,7 +79,7 @@ STEP = 2 * LANES
 ROWS = 4
 
 
-@cached_njit(parallel=True, **FLAGS)
+@cached_njit(parallel=True, **PARALLEL)
 def launch(function, n, args):
     """Call the function at this address for shares 0 to n - 1, each in a thread."""
     for i in prange(n):
@@ -98,9 +100,16 @@ def _copy(values, target):
 
 
 @njit(**LEAF)
-def _three_rows(memory, n):
-    """Return three rows (n,) of memory that rows_of has room for."""
-    rows = rows_of(memory, 3)
+def _clear(rows):
+    """Write 0 to rows."""
+    elements = stretch(rows, 0, rows.size)
+    for i in range(elements.shape[0]):
+        elements[i] = 0
+
+
+@njit(**LEAF)
+def _three_rows(rows, n):
+    """Return the first n elements of each of three rows."""
     size = rows.shape[1]
     return stretch(rows, 0, n), stretch(rows, size, n), stretch(rows, 2 * size, n)
 
@@ -364,21 +373,23 @@ def _add_rows(x, mask, a, lo, hi, c0, c1, shift, n, s1, s2):
     """Add rows lo to hi of x[a], columns c0 to c1, to their counts and shifted sums."""
     _add_to_columns(None, x, mask, None, a, lo, hi, c0, c1, shift, s1, s2)
     if mask is None:
-        n += hi - lo
+        for c in range(c1 - c0):
+            n[c] += hi - lo
     else:
         for i in range(lo, hi - 3, 4):
             _add_counts(mask[a, i : i + 4, c0:c1], n)
         for i in range(hi - (hi - lo) % 4, hi):
-            n += mask[a, i, c0:c1]
+            for c in range(c1 - c0):
+                n[c] += mask[a, i, c0 + c]
 
 
 @njit(**LEAF)
-def _first_of_columns(x, counts, shift):
-    """Write the first element of each column of x (L, C) that counts, or 0, to shift (C,).
+def _first_of_columns(x, counts, shift, found):
+    """Write the first element of each column of x (L, C) that counts to shift (C,), which is 0.
 
-    Return where there is one.
+    Write where there is one to found (C,).
     """
-    found = np.zeros(shift.shape[0], np.bool_)
+    _clear(found)
     n_rows = min(4, x.shape[0])
     for i in range(n_rows):
         _find_first(x[i], counts[i], found, shift)
@@ -386,7 +397,6 @@ def _first_of_columns(x, counts, shift):
         if not found[c]:
             shift[c] = _first(x[n_rows:, c], counts[n_rows:, c])
             found[c] = np.any(counts[n_rows:, c])
-    return found
 
 
 @njit(**LEAF)
@@ -417,11 +427,13 @@ def _shifts_of_columns(x, mask, a, lo, hi, c0, c1, n_columns, shift):
     if mask is None:
         _copy(stretch(x, (a * x.shape[1] + lo) * x.shape[2] + c0, min(n, n_columns)), shift)
     else:
-        found = _first_of_columns(x[a, lo:hi, c0:c1], mask[a, lo:hi, c0:c1], shift)
+        found = allocate(None, c1 - c0, np.bool_)
+        _first_of_columns(x[a, lo:hi, c0:c1], mask[a, lo:hi, c0:c1], shift, found)
         for c in range(n_columns, n):
             if found[c] and not found[c % n_columns]:
                 found[c % n_columns] = True
                 shift[c % n_columns] = shift[c]
+        release((found,))
     for c in range(n_columns, n):
         shift[c] = shift[c - n_columns]
 
@@ -437,7 +449,7 @@ def moments_columns(threads, x, mask, part, width, moments):
     length, n_folded = x.shape[1:]
     n_blocks = (n_folded + width - 1) // width
     begin, end = share(threads, n_outer * n_parts * n_blocks)
-    (x,), (count, mean, rest, m2) = lend((x,)), split(moments, 4)
+    count, mean, rest, m2 = split(moments, 4)
     for task in range(begin, end):
         a = task // (n_parts * n_blocks)
         k = task // n_blocks - a * n_parts
@@ -446,9 +458,10 @@ def moments_columns(threads, x, mask, part, width, moments):
         lo = k * part
         hi = min(length, lo + part)
         here = c1 - c0
-        own = np.zeros(here, np.int64), np.zeros(room(3, here, mean), mean.dtype)
-        n, memory = lend(own)
-        s1, s2, shift = _three_rows(memory, here)
+        own = allocate(4, here, mean.dtype)
+        _clear(own)
+        s1, s2, shift = _three_rows(own, here)
+        n = stretch(own, 3 * own.shape[1], here)
         if lo < hi:
             _shifts_of_columns(x, mask, a, lo, hi, c0, c1, n_columns, shift)
         _add_rows(x, mask, a, lo, hi, c0, c1, shift, n, s1, s2)
@@ -461,7 +474,7 @@ def moments_columns(threads, x, mask, part, width, moments):
             to = a, k, c0 + c
             count[to] = n[c]
             mean[to], rest[to], m2[to] = _unshift(n[c], shift[c], s1[c], s2[c])
-        keep(own)
+        release((own,))
 
 
 @cached_njit(**FLAGS)
@@ -755,9 +768,9 @@ STREAM = INNER
 
 
 @njit(**LEAF)
-def _buffer(n, streamed, y):
-    """Return a buffer for n elements on their way to y, and those that are kept."""
-    return np.empty(n + line_size(y) if streamed else 0, y.dtype)
+def _buffered(n, streamed, y):
+    """Return how many elements a buffer holds: n on their way to y, and those that are kept."""
+    return n + line_size(y) if streamed else 0
 
 
 @njit(**LEAF)
@@ -898,8 +911,9 @@ def apply_rows(threads, x, part, block, by, streamed, y):
     """
     n_parts = max(1, (x.shape[1] + part - 1) // part)
     begin, end = share(threads, (x.shape[0] + block - 1) // block * n_parts)
-    (x, y), (m, s, t), own = lend((x, y)), split(by, 3), (_buffer(BUFFER, streamed, y),)
-    stream, out = _open_stream(lend(own)[0]), stretch(y, 0, y.size)
+    m, s, t = split(by, 3)
+    buffer = allocate(None, _buffered(BUFFER, streamed, y), y.dtype)
+    stream, out = _open_stream(buffer), stretch(y, 0, y.size)
     for task in range(begin, end):
         first, last, _, lo, n = _rows_of_task(task, n_parts, part, block, x.shape)
         for p in range(first, last):
@@ -907,7 +921,7 @@ def apply_rows(threads, x, part, block, by, streamed, y):
             row = _row(None, x, None, at, n)
             stream = _write_run(streamed, stream, _apply, row, n, of_piece, out, at)
     _close_stream(streamed, stream, out)
-    keep(own)
+    release((buffer,))
 
 
 @cached_njit(**FLAGS)
@@ -917,21 +931,19 @@ def apply_columns(threads, x, part, width, by, streamed, y):
     n_parts = max(1, (length + part - 1) // part)
     n_blocks = (n_columns + width - 1) // width
     begin, end = share(threads, n_outer * n_parts * n_blocks)
-    x, by, y = lend((x, by, y))
     for task in range(begin, end):
         a = task // (n_parts * n_blocks)
         lo = (task // n_blocks - a * n_parts) * part
         hi = min(length, lo + part)
         c0 = (task % n_blocks) * width
         c1 = min(n_columns, c0 + width)
-        own = np.empty(room(3, c1 - c0, y), y.dtype), _buffer(c1 - c0, streamed, y)
-        memory, buffer = lend(own)
-        rows = rows_of(memory, 3)
+        rows = allocate(3, c1 - c0, y.dtype)
+        buffer = allocate(None, _buffered(c1 - c0, streamed, y), y.dtype)
         _copy_coefficients(by, a, c0, c1, rows)
         _write_columns(
             streamed, buffer, _apply, None, x, None, a, lo, hi, c0, c1, split(rows, 3), y
         )
-        keep(own)
+        release((rows, buffer))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -991,14 +1003,15 @@ def gradient_sums_columns(threads, dy, x, mask, part, width, pieces, sums):
     length, n_folded = x.shape[1:]
     n_blocks = (n_folded + width - 1) // width
     begin, end = share(threads, n_outer * n_parts * n_blocks)
-    (dy, x), (mean,), (s0, s1) = lend((dy, x)), split(pieces, 1), split(sums, 2)
+    (mean,), (s0, s1) = split(pieces, 1), split(sums, 2)
     for task in range(begin, end):
         a = task // (n_parts * n_blocks)
         k = task // n_blocks - a * n_parts
         c0 = (task % n_blocks) * width
         c1 = min(n_folded, c0 + width)
-        own = (np.zeros(room(3, c1 - c0, mean), mean.dtype),)
-        sum_0, sum_1, means = _three_rows(own[0], c1 - c0)
+        own = allocate(3, c1 - c0, mean.dtype)
+        _clear(own)
+        sum_0, sum_1, means = _three_rows(own, c1 - c0)
         _copy_columns(stretch(mean, a * n_columns, n_columns), c0, c1, means)
         lo, hi = k * part, min(length, (k + 1) * part)
         _add_to_columns(dy, x, mask, None, a, lo, hi, c0, c1, means, sum_0, sum_1)
@@ -1009,7 +1022,7 @@ def gradient_sums_columns(threads, dy, x, mask, part, width, pieces, sums):
             for c in range(n_columns):
                 s0[a, k, c] += sum_0[f + c]
                 s1[a, k, c] += sum_1[f + c]
-        keep(own)
+        release((own,))
 
 
 @njit(**CONTRACT)
@@ -1057,9 +1070,9 @@ def backward_rows(threads, dy, x, mask, part, block, by, streamed, dx):
     """
     n_parts = max(1, (x.shape[1] + part - 1) // part)
     begin, end = share(threads, (x.shape[0] + block - 1) // block * n_parts)
-    (dy, x, dx), own = lend((dy, x, dx)), (_buffer(BUFFER, streamed, dx),)
     a, r, m, b, c = split(by, 5)
-    stream, out = _open_stream(lend(own)[0]), stretch(dx, 0, dx.size)
+    buffer = allocate(None, _buffered(BUFFER, streamed, dx), dx.dtype)
+    stream, out = _open_stream(buffer), stretch(dx, 0, dx.size)
     for task in range(begin, end):
         first, last, _, lo, n = _rows_of_task(task, n_parts, part, block, x.shape)
         for p in range(first, last):
@@ -1068,7 +1081,7 @@ def backward_rows(threads, dy, x, mask, part, block, by, streamed, dx):
             row = _row(dy, x, mask, at, n)
             stream = _write_run(streamed, stream, _backward, row, n, of_piece, out, at)
     _close_stream(streamed, stream, out)
-    keep(own)
+    release((buffer,))
 
 
 @cached_njit(**FLAGS)
@@ -1078,21 +1091,19 @@ def backward_columns(threads, dy, x, mask, part, width, by, streamed, dx):
     n_parts = max(1, (length + part - 1) // part)
     n_blocks = (n_columns + width - 1) // width
     begin, end = share(threads, n_outer * n_parts * n_blocks)
-    dy, x, by, dx = lend((dy, x, by, dx))
     for task in range(begin, end):
         o = task // (n_parts * n_blocks)
         lo = (task // n_blocks - o * n_parts) * part
         hi = min(length, lo + part)
         c0 = (task % n_blocks) * width
         c1 = min(n_columns, c0 + width)
-        own = np.empty(room(5, c1 - c0, dx), dx.dtype), _buffer(c1 - c0, streamed, dx)
-        memory, buffer = lend(own)
-        rows = rows_of(memory, 5)
+        rows = allocate(5, c1 - c0, dx.dtype)
+        buffer = allocate(None, _buffered(c1 - c0, streamed, dx), dx.dtype)
         _copy_coefficients(by, o, c0, c1, rows)
         _write_columns(
             streamed, buffer, _backward, dy, x, mask, o, lo, hi, c0, c1, split(rows, 5), dx
         )
-        keep(own)
+        release((rows, buffer))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1189,14 +1200,6 @@ def _write_rstds(count, var, eps, rstd):
 
 
 @njit(**LEAF)
-def _rstds(count, var, eps):
-    """Return what _write_rstds writes: (n,)."""
-    rstd = np.empty(len(count))
-    _write_rstds(count, var, eps, rstd)
-    return rstd
-
-
-@njit(**LEAF)
 def _write_statistics(g, n, mu, m2, center, count, mean, var):
     """Write those of group g; if not ``center``, var is the mean square, and the mean is 0."""
     v = m2 / max(n, 1)
@@ -1237,10 +1240,9 @@ def forward_elements(
     """
     _, n_weights, length = parameters.shape
     first, end = share(threads, x.shape[0])
-    (x, y), (weight, bias) = lend((x, y)), split(parameters, 2)
-    count, mean, var = split(statistics, 3)
-    own = np.empty(block), _buffer(BUFFER, streamed, y)
-    rstd, buffer = lend(own)
+    (weight, bias), (count, mean, var) = split(parameters, 2), split(statistics, 3)
+    rstd = allocate(None, block, mean.dtype)
+    buffer = allocate(None, _buffered(BUFFER, streamed, y), y.dtype)
     stream, out = _open_stream(buffer), stretch(y, 0, y.size)
     beside = beside and live
     n_written, k = 0, first % n_weights
@@ -1270,7 +1272,7 @@ def forward_elements(
         _write_rstds(count[first:last], var[first:last], eps, rstd)
         first, n_written = last, n_summed
     _close_stream(streamed, stream, out)
-    keep(own)
+    release((rstd, buffer))
 
 
 @njit(**LEAF)
@@ -1322,15 +1324,11 @@ def forward_groups(
     """
     n_rows, n_inner, length = x.shape[1:]
     first, end = share(threads, x.shape[0] * n_inner)
-    (x, y), (feature,), (weight, bias) = lend((x, y)), lend((feature,)), split(parameters, 2)
-    count, mean, var = split(statistics, 3)
+    (weight, bias), (count, mean, var) = split(parameters, 2), split(statistics, 3)
     apart = n_inner > 1
-    own = (
-        np.empty((4, block)), np.empty(block, np.int64),
-        _buffer(BUFFER, streamed, y),
-    )  # fmt: skip
-    memory, n, buffer = lend(own)
-    rstd, shift, s1, s2 = memory[0], memory[1], memory[2], memory[3]
+    own = allocate(5, block, mean.dtype)
+    buffer = allocate(None, _buffered(BUFFER, streamed, y), y.dtype)
+    rstd, shift, n, s1, s2 = split(own, 5)
     stream, out = _open_stream(buffer), stretch(y, 0, y.size)
     beside = beside and live
     # A thread's groups are next to each other: the longer a run is, the faster it is read.
@@ -1340,7 +1338,8 @@ def forward_groups(
         summed = nothing
         if first < end and (beside or written[0] == 0):
             summed = _next_groups(first, end, x.shape, block)
-        n[:], s1[:], s2[:] = 0, 0.0, 0.0
+        for g in range(block):
+            n[g], s1[g], s2[g] = 0.0, 0.0, 0.0
         for i in range(max(summed[3], written[3])):
             for j in range(max(summed[4], written[4])):
                 g = j if apart else i
@@ -1379,7 +1378,7 @@ def forward_groups(
         _write_rstds(count[first:last], var[first:last], eps, rstd)
         written, first_written, first = summed, first, last
     _close_stream(streamed, stream, out)
-    keep(own)
+    release((own, buffer))
 
 
 @njit(**LEAF)
@@ -1417,15 +1416,13 @@ def backward_groups(
     """
     n_rows, n_inner, length = x.shape[1:]
     first, end = share(threads, x.shape[0] * n_inner)
-    (dy, x, dx), (feature,), (weight,) = lend((dy, x, dx)), lend((feature,)), split(parameters, 1)
-    (count, mean, var), (s0, s1) = split(statistics, 3), split(sums, 2)
-    apart = n_inner > 1
-    own = (
-        np.empty((3, block)), np.empty((block, 4), dx.dtype),
-        _buffer(BUFFER, streamed, dx),
+    (weight,), (count, mean, var), (s0, s1) = (
+        split(parameters, 1), split(statistics, 3), split(sums, 2)
     )  # fmt: skip
-    memory, rows, buffer = lend(own)
-    rstd, g0, g1 = memory[0], memory[1], memory[2]
+    apart = n_inner > 1
+    own, rows = allocate(3, block, mean.dtype), allocate(block, 4, dx.dtype)
+    rstd, g0, g1 = split(own, 3)
+    buffer = allocate(None, _buffered(BUFFER, streamed, dx), dx.dtype)
     stream, out = _open_stream(buffer), stretch(dx, 0, dx.size)
     beside = beside and live
     nothing = 0, 0, 0, 0, 0
@@ -1434,7 +1431,8 @@ def backward_groups(
         summed = nothing
         if first < end and (beside or written[0] == 0):
             summed = _next_groups(first, end, x.shape, block)
-        g0[:], g1[:] = 0.0, 0.0
+        for g in range(block):
+            g0[g], g1[g] = 0.0, 0.0
         for i in range(max(summed[3], written[3])):
             for j in range(max(summed[4], written[4])):
                 g = j if apart else i
@@ -1469,7 +1467,7 @@ def backward_groups(
             )
         written, first = summed, last
     _close_stream(streamed, stream, out)
-    keep(own)
+    release((own, rows, buffer))
 
 
 # Group columns: the same where a row has columns of many groups.
@@ -1482,7 +1480,8 @@ def _shifts_of_groups(x, mask, a, c0, c1, n_columns, size, shift):
         for c in range(0, c1 - c0, size):
             shift[c] = x[a, 0, c0 + c]
     else:
-        found = _first_of_columns(x[a, :, c0:c1], mask[a, :, c0:c1], shift)
+        found = allocate(None, c1 - c0, np.bool_)
+        _first_of_columns(x[a, :, c0:c1], mask[a, :, c0:c1], shift, found)
         for c in range(0, c1 - c0, size):
             for k in range(c + size - 1, c - 1, -1):
                 if found[k]:
@@ -1492,6 +1491,7 @@ def _shifts_of_groups(x, mask, a, c0, c1, n_columns, size, shift):
             if found[c] and not found[c % n_columns]:
                 found[c % n_columns] = True
                 shift[c % n_columns] = shift[c]
+        release((found,))
     for lo in range(0, c1 - c0, n_columns):
         for c in range(lo, min(lo + n_columns, c1 - c0), size):
             shift[c : c + size] = shift[c - lo]
@@ -1523,17 +1523,17 @@ def forward_group_columns(
     n_columns = n_spans * span
     size = n_columns // n_groups
     begin, end = share(threads, n_outer * ((n_folded + width - 1) // width))
-    (x, y), (feature,), (weight, bias) = lend((x, y)), lend((feature,)), split(parameters, 2)
-    count, mean, var = split(statistics, 3)
+    (weight, bias), (count, mean, var) = split(parameters, 2), split(statistics, 3)
     for task in range(begin, end):
         a, c0, c1 = _block(task, n_folded, width)
         n_here = (min(c1, n_columns) - c0) // size
         first = a * n_groups + c0 // size
         last = first + n_here
         if live:
-            own_sums = np.zeros(c1 - c0, np.int64), np.zeros(room(3, c1 - c0, mean), mean.dtype)
-            n, memory = lend(own_sums)
-            s1, s2, shift = _three_rows(memory, c1 - c0)
+            own = allocate(4, c1 - c0, mean.dtype)
+            _clear(own)
+            s1, s2, shift = _three_rows(own, c1 - c0)
+            n = stretch(own, 3 * own.shape[1], c1 - c0)
             _shifts_of_groups(x, mask, a, c0, c1, n_columns, size, shift)
             _add_rows(x, mask, a, 0, length, c0, c1, shift, n, s1, s2)
             for g in range(n_here):
@@ -1545,14 +1545,11 @@ def forward_group_columns(
                         sum_2 += s2[c]
                 mu, _, m2 = _unshift(n_all, shift[g * size], sum_1, sum_2)
                 _write_statistics(first + g, n_all, mu, m2, center, count, mean, var)
-            keep(own_sums)
-        own = (
-            _rstds(count[first:last], var[first:last], eps),
-            np.empty(room(3, c1 - c0, y), y.dtype), np.empty(3, y.dtype),
-            _buffer(c1 - c0, streamed, y),
-        )  # fmt: skip
-        rstd, memory, row, buffer = lend(own)
-        rows = rows_of(memory, 3)
+            release((own,))
+        rows, row = allocate(3, c1 - c0, y.dtype), allocate(None, 3, y.dtype)
+        rstd = allocate(None, n_here, mean.dtype)
+        buffer = allocate(None, _buffered(c1 - c0, streamed, y), y.dtype)
+        _write_rstds(count[first:last], var[first:last], eps, rstd)
         p = a * n_spans + c0 // span
         for g in range(n_here):
             mu = mean[first + g]
@@ -1564,7 +1561,7 @@ def forward_group_columns(
         _write_columns(
             streamed, buffer, _apply, None, x, None, a, 0, length, c0, c1, split(rows, 3), y
         )
-        keep(own)
+        release((rows, row, rstd, buffer))
 
 
 @cached_njit(**FLAGS)
@@ -1581,20 +1578,19 @@ def backward_group_columns(
     n_columns = n_spans * span
     size = n_columns // n_groups
     begin, end = share(threads, n_outer * ((n_folded + width - 1) // width))
-    (dy, x, dx), (feature,), (weight,) = lend((dy, x, dx)), lend((feature,)), split(parameters, 1)
-    (count, mean, var), (s0, s1) = split(statistics, 3), split(sums, 2)
+    (weight,), (count, mean, var), (s0, s1) = (
+        split(parameters, 1), split(statistics, 3), split(sums, 2)
+    )  # fmt: skip
     for task in range(begin, end):
         a, c0, c1 = _block(task, n_folded, width)
         n_here = (min(c1, n_columns) - c0) // size
         first = a * n_groups + c0 // size
         last = first + n_here
-        own = (
-            np.zeros(room(3, c1 - c0, mean), mean.dtype), np.empty(room(5, c1 - c0, dx), dx.dtype),
-            np.empty(5, dx.dtype), _rstds(count[first:last], var[first:last], eps),
-            _buffer(c1 - c0, streamed, dx),
-        )  # fmt: skip
-        own_sums, memory, row, rstd, buffer = lend(own)
-        s, rows = rows_of(own_sums, 3), rows_of(memory, 5)
+        s, rows = allocate(3, c1 - c0, mean.dtype), allocate(5, c1 - c0, dx.dtype)
+        row, rstd = allocate(None, 5, dx.dtype), allocate(None, n_here, mean.dtype)
+        buffer = allocate(None, _buffered(c1 - c0, streamed, dx), dx.dtype)
+        _clear(s)
+        _write_rstds(count[first:last], var[first:last], eps, rstd)
         for g in range(n_here):
             own_mean = mean[first + g : first + g + 1]
             _fill_columns(g * size, size, n_columns, c1 - c0, own_mean, s[2:])
@@ -1633,7 +1629,7 @@ def backward_group_columns(
             _write_columns(
                 streamed, buffer, _scale, dy, x, None, a, 0, length, c0, c1, split(rows, 1)[0], dx
             )
-        keep(own)
+        release((s, rows, row, rstd, buffer))
 
 
 @cached_njit(**FLAGS)
@@ -1766,14 +1762,11 @@ def forward_element_columns(
     early = np.intp(0) if streamed is None else to_next_line(y, 0)
     n_blocks = max((n_columns - early + width - 1) // width, 1)
     begin, end = share(threads, n_outer * n_blocks)
-    (x, y), (weight, bias) = lend((x, y)), split(parameters, 2)
-    count, mean, var = split(statistics, 3)
+    (weight, bias), (count, mean, var) = split(parameters, 2), split(statistics, 3)
     most = width + LANES
-    own = (
-        np.empty(room(3, most, mean), mean.dtype), np.empty(room(3, most, y), y.dtype),
-        np.empty(most), _buffer(most, streamed, y),
-    )  # fmt: skip
-    sums, memory, rstd, buffer = lend(own)
+    sums, rstd = allocate(3, most, mean.dtype), allocate(None, most, mean.dtype)
+    rows = allocate(3, most, y.dtype)
+    buffer = allocate(None, _buffered(most, streamed, y), y.dtype)
     xs, ys, is_summed = stretch(x, 0, x.size), stretch(y, 0, y.size), False
     for unit in range(begin, end):
         a, c0, c1 = _block_of_lines(unit, early, n_columns, width)
@@ -1788,7 +1781,7 @@ def forward_element_columns(
                 mu, _, m2 = _unshift(length, shift[c], s1[c], s2[c])
                 _write_statistics(c, length, mu, m2, center, *groups)
         _write_rstds(groups[0], groups[2], eps, rstd)
-        m, r, t = _three_rows(memory, n)
+        m, r, t = _three_rows(rows, n)
         _column_coefficients(groups[1], rstd, m, r, t)
         is_summed = streamed is not None and live and unit + 1 < end
         if is_summed:
@@ -1814,7 +1807,7 @@ def forward_element_columns(
             _add_rest(None, x, None, a, c0, c1, shift, s1, s2)
     if streamed is not None:
         fence()
-    keep(own)
+    release((sums, rstd, rows, buffer))
 
 
 @njit(**LEAF)
@@ -1861,16 +1854,12 @@ def backward_element_columns(
     n_units = n_outer * ((n_columns + width - 1) // width)
     task, last_task = share(threads, n_tasks)
     begin, end = task * n_units // n_tasks, last_task * n_units // n_tasks
-    (dy, x, dx), (weight,), (dweight, dbias) = (
-        lend((dy, x, dx)), split(parameters, 1), split(dparameters, 2)
-    )  # fmt: skip
+    (weight,), (dweight, dbias) = split(parameters, 1), split(dparameters, 2)
     count, mean, var = split(statistics, 3)
-    own = (
-        np.empty(room(3, width, mean), mean.dtype), np.empty(room(5, width, dx), dx.dtype),
-        np.empty(width), _buffer(width, streamed, dx),
-    )  # fmt: skip
-    sums, memory, rstd, buffer = lend(own)
-    m, r, t, g0, g1 = split(rows_of(memory, 5), 5)
+    sums, rstd = allocate(3, width, mean.dtype), allocate(None, width, mean.dtype)
+    rows = allocate(5, width, dx.dtype)
+    buffer = allocate(None, _buffered(width, streamed, dx), dx.dtype)
+    m, r, t, g0, g1 = split(rows, 5)
     dys, xs, dxs = stretch(dy, 0, dy.size), stretch(x, 0, x.size), stretch(dx, 0, dx.size)
     is_summed, zero = False, dx.dtype.type(0.0)
     for unit in range(begin, end):
@@ -1915,7 +1904,7 @@ def backward_element_columns(
             _add_rest(dy, x, weight, a, c0, c1, means, s0, s1)
     if streamed is not None:
         fence()
-    keep(own)
+    release((sums, rstd, rows, buffer))
 
 
 @njit(**LEAF)
@@ -2055,18 +2044,14 @@ def backward_elements(
     n_blocks = dparameters.shape[1]
     block = (n_samples + n_blocks - 1) // n_blocks
     begin, end = share(threads, n_blocks)
-    (dy, x, dx), (weight,), (dweight, dbias) = (
-        lend((dy, x, dx)), split(parameters, 1), split(dparameters, 2)
-    )  # fmt: skip
+    (weight,), (dweight, dbias) = split(parameters, 1), split(dparameters, 2)
     count, mean, var = split(statistics, 3)
-    own = (
-        np.empty(block * n_weights), np.empty((4, 2)), np.empty((4, 3), dx.dtype),
-        np.empty((2, 4), dx.dtype),
-        np.zeros(min(ELEMENTS, length), dx.dtype), _buffer(BUFFER, streamed, dx),
-        np.empty(room(2, n_weights * length, dweight), dweight.dtype),
-    )  # fmt: skip
-    rstd, sums, rows, c, nothing, buffer, memory = lend(own)
-    gradients = rows_of(memory, 2)  # of weight and bias
+    rstd, sums = allocate(None, block * n_weights, mean.dtype), allocate(4, 2, mean.dtype)
+    rows, c = allocate(4, 3, dx.dtype), allocate(2, 4, dx.dtype)
+    nothing = allocate(None, min(ELEMENTS, length), dx.dtype)
+    buffer = allocate(None, _buffered(BUFFER, streamed, dx), dx.dtype)
+    gradients = allocate(2, n_weights * length, dweight.dtype)  # of weight and bias
+    _clear(nothing)
     stream, out = _open_stream(buffer), stretch(dx, 0, dx.size)
     # While four rows are handled those that come next are asked for: long ones in parts, dy while
     # sums are taken, x and the mask while dx is written.
@@ -2076,7 +2061,7 @@ def backward_elements(
         first, last = task * block, min((task + 1) * block, n_samples)
         i0, i1 = first * n_weights, last * n_weights
         _write_rstds(count[i0:i1], var[i0:i1], eps, rstd)
-        gradients[:] = 0.0
+        _clear(gradients)
         # Four rows at a time stay in cache for all they are needed for, and some of their
         # elements in the first cache for all sums. Those come before dx, which may be dy.
         for lo in range(first, last, 4):
@@ -2123,4 +2108,4 @@ def backward_elements(
             _add_up(gradients[0, : n_weights * length], dweight[task])
             _add_up(gradients[1, : n_weights * length], dbias[task])
     _close_stream(streamed, stream, out)
-    keep(own)
+    release((rstd, sums, rows, c, nothing, buffer, gradients))

@@ -13,7 +13,6 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
-from numba.np.arrayobj import populate_array
 
 # What Python calls a kernel with: one share, in its own thread.
 SERIAL = 0, -1, 1
@@ -97,88 +96,10 @@ def _share_of_kernel(context: Any, builder: Any) -> tuple[Any, Any]:
     known = inner.load(inner.inttoptr(args, given.type.as_pointer()))
     values = cgutils.unpack_tuple(inner, known, len(argument_types))
     values[0] = cgutils.pack_array(inner, [ir.Constant(i.type, 0), i, n])
-    for k, argument_type in enumerate(argument_types):
-        # Threads would queue to count references.
-        values[k] = _without_owner(context, inner, argument_type, values[k])
     inner.ret(inner.call(kernel, [*results, *packer.as_arguments(inner, values)]))
 
     at = cgutils.alloca_once_value(builder, given)
     return builder.ptrtoint(function, i.type), builder.ptrtoint(at, i.type)
-
-
-@intrinsic
-def lend(typing_context: Any, arrays: Any) -> Any:
-    """Return a tuple of arrays (or None) as arrays without an owner.
-
-    Numba counts references to every view of an array that may have an owner, which takes as long
-    as a short row. The owner must live on: see ``keep``.
-    """
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        values = cgutils.unpack_tuple(builder, args[0], len(arrays))
-        lent = [
-            _without_owner(context, builder, array_type, value)
-            for array_type, value in zip(arrays, values, strict=True)
-        ]
-        return context.make_tuple(builder, signature.return_type, lent)
-
-    return arrays(arrays), generate
-
-
-@intrinsic(prefer_literal=True)
-def split(typing_context: Any, array: Any, n: Any) -> Any:
-    """Return the first n arrays along the first axis of one (n or more, ...), without an owner.
-
-    ``n`` is a literal; of None each is None. A kernel takes one array for several, as each takes a
-    call some time.
-    """
-    number = n.literal_value
-    if isinstance(array, types.NoneType):
-
-        def generate_nothing(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            return context.make_tuple(builder, signature.return_type, [args[0]] * number)
-
-        return types.UniTuple(array, number)(array, n), generate_nothing
-    seen = types.Array(array.dtype, array.ndim - 1, "C", readonly=not array.mutable)
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        whole = context.make_array(array)(context, builder, args[0])
-        shape = cgutils.unpack_tuple(builder, whole.shape, array.ndim)[1:]
-        step, *strides = cgutils.unpack_tuple(builder, whole.strides, array.ndim)
-        arrays = []
-        for k in range(number):
-            one = context.make_array(seen)(context, builder)
-            populate_array(
-                one,
-                data=cgutils.pointer_add(builder, whole.data, builder.mul(step, step.type(k))),
-                shape=cgutils.pack_array(builder, shape),
-                strides=cgutils.pack_array(builder, strides),
-                itemsize=whole.itemsize,
-                meminfo=None,
-            )
-            arrays.append(one._getvalue())
-        return context.make_tuple(builder, signature.return_type, arrays)
-
-    return types.UniTuple(seen, number)(array, n), generate
-
-
-@intrinsic
-def keep(typing_context: Any, arrays: Any) -> Any:
-    """Do nothing with a tuple of arrays, which live until here."""
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return context.get_dummy_value()
-
-    return types.none(arrays), generate
-
-
-def _without_owner(context: Any, builder: Any, array_type: Any, value: Any) -> Any:
-    if not isinstance(array_type, types.Array):
-        return value
-    array = context.make_array(array_type)(context, builder, value)
-    array.meminfo = cgutils.get_null_value(array.meminfo.type)
-    array.parent = cgutils.get_null_value(array.parent.type)
-    return array._getvalue()
 
 
 if numba.config.DISABLE_JIT:
@@ -187,14 +108,3 @@ if numba.config.DISABLE_JIT:
     def share(threads: tuple[int, int, int], n_tasks: int) -> tuple[int, int]:
         """Return the first task, and the one after the last."""
         return 0, n_tasks
-
-    def lend(arrays: Any) -> Any:
-        """Return the arrays."""
-        return arrays
-
-    def split(array: Any, n: int) -> Any:
-        """Return the first n arrays."""
-        return (None,) * n if array is None else tuple(array[:n])
-
-    def keep(arrays: Any) -> None:
-        """Do nothing."""

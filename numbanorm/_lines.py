@@ -12,11 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import numba
+import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
+from numba.core.typing.npydecl import parse_dtype
 from numba.extending import intrinsic
-from numba.np.arrayobj import populate_array
+
+from numbanorm._views import field, make_view
 
 # Bytes of a line.
 LINE = 64
@@ -49,51 +52,63 @@ def line_size(typing_context: Any, array: Any) -> Any:
 
 
 @intrinsic
-def room(typing_context: Any, n_rows: Any, n: Any, like: Any) -> Any:
-    """Return how many elements of the type of ``like`` rows_of needs for rows of n of them."""
-    line = LINE * 8 // like.dtype.bitwidth
+def allocate(typing_context: Any, n_rows: Any, n: Any, dtype: Any) -> Any:
+    """Return memory until it is released: rows, (n_rows, n or some more), or (n,) if that is None.
+
+    They begin where lines do. What is to be released stands where other arrays have an owner, to
+    which Numba would count references, but not in kernels.
+    """
+    element = parse_dtype(dtype)
+    one_row = isinstance(n_rows, types.NoneType)
+    rows = types.Array(element, 1 if one_row else 2, "C")
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         n_rows, n, _ = args
-        one, length = ir.Constant(n.type, 1), ir.Constant(n.type, line)
-        n_lines = builder.udiv(builder.add(n, builder.sub(length, one)), length)
-        return builder.mul(builder.add(builder.mul(n_rows, n_lines), one), length)
+        size = context.get_abi_sizeof(context.get_data_type(element))
 
-    return types.intp(types.intp, types.intp, like), generate
+        def number(value: int) -> Any:
+            return ir.Constant(n.type, value)
+
+        in_line = LINE // size
+        n_lines = builder.udiv(builder.add(n, number(in_line - 1)), number(in_line))
+        n_all = n_lines if one_row else builder.mul(n_rows, n_lines)
+        # What comes may begin anywhere in a line.
+        n_bytes = builder.mul(builder.add(n_all, number(1)), number(LINE))
+        byte = ir.IntType(8).as_pointer()
+        function = cgutils.get_or_insert_function(
+            builder.module, ir.FunctionType(byte, [n.type]), "NRT_Allocate"
+        )
+        owner = builder.call(function, [n_bytes])
+        with builder.if_then(cgutils.is_null(builder, owner), likely=False):
+            context.call_conv.return_user_exc(builder, MemoryError, ("no memory for a kernel",))
+        first = builder.add(builder.ptrtoint(owner, n.type), number(LINE - 1))
+        pointer = context.get_data_type(element).as_pointer()
+        data = builder.inttoptr(builder.and_(first, number(-LINE)), pointer)
+        shape, strides = [n], [number(size)]
+        if not one_row:
+            width = builder.mul(n_lines, number(in_line))
+            shape, strides = [n_rows, width], [builder.mul(width, number(size)), number(size)]
+        view = make_view(context, builder, rows, data, shape, strides, number(size))
+        return context.data_model_manager[rows].set(builder, view, owner, "meminfo")
+
+    return rows(types.none if one_row else types.intp, types.intp, dtype), generate
 
 
 @intrinsic
-def rows_of(typing_context: Any, memory: Any, n_rows: Any) -> Any:
-    """Return the rows that an array (room(...),) has room for: (n_rows, at least n).
-
-    They begin where lines do, and have no owner, see :func:`numbanorm._launch.lend`.
-    """
-    size = memory.dtype.bitwidth // 8
-    rows = types.Array(memory.dtype, 2, "C")
+def release(typing_context: Any, arrays: Any) -> Any:
+    """Give back the memory of arrays, which were made by ``allocate``."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        n_rows = args[1]
-
-        def number(value: int) -> Any:
-            return ir.Constant(n_rows.type, value)
-
-        array = context.make_array(memory)(context, builder, args[0])
-        n_lines = builder.sub(builder.udiv(array.nitems, number(LINE // size)), number(1))
-        n = builder.mul(builder.udiv(n_lines, n_rows), number(LINE // size))
-        address = builder.add(builder.ptrtoint(array.data, n_rows.type), number(LINE - 1))
-        first = builder.and_(address, number(-LINE))
-        seen = context.make_array(rows)(context, builder)
-        populate_array(
-            seen,
-            data=builder.inttoptr(first, array.data.type),
-            shape=cgutils.pack_array(builder, [n_rows, n]),
-            strides=cgutils.pack_array(builder, [builder.mul(n, number(size)), number(size)]),
-            itemsize=number(size),
-            meminfo=None,
+        byte = ir.IntType(8).as_pointer()
+        function = cgutils.get_or_insert_function(
+            builder.module, ir.FunctionType(ir.VoidType(), [byte]), "NRT_Free"
         )
-        return seen._getvalue()
+        values = cgutils.unpack_tuple(builder, args[0], len(arrays))
+        for array_type, array in zip(arrays, values, strict=True):
+            builder.call(function, [field(context, builder, array_type, array, "meminfo")])
+        return context.get_dummy_value()
 
-    return rows(memory, types.intp), generate
+    return types.none(arrays), generate
 
 
 @intrinsic
@@ -102,7 +117,7 @@ def to_next_line(typing_context: Any, array: Any, i: Any) -> Any:
     size = array.dtype.bitwidth // 8
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        data = context.make_array(array)(context, builder, args[0]).data
+        data = field(context, builder, array, args[0], "data")
         address = builder.ptrtoint(builder.gep(data, [args[1]]), args[1].type)
         missing = builder.and_(builder.neg(address), ir.Constant(address.type, LINE - 1))
         return builder.udiv(missing, ir.Constant(address.type, size))
@@ -119,7 +134,7 @@ def store_line(typing_context: Any, target: Any, i: Any, source: Any, j: Any) ->
         line = ir.VectorType(element, LINE * 8 // target.dtype.bitwidth).as_pointer()
         places = []
         for array_type, array, index in ((source, args[2], args[3]), (target, args[0], args[1])):
-            data = context.make_array(array_type)(context, builder, array).data
+            data = field(context, builder, array_type, array, "data")
             places.append(builder.bitcast(builder.gep(data, [index]), line))
         values = builder.load(places[0], align=target.dtype.bitwidth // 8)
         store = builder.store(values, places[1], align=LINE)
@@ -148,16 +163,15 @@ if numba.config.DISABLE_JIT:
         """Return how many elements of an array fill a line."""
         return int(LINE // array.itemsize)
 
-    def room(n_rows: int, n: int, like: Any) -> int:
-        """Return how many elements rows_of needs."""
-        line = line_size(like)
-        return int((n_rows * -(-n // line) + 1) * line)
+    def allocate(n_rows: int | None, n: int, dtype: Any) -> Any:
+        """Return memory."""
+        if n_rows is None:
+            return np.empty(n, dtype)
+        line = LINE // np.dtype(dtype).itemsize
+        return np.empty((n_rows, -(-n // line) * line), dtype)
 
-    def rows_of(memory: Any, n_rows: int) -> Any:
-        """Return the rows that there is room for."""
-        n = (memory.size // line_size(memory) - 1) // n_rows * line_size(memory)
-        first = to_next_line(memory, 0)
-        return memory[first : first + n_rows * n].reshape(n_rows, n)
+    def release(arrays: Any) -> None:
+        """Do nothing: Python does it."""
 
     def to_next_line(array: Any, i: int) -> int:
         """Return how many elements there are from array[i] to where a line begins."""

@@ -21,9 +21,9 @@ from numba import types
 from numba.core import cgutils
 from numba.core.typing.templates import AbstractTemplate, infer_global, signature
 from numba.extending import intrinsic, lower_builtin, models, register_model
-from numba.np.arrayobj import populate_array
 
 from numbanorm._lines import LINE
+from numbanorm._views import field
 
 # Elements of a vector: float64 sums of so many, and what they are made of, fit in the registers.
 LANES = 16
@@ -75,8 +75,7 @@ _define(operator.or_, types.Boolean, lambda builder, a, b: builder.or_(a, b))
 
 
 def _place(context: Any, builder: Any, array_type: Any, array: Any, i: Any) -> Any:
-    data = context.make_array(array_type)(context, builder, array).data
-    return builder.gep(data, [i])
+    return builder.gep(field(context, builder, array_type, array, "data"), [i])
 
 
 def _size(dtype: Any) -> int:
@@ -93,10 +92,11 @@ def _nothing(context: Any, builder: Any, signature: Any, args: Any) -> Any:
 
 
 def _splat(builder: Any, value: Any) -> Any:
-    vector = ir.Constant(ir.VectorType(value.type, LANES), ir.Undefined)
-    for k in range(LANES):
-        vector = builder.insert_element(vector, value, ir.Constant(ir.IntType(32), k))
-    return vector
+    nothing = ir.Constant(ir.VectorType(value.type, LANES), ir.Undefined)
+    first = builder.insert_element(nothing, value, ir.IntType(32)(0))
+    return builder.shuffle_vector(
+        first, nothing, ir.Constant(ir.VectorType(ir.IntType(32), LANES), None)
+    )
 
 
 def _numbers(integer: Any, first: int, n: int) -> Any:
@@ -120,33 +120,6 @@ def _masked(builder: Any, name: str, dtype: Any, result: Any, *args: Any) -> Any
         f"llvm.masked.{name}.{suffix}.p0{suffix}",
     )
     return builder.call(function, args)
-
-
-@intrinsic
-def stretch(typing_context: Any, array: Any, i: Any, n: Any) -> Any:
-    """Return n elements of an array from the i-th in memory on, (n,); None of None.
-
-    They have no owner, and nothing is checked: slices take long to compile.
-    """
-    if _is_none(array):
-        return types.none(array, i, n), _nothing
-    seen = types.Array(array.dtype, 1, "C", readonly=not array.mutable)
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        whole, i, n = args
-        owner = context.make_array(array)(context, builder, whole)
-        view = context.make_array(seen)(context, builder)
-        populate_array(
-            view,
-            data=builder.gep(owner.data, [i]),
-            shape=cgutils.pack_array(builder, [n]),
-            strides=cgutils.pack_array(builder, [owner.itemsize]),
-            itemsize=owner.itemsize,
-            meminfo=None,
-        )
-        return view._getvalue()
-
-    return seen(array, types.intp, types.intp), generate
 
 
 @intrinsic
@@ -300,10 +273,6 @@ def fetch(typing_context: Any, array: Any, i: Any) -> Any:
 
 if numba.config.DISABLE_JIT:
     # Kernels are Python functions then, and vectors arrays.
-
-    def stretch(array: Any, i: int, n: int) -> Any:
-        """Return n elements from the i-th in memory on, or None."""
-        return None if array is None else array.reshape(-1)[i : i + n]
 
     def load(array: Any, i: int, n: int | None) -> Any:
         """Return a copy of some elements, and 0; or a vector of a number, or None."""

@@ -2,9 +2,20 @@
 
 import numpy as np
 import pytest
+from cases import CASES, normal
 from numba import njit
+from numba.core.runtime import _nrt_python, rtsys
 
-from numbanorm._lines import LINE, cache_size, fence, line_size, store_line, to_next_line
+from numbanorm._lines import (
+    LINE,
+    allocate,
+    cache_size,
+    fence,
+    line_size,
+    release,
+    store_line,
+    to_next_line,
+)
 
 
 @njit
@@ -56,3 +67,68 @@ def sizes(tmp_path, monkeypatch):
 def test_cache_size(sizes, texts, size):
     sizes(texts)
     assert cache_size() == size
+
+
+@njit(_nrt=False)
+def place(n_rows, n, like, found):
+    """Write where the rows of new memory begin, and sum up what is written to them."""
+    rows, row = allocate(n_rows, n, like.dtype), allocate(None, n, like.dtype)
+    for k in range(n_rows):
+        found[k] = to_next_line(rows[k], 0)
+        for i in range(n):
+            rows[k, i] = k
+    found[n_rows] = to_next_line(row, 0)
+    for i in range(n):
+        row[i] = n_rows
+    total = 0
+    for k in range(n_rows):
+        for i in range(n):
+            total += rows[k, i]
+    for i in range(row.shape[0]):
+        total += row[i]
+    size = rows.shape[0], rows.shape[1], row.shape[0]
+    release((rows, row))
+    return total, size
+
+
+@pytest.fixture
+def counting():
+    """Have Numba count what it allocates."""
+    _nrt_python.memsys_enable_stats()
+    yield
+    _nrt_python.memsys_disable_stats()
+
+
+@pytest.mark.usefixtures("counting")
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("n", [0, 1, 16, 17, 1000])
+def test_rows_begin_where_lines_do(dtype, n):
+    found = np.full(4, -1)
+    before = rtsys.get_allocation_stats()
+    total, (n_rows, width, length) = place(3, n, np.zeros(1, dtype), found)
+    after = rtsys.get_allocation_stats()
+    assert after.alloc - before.alloc == after.free - before.free == 2
+    np.testing.assert_array_equal(found, 0)
+    assert total == 6 * n
+    assert (n_rows, length) == (3, n)
+    assert n <= width < n + LINE // np.dtype(dtype).itemsize
+
+
+@pytest.mark.usefixtures("counting")
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+def test_kernels_release_what_they_allocate(case):
+    # Layers whose kernels have been called before: compiling allocates as well.
+    layer, x = case.layer(), case.input()
+    masks = None, normal(*case.shape) < 0.5
+
+    def run():
+        for mask in masks:
+            for training in (True, False):
+                layer.train(training)(x, mask=mask)
+                layer.backward(x)
+
+    run()
+    before = rtsys.get_allocation_stats()
+    run()
+    after = rtsys.get_allocation_stats()
+    assert after.alloc - before.alloc == after.free - before.free > 0

@@ -17,7 +17,6 @@ from numbanorm._vectors import (
     load,
     splat,
     store,
-    stretch,
     total,
     where,
     widen,
@@ -131,24 +130,3 @@ def test_the_leading_elements(n):
     y = np.empty(LANES)
     mark(n, y)
     np.testing.assert_array_equal(y, np.where(np.arange(LANES) < n, 1, 2))
-
-
-@njit
-def see(x, i, n):
-    seen = stretch(x, i, n)
-    return seen.sum(), seen.shape[0]
-
-
-@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.bool_])
-def test_a_stretch_of_memory(dtype):
-    x = np.arange(24).astype(dtype).reshape(2, 3, 4)
-    assert see(x, 5, 7) == (x.reshape(-1)[5:12].sum(), 7)
-
-
-@njit
-def see_nothing(x, i, n):
-    return stretch(x, i, n) is None
-
-
-def test_a_stretch_of_nothing():
-    assert see_nothing(None, 3, 4)

@@ -1,0 +1,108 @@
+"""Views: parts of an array, as arrays that kernels make without a call.
+
+Nothing is checked, and they have no owner: Numba counts no references in kernels.
+"""
+
+from typing import Any
+
+import numba
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+
+def field(context: Any, builder: Any, array_type: Any, array: Any, name: str) -> Any:
+    """Return a field of an array: data, shape, ..."""
+    return context.data_model_manager[array_type].get(builder, array, name)
+
+
+def make_view(
+    context: Any, builder: Any, array_type: Any, data: Any, shape: Any, strides: Any, itemsize: Any
+) -> Any:
+    """Return an array without an owner; shape and strides are sequences."""
+    model = context.data_model_manager[array_type]
+    n_items = shape[0]
+    for n in shape[1:]:
+        n_items = builder.mul(n_items, n)
+    fields = {
+        "nitems": n_items,
+        "itemsize": itemsize,
+        "data": data,
+        "shape": cgutils.pack_array(builder, shape),
+        "strides": cgutils.pack_array(builder, strides),
+    }
+    view = ir.Constant(model.get_value_type(), None)
+    for name, value in fields.items():
+        view = model.set(builder, view, value, name)
+    return view
+
+
+@intrinsic
+def stretch(typing_context: Any, array: Any, i: Any, n: Any) -> Any:
+    """Return n elements of an array from the i-th in memory on, (n,); None of None.
+
+    Slices take long to compile.
+    """
+    if isinstance(array, types.NoneType):
+        return types.none(array, i, n), _nothing
+    seen = types.Array(array.dtype, 1, "C", readonly=not array.mutable)
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        whole, i, n = args
+        itemsize = field(context, builder, array, whole, "itemsize")
+        data = builder.gep(field(context, builder, array, whole, "data"), [i])
+        return make_view(context, builder, seen, data, [n], [itemsize], itemsize)
+
+    return seen(array, types.intp, types.intp), generate
+
+
+def _nothing(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+    return context.get_dummy_value()
+
+
+@intrinsic(prefer_literal=True)
+def split(typing_context: Any, array: Any, n: Any) -> Any:
+    """Return the first n arrays along the first axis of one (n or more, ...).
+
+    ``n`` is a literal; of None each is None. A kernel takes one array for several, as each takes a
+    call some time.
+    """
+    number = n.literal_value
+    if isinstance(array, types.NoneType):
+
+        def generate_nothing(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            return context.make_tuple(builder, signature.return_type, [args[0]] * number)
+
+        return types.UniTuple(array, number)(array, n), generate_nothing
+    seen = types.Array(array.dtype, array.ndim - 1, "C", readonly=not array.mutable)
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        data, itemsize, shape, strides = (
+            field(context, builder, array, args[0], name)
+            for name in ("data", "itemsize", "shape", "strides")
+        )
+        shape = cgutils.unpack_tuple(builder, shape, array.ndim)[1:]
+        step, *strides = cgutils.unpack_tuple(builder, strides, array.ndim)
+        places = [
+            cgutils.pointer_add(builder, data, builder.mul(step, step.type(k)))
+            for k in range(number)
+        ]
+        arrays = [
+            make_view(context, builder, seen, place, shape, strides, itemsize) for place in places
+        ]
+        return context.make_tuple(builder, signature.return_type, arrays)
+
+    return types.UniTuple(seen, number)(array, n), generate
+
+
+if numba.config.DISABLE_JIT:
+    # Kernels are Python functions then.
+
+    def stretch(array: Any, i: int, n: int) -> Any:
+        """Return n elements from the i-th in memory on, or None."""
+        return None if array is None else array.reshape(-1)[i : i + n]
+
+    def split(array: Any, n: int) -> Any:
+        """Return the first n arrays."""
+        return (None,) * n if array is None else tuple(array[:n])
