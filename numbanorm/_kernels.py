@@ -1338,7 +1338,7 @@ def forward_groups(
         summed = nothing
         if first < end and (beside or written[0] == 0):
             summed = _next_groups(first, end, x.shape, block)
-        for g in range(block):
+        for g in range(summed[0]):
             n[g], s1[g], s2[g] = 0.0, 0.0, 0.0
         for i in range(max(summed[3], written[3])):
             for j in range(max(summed[4], written[4])):
@@ -1420,7 +1420,7 @@ def backward_groups(
         split(parameters, 1), split(statistics, 3), split(sums, 2)
     )  # fmt: skip
     apart = n_inner > 1
-    own, rows = allocate(3, block, mean.dtype), allocate(block, 4, dx.dtype)
+    own, rows = allocate(3, block, mean.dtype), allocate(None, 4 * block, dx.dtype)
     rstd, g0, g1 = split(own, 3)
     buffer = allocate(None, _buffered(BUFFER, streamed, dx), dx.dtype)
     stream, out = _open_stream(buffer), stretch(dx, 0, dx.size)
@@ -1431,7 +1431,7 @@ def backward_groups(
         summed = nothing
         if first < end and (beside or written[0] == 0):
             summed = _next_groups(first, end, x.shape, block)
-        for g in range(block):
+        for g in range(summed[0]):
             g0[g], g1[g] = 0.0, 0.0
         for i in range(max(summed[3], written[3])):
             for j in range(max(summed[4], written[4])):
@@ -1444,7 +1444,8 @@ def backward_groups(
                 if n_here > 0:
                     s1[q] *= rstd[g]
                     scale = rstd[g] * weight[feature[q]]
-                by = dx.dtype.type(scale), rows[g, 0], rows[g, 1], rows[g, 2], rows[g, 3]
+                row = stretch(rows, 4 * g, 4)
+                by = dx.dtype.type(scale), row[0], row[1], row[2], row[3]
                 here = _row(dy, x, mask, place, n_here)
                 if not live:
                     stream = _write_run(streamed, stream, _scale, here, n_here, by[0], out, place)
@@ -1463,7 +1464,13 @@ def backward_groups(
         _write_rstds(count[first:last], var[first:last], eps, rstd)
         for g in range(summed[0]):
             _group_coefficients(
-                count[first + g], mean[first + g], rstd[g], g0[g], g1[g], center, rows[g]
+                count[first + g],
+                mean[first + g],
+                rstd[g],
+                g0[g],
+                g1[g],
+                center,
+                stretch(rows, 4 * g, 4),
             )
         written, first = summed, last
     _close_stream(streamed, stream, out)
