@@ -82,3 +82,27 @@ def test_arguments_are_owned_as_before():
         keep(_launch.in_threads(_threads._address_of_launch(), 2), x, kept)
     assert (sys.getrefcount(x), sys.getrefcount(kept)) == before
     np.testing.assert_array_equal(kept, x)
+
+
+@njit(pipeline_class=_cache.InlinedCompiler, no_cpython_wrapper=True)
+def root(x):
+    if x < 0:
+        raise ValueError("no root")
+    return np.sqrt(x)
+
+
+@njit
+def sum_of_roots(values):
+    total = 0.0
+    for value in values:
+        total += root(value)
+    return total
+
+
+def test_what_is_inlined_has_no_machine_code():
+    assert sum_of_roots(np.array([1.0, 4.0])) == 3
+    with pytest.raises(ValueError, match="no root"):
+        sum_of_roots(np.array([1.0, -4.0]))
+    (compiled,) = root.overloads.values()
+    with pytest.raises(RuntimeError, match="no compiled object"):
+        compiled.library.serialize_using_object_code()

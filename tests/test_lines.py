@@ -114,6 +114,22 @@ def test_rows_begin_where_lines_do(dtype, n):
     assert n <= width < n + LINE // np.dtype(dtype).itemsize
 
 
+@njit(_nrt=False)
+def ask_for(n, x):
+    row = allocate(None, n, x.dtype)
+    row[0] = x[0]
+    x[1] = row[0]
+    release((row,))
+
+
+def test_no_memory():
+    x = np.array([1.0, 2.0])
+    with pytest.raises(MemoryError, match="no memory for a kernel"):
+        ask_for(1 << 58, x)
+    ask_for(1, x)
+    np.testing.assert_array_equal(x, 1)
+
+
 @pytest.mark.usefixtures("counting")
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 def test_kernels_release_what_they_allocate(case):
