@@ -36,7 +36,14 @@ try:
     # Read while it is imported, and not again: it may be edited while the process runs.
     _SOURCE = b"".join(
         pkgutil.get_data("numbanorm", file) or b""
-        for file in ("_kernels.py", "_launch.py", "_lines.py", "_vectors.py", "_views.py")
+        for file in (
+            "_cache.py",
+            "_kernels.py",
+            "_launch.py",
+            "_lines.py",
+            "_vectors.py",
+            "_views.py",
+        )
     )
 except OSError:
     # Nothing says which source a file is of, so that none must fit.

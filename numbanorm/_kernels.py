@@ -58,12 +58,12 @@ from numbanorm._vectors import (
 from numbanorm._views import split, stretch
 
 # With the numpy error model no division is tested for zero, which would keep loops scalar. No
-# function written in C calls a kernel.
-PARALLEL: dict[str, Any] = {"nogil": True, "error_model": "numpy", "no_cfunc_wrapper": True}
-# No reference to an array is counted: that takes as long as a short row, and a third of the time
-# to compile. What a kernel allocates it has to release.
-FLAGS: dict[str, Any] = {"_nrt": False, **PARALLEL}
-# What only kernels call.
+# function written in C calls a kernel. No reference to an array is counted: that takes as long as a
+# short row, and long to compile. What a kernel allocates it has to release.
+FLAGS: dict[str, Any] = {
+    "nogil": True, "error_model": "numpy", "no_cfunc_wrapper": True, "_nrt": False,
+}  # fmt: skip
+# What only kernels call: there is no way in from elsewhere.
 INNER: dict[str, Any] = {"pipeline_class": InlinedCompiler, "no_cpython_wrapper": True, **FLAGS}
 # What a kernel calls for each row must be inlined: passing arrays costs more than a short row.
 LEAF: dict[str, Any] = {"forceinline": True, **INNER}
@@ -79,7 +79,7 @@ STEP = 2 * LANES
 ROWS = 4
 
 
-@cached_njit(parallel=True, **PARALLEL)
+@cached_njit(parallel=True, **FLAGS)
 def launch(function, n, args):
     """Call the function at this address for shares 0 to n - 1, each in a thread."""
     for i in prange(n):
@@ -1463,14 +1463,9 @@ def backward_groups(
         last = first + summed[0]
         _write_rstds(count[first:last], var[first:last], eps, rstd)
         for g in range(summed[0]):
+            row = stretch(rows, 4 * g, 4)
             _group_coefficients(
-                count[first + g],
-                mean[first + g],
-                rstd[g],
-                g0[g],
-                g1[g],
-                center,
-                stretch(rows, 4 * g, 4),
+                count[first + g], mean[first + g], rstd[g], g0[g], g1[g], center, row
             )
         written, first = summed, last
     _close_stream(streamed, stream, out)

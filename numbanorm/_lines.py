@@ -19,7 +19,7 @@ from numba.core import cgutils
 from numba.core.typing.npydecl import parse_dtype
 from numba.extending import intrinsic
 
-from numbanorm._views import field, make_view
+from numbanorm._views import address_of, field, is_none, make_view
 
 # Bytes of a line.
 LINE = 64
@@ -59,7 +59,7 @@ def allocate(typing_context: Any, n_rows: Any, n: Any, dtype: Any) -> Any:
     which Numba would count references, but not in kernels.
     """
     element = parse_dtype(dtype)
-    one_row = isinstance(n_rows, types.NoneType)
+    one_row = is_none(n_rows)
     rows = types.Array(element, 1 if one_row else 2, "C")
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -117,8 +117,7 @@ def to_next_line(typing_context: Any, array: Any, i: Any) -> Any:
     size = array.dtype.bitwidth // 8
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        data = field(context, builder, array, args[0], "data")
-        address = builder.ptrtoint(builder.gep(data, [args[1]]), args[1].type)
+        address = builder.ptrtoint(address_of(context, builder, array, *args), args[1].type)
         missing = builder.and_(builder.neg(address), ir.Constant(address.type, LINE - 1))
         return builder.udiv(missing, ir.Constant(address.type, size))
 
@@ -134,8 +133,8 @@ def store_line(typing_context: Any, target: Any, i: Any, source: Any, j: Any) ->
         line = ir.VectorType(element, LINE * 8 // target.dtype.bitwidth).as_pointer()
         places = []
         for array_type, array, index in ((source, args[2], args[3]), (target, args[0], args[1])):
-            data = field(context, builder, array_type, array, "data")
-            places.append(builder.bitcast(builder.gep(data, [index]), line))
+            place = address_of(context, builder, array_type, array, index)
+            places.append(builder.bitcast(place, line))
         values = builder.load(places[0], align=target.dtype.bitwidth // 8)
         store = builder.store(values, places[1], align=LINE)
         one = ir.Constant(ir.IntType(32), 1)

@@ -23,7 +23,7 @@ from numba.core.typing.templates import AbstractTemplate, infer_global, signatur
 from numba.extending import intrinsic, lower_builtin, models, register_model
 
 from numbanorm._lines import LINE
-from numbanorm._views import field
+from numbanorm._views import address_of, is_none, no_value
 
 # Elements of a vector: float64 sums of so many, and what they are made of, fit in the registers.
 LANES = 16
@@ -74,21 +74,9 @@ for _function, _operation in (
 _define(operator.or_, types.Boolean, lambda builder, a, b: builder.or_(a, b))
 
 
-def _place(context: Any, builder: Any, array_type: Any, array: Any, i: Any) -> Any:
-    return builder.gep(field(context, builder, array_type, array, "data"), [i])
-
-
 def _size(dtype: Any) -> int:
     """Return the bytes of an element in memory."""
     return 1 if dtype == types.boolean else int(dtype.bitwidth // 8)
-
-
-def _is_none(value: Any) -> bool:
-    return isinstance(value, types.NoneType)
-
-
-def _nothing(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-    return context.get_dummy_value()
 
 
 def _splat(builder: Any, value: Any) -> Any:
@@ -128,8 +116,8 @@ def load(typing_context: Any, array: Any, i: Any, n: Any) -> Any:
 
     Of a number it is a vector of that, and None of None.
     """
-    if _is_none(array):
-        return types.none(array, i, n), _nothing
+    if is_none(array):
+        return types.none(array, i, n), no_value
     if isinstance(array, types.Float):
         return Vector(array)(array, i, n), lambda c, builder, s, args: _splat(builder, args[0])
 
@@ -137,10 +125,10 @@ def load(typing_context: Any, array: Any, i: Any, n: Any) -> Any:
         array_value, i, n_value = args
         # A boolean has a byte in memory, and a bit in a vector.
         vector = ir.VectorType(context.get_data_type(array.dtype), LANES)
-        place = _place(context, builder, array, array_value, i)
+        place = address_of(context, builder, array, array_value, i)
         place = builder.bitcast(place, vector.as_pointer())
         align = _size(array.dtype)
-        if _is_none(n):
+        if is_none(n):
             values = builder.load(place, align=align)
         else:
             values = _masked(
@@ -232,10 +220,10 @@ def store(typing_context: Any, vector: Any, array: Any, i: Any, n: Any) -> Any:
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         values, array_value, i, n_value = args
-        place = _place(context, builder, array, array_value, i)
+        place = address_of(context, builder, array, array_value, i)
         place = builder.bitcast(place, values.type.as_pointer())
         align = _size(array.dtype)
-        if _is_none(n):
+        if is_none(n):
             builder.store(values, place, align=align)
         else:
             _masked(
@@ -251,7 +239,7 @@ def store(typing_context: Any, vector: Any, array: Any, i: Any, n: Any) -> Any:
 def fetch(typing_context: Any, array: Any, i: Any) -> Any:
     """Ask memory for a vector at array[i], which may be outside; without an array do nothing."""
     if not isinstance(array, types.Array):
-        return types.void(array, i), _nothing
+        return types.void(array, i), no_value
 
     # What a core asks for on its own it sometimes asks for too late, where rows are wide or there
     # are several arrays: as long as half of the time.
@@ -261,7 +249,7 @@ def fetch(typing_context: Any, array: Any, i: Any) -> Any:
         prefetch = builder.module.declare_intrinsic(
             "llvm.prefetch", [byte], ir.FunctionType(ir.VoidType(), [byte, word, word, word])
         )
-        first = builder.bitcast(_place(context, builder, array, *args), byte)
+        first = builder.bitcast(address_of(context, builder, array, *args), byte)
         for k in range(0, LANES * _size(array.dtype), LINE):
             line = builder.gep(first, [ir.Constant(args[1].type, k)])
             # To read it, into all caches, as data.

@@ -17,6 +17,21 @@ def field(context: Any, builder: Any, array_type: Any, array: Any, name: str) ->
     return context.data_model_manager[array_type].get(builder, array, name)
 
 
+def address_of(context: Any, builder: Any, array_type: Any, array: Any, i: Any) -> Any:
+    """Return the address of the i-th element in memory."""
+    return builder.gep(field(context, builder, array_type, array, "data"), [i])
+
+
+def is_none(value: Any) -> bool:
+    """Tell whether this is the type of None."""
+    return isinstance(value, types.NoneType)
+
+
+def no_value(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+    """Make None, where something else would be made of an array."""
+    return context.get_dummy_value()
+
+
 def make_view(
     context: Any, builder: Any, array_type: Any, data: Any, shape: Any, strides: Any, itemsize: Any
 ) -> Any:
@@ -44,21 +59,17 @@ def stretch(typing_context: Any, array: Any, i: Any, n: Any) -> Any:
 
     Slices take long to compile.
     """
-    if isinstance(array, types.NoneType):
-        return types.none(array, i, n), _nothing
+    if is_none(array):
+        return types.none(array, i, n), no_value
     seen = types.Array(array.dtype, 1, "C", readonly=not array.mutable)
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         whole, i, n = args
         itemsize = field(context, builder, array, whole, "itemsize")
-        data = builder.gep(field(context, builder, array, whole, "data"), [i])
-        return make_view(context, builder, seen, data, [n], [itemsize], itemsize)
+        first = address_of(context, builder, array, whole, i)
+        return make_view(context, builder, seen, first, [n], [itemsize], itemsize)
 
     return seen(array, types.intp, types.intp), generate
-
-
-def _nothing(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-    return context.get_dummy_value()
 
 
 @intrinsic(prefer_literal=True)
@@ -69,7 +80,7 @@ def split(typing_context: Any, array: Any, n: Any) -> Any:
     call some time.
     """
     number = n.literal_value
-    if isinstance(array, types.NoneType):
+    if is_none(array):
 
         def generate_nothing(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             return context.make_tuple(builder, signature.return_type, [args[0]] * number)

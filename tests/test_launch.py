@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from numba import njit
 
-from numbanorm import _cache, _launch, _threads
+from numbanorm import _cache, _kernels, _launch, _threads
 
 
-@njit(nogil=True)
+@njit(**_kernels.FLAGS)
 def fill(threads, nothing, scale, x, pair, flag, done, times):
     """Do what a kernel does, with arguments of all kinds."""
     begin, end = _launch.share(threads, done.shape[0])
@@ -34,7 +34,7 @@ def test_each_task_is_done_once(n_tasks, n_threads):
     np.testing.assert_allclose(done, x[:, 1:].sum(1) * 2 + 0.5, atol=1e-12)
 
 
-@njit(nogil=True)
+@njit(**_kernels.FLAGS)
 def fail(threads, done):
     begin, end = _launch.share(threads, done.shape[0])
     for task in range(begin, end):
@@ -66,7 +66,7 @@ def test_no_garbage_is_looked_for_while_compiling(enabled):
         gc.enable()
 
 
-@njit(nogil=True)
+@njit(**_kernels.FLAGS)
 def keep(threads, x, kept):
     begin, end = _launch.share(threads, len(kept))
     for task in range(begin, end):
@@ -84,14 +84,14 @@ def test_arguments_are_owned_as_before():
     np.testing.assert_array_equal(kept, x)
 
 
-@njit(pipeline_class=_cache.InlinedCompiler, no_cpython_wrapper=True)
+@njit(**_kernels.INNER)
 def root(x):
     if x < 0:
         raise ValueError("no root")
     return np.sqrt(x)
 
 
-@njit
+@njit(**_kernels.FLAGS)
 def sum_of_roots(values):
     total = 0.0
     for value in values:
