@@ -53,11 +53,15 @@ ROW_RUN = 1 << 14
 SHORT_ROW, MANY_ROWS = 256, 16
 # Rows of a group that are shorter, and at least so many, are seen as one row with a weight for each
 # element, which is read again for each of at least so many samples.
-TINY_ROW, FEW_ROWS, FEW_SAMPLES = 64, 4, 16
+TINY_ROW, FEW_ROWS, FEW_SAMPLES = 128, 2, 3
 # Elements of some groups that are summed up while those before them are written: few enough for
 # both, and for what is written, to be in a core's first cache; and how many, where a single group
 # has more, are still in its own cache when they are written.
 GROUP_BLOCK, BESIDE = 1 << 10, 1 << 15
+# Elements of rows of one sample, each with weights of its own, which are handled for all samples in
+# turn: enough for a run of memory, and few enough for the weights, and in backward for the sums of
+# their gradients, to stay in a core's own cache.
+RUN = 1 << 12
 # Elements of a task and tasks of a call: enough for many cores, few enough to cost nothing.
 TASK = 1 << 14
 TASKS = 64
@@ -185,10 +189,12 @@ class Plan:
     span : int
         This many elements, or columns, next to each other share a parameter.
     weights_shape : tuple of int
-        Shape of the weights, as the kernels see them: (F,) of each feature, or of all elements,
-        which is (G, D) for (M, D), if those of row i are those of row i + G, or (D,) for (A, D, B).
+        Shape of the weights, as the kernels see them: (F,) of each feature, (D,) of each element
+        for (A, D, B), or (G, D / span) for (M, D), if those of row i are those of row i + G.
     tiles : Tiles
         How the kernels cut the view.
+    run : int
+        Rows (M, D) of a sample that are handled for all samples in turn: all G, or a part of them.
     instance, instance_size : tuple of int, int
         The inner axes, which pieces may divide, and the number of elements in them.
     fold : int
@@ -251,14 +257,18 @@ class Plan:
         return math.prod(self.geometry.shape[axis] for axis in axes)
 
     def _see_element_rows(self, m: int, d: int, n_weights: int) -> None:
-        self.view, self.weights_shape = (m, d), (n_weights, d)
-        self.tiles = Tiles(1, d, max(1, GROUP_BLOCK // max(d, 1)))
-        # Each part has its own sums of the parameters' gradients, which takes room and time.
-        # Samples of several rows are longer, so that fewer make a part. Powers of 2 are shared out
-        # evenly.
+        self.view, self.weights_shape = (m, d), (n_weights, d // self.span)
+        block, self.run = max(1, GROUP_BLOCK // max(d, 1)), 1
+        if n_weights > 1:
+            self.run = _divisor(n_weights, max(1, RUN // max(d, 1)))
+        n_runs = n_weights // self.run
+        self.tiles = Tiles(1, d, block if n_runs == 1 else _divisor(n_weights, block))
+        # Each part of the samples has its own such sums, which takes room and time. Samples of
+        # several rows are longer, so that fewer make a part. Powers of 2 are shared out evenly.
         n_samples = m // n_weights
         several = 1 if m * d < LONG_TASK else min(n_samples, 2)
-        n_parts = min(max(n_samples // (64 if n_weights == 1 else 8), several), TASKS)
+        n_tasks = min(max(n_samples // (64 if n_weights == 1 else 8), several), TASKS)
+        n_parts = max(1, n_tasks // n_runs)
         self.gradient_parts = 1 << (n_parts.bit_length() - 1), n_weights * d // self.span
 
     def _see_element_columns(
@@ -349,7 +359,7 @@ class Plan:
         n_samples, n_parameters = self._size(outer[:start]), self._size(features)
         fits = set(rows) <= set(features) and outer[start:] == features
         few = length >= TINY_ROW or n_rows < FEW_ROWS or n_samples < FEW_SAMPLES
-        if not fits or few or n_parameters * length > CACHED_GROUP:
+        if not fits or few:
             return False
         self.elements, self.span = True, length
         n_weights = n_parameters // n_rows
@@ -363,7 +373,8 @@ class Plan:
         if self.columns:
             return (block,) if self.elements else (block, self.span)
         size = math.prod(self.view) // max(self.n_groups, 1)
-        return block, block * size <= BESIDE
+        beside = block * size <= BESIDE
+        return (self.run, block, beside) if self.elements else (block, beside)
 
     @property
     def columns(self) -> bool:
@@ -546,10 +557,14 @@ class Geometry:
         return plan
 
 
+def _divisor(n: int, most: int) -> int:
+    """Return the largest divisor of n that is not above ``most``."""
+    return max(k for k in range(1, max(min(n, most), 1) + 1) if n % k == 0)
+
+
 def _fold(length: int, n_columns: int) -> int:
     """Return how many rows are seen as one: short ones cost more to start than to run."""
-    most = max(1, min(COLUMN_FOLD // max(n_columns, 1), length // 16))
-    return max(k for k in range(1, most + 1) if length % k == 0)
+    return _divisor(length, max(1, min(COLUMN_FOLD // max(n_columns, 1), length // 16)))
 
 
 def _around(axes: list[int], reduced: Axes) -> tuple[list[int], list[int], list[int]]:

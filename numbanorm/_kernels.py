@@ -207,11 +207,10 @@ def _end_sums(counts, n, sums):
 
 @njit(**LEAF)
 def _ask(row, i):
-    """Ask memory for a step of a row, which may be outside."""
-    for k in (i, i + LANES):
-        fetch(row[0], k)
-        fetch(row[1], k)
-        fetch(row[2], k)
+    """Ask memory for a vector of a row, which may be outside."""
+    fetch(row[0], i)
+    fetch(row[1], i)
+    fetch(row[2], i)
 
 
 @njit(**LEAF)
@@ -221,6 +220,7 @@ def _sums(row, n, center):
     sums = _begin_sums(row, n, middle)
     for i in range(0, n // STEP * STEP, STEP):
         _ask(row, i + AHEAD)
+        _ask(row, i + LANES + AHEAD)
         sums = _add_step(row, i, middle, sums)
     return _end_sums(row[2], n, sums)
 
@@ -833,20 +833,37 @@ def _end_run(streamed, stream, y, n):
 
 
 @njit(**LEAF)
-def _write_run(streamed, stream, write, row, n, by, y, place):
+def _write_vectors(write, row, asked, lo, hi, by, ys, offset):
+    """Write elements lo to hi of a row to ys, where ``offset`` is added to their place.
+
+    ``write`` is the function that writes a vector, from ``by``: numbers, or rows of them. The same
+    elements of another row are asked for.
+    """
+    whole = hi - (hi - lo) % LANES
+    for i in range(lo, whole, LANES):
+        _ask(asked, i)
+        write(row, i, None, by, ys, i + offset)
+    if whole < hi:
+        write(row, whole, hi - whole, by, ys, whole + offset)
+
+
+@njit(**LEAF)
+def _write_run(streamed, stream, write, row, asked, n, by, y, place):
     """Write a row of n elements to y (N,) from ``place`` on, and return the stream.
 
-    ``write`` is the function that writes a row from ``by``. ``streamed`` is True or None, as having
-    both makes a kernel slower for short rows.
+    See _write_vectors about the others. ``streamed`` is True or None, as having both makes a kernel
+    slower for short rows.
     """
+    start = np.intp(0)
     if streamed is None:
-        write(row, n, by, stretch(y, place, n), AHEAD)
+        _write_vectors(write, row, asked, start, n, by, y, place)
         return stream
-    for i in range(0, n, BUFFER):
-        n_here = min(BUFFER, n - i)
-        ys, stream = _begin_run(streamed, stream, y, place + i, n_here)
-        write(_row(*row, i, n_here), n_here, by, ys, AHEAD)
-        stream = _end_run(streamed, stream, y, n_here)
+    for i in range(start, n, BUFFER):
+        end = min(i + BUFFER, n)
+        buffer, kept, at = _follow(stream, y, place + i)
+        _write_vectors(write, row, asked, i, end, by, buffer, kept - i)
+        kept, at = _flush(buffer, kept + end - i, y, at)
+        stream = buffer, kept, at
     return stream
 
 
@@ -863,10 +880,12 @@ def _close_stream(streamed, stream, y):
 def _write_columns(streamed, buffer, write, dy, x, mask, a, lo, hi, c0, c1, by, y):
     """Write rows lo to hi of y[a], columns c0 to c1, from rows of coefficients; see _write_run."""
     stream, out, n, step = _open_stream(buffer), stretch(y, 0, y.size), c1 - c0, x.shape[2]
+    start = np.intp(0)
     for i in range(lo, hi):
         at = (a * x.shape[1] + i) * step + c0
+        row, asked = _row(dy, x, mask, at, n), _row(dy, x, None, at + ROWS * step, 0)
         ys, stream = _begin_run(streamed, stream, out, at, n)
-        write(_row(dy, x, mask, at, n), n, by, ys, ROWS * step)
+        _write_vectors(write, row, asked, start, n, by, ys, start)
         stream = _end_run(streamed, stream, out, n)
     _close_stream(streamed, stream, out)
 
@@ -889,20 +908,6 @@ def _apply_vector(row, i, n, by, ys, k):
     store(_scale_shift(x, load(m, i, n), load(s, i, n), load(t, i, n)), ys, k, n)
 
 
-@njit(**LEAF)
-def _apply(row, n, by, ys, ahead):
-    """Scale and shift a row of n elements by numbers, or rows of them.
-
-    What is so far ahead of it is asked for.
-    """
-    whole = n // LANES * LANES
-    for i in range(0, whole, LANES):
-        fetch(row[1], i + ahead)
-        _apply_vector(row, i, None, by, ys, i)
-    if whole < n:
-        _apply_vector(row, whole, n - whole, by, ys, whole)
-
-
 @cached_njit(**FLAGS)
 def apply_rows(threads, x, part, block, by, streamed, y):
     """Scale and shift each piece: x (P, L), m, s and t (3, P, 1) -> y (P, L).
@@ -918,8 +923,8 @@ def apply_rows(threads, x, part, block, by, streamed, y):
         first, last, _, lo, n = _rows_of_task(task, n_parts, part, block, x.shape)
         for p in range(first, last):
             at, of_piece = p * x.shape[1] + lo, (m[p, 0], s[p, 0], t[p, 0])
-            row = _row(None, x, None, at, n)
-            stream = _write_run(streamed, stream, _apply, row, n, of_piece, out, at)
+            row, asked = _row(None, x, None, at, n), _row(None, x, None, at + AHEAD, 0)
+            stream = _write_run(streamed, stream, _apply_vector, row, asked, n, of_piece, out, at)
     _close_stream(streamed, stream, out)
     release((buffer,))
 
@@ -941,7 +946,7 @@ def apply_columns(threads, x, part, width, by, streamed, y):
         buffer = allocate(None, _buffered(c1 - c0, streamed, y), y.dtype)
         _copy_coefficients(by, a, c0, c1, rows)
         _write_columns(
-            streamed, buffer, _apply, None, x, None, a, lo, hi, c0, c1, split(rows, 3), y
+            streamed, buffer, _apply_vector, None, x, None, a, lo, hi, c0, c1, split(rows, 3), y
         )
         release((rows, buffer))
 
@@ -1047,21 +1052,6 @@ def _backward_vector(row, i, n, by, dxs, k):
     store(dx, dxs, k, n)
 
 
-@njit(**LEAF)
-def _backward(row, n, by, dxs, ahead):
-    """Write the gradient of a row of n elements; ask for what is so far ahead of it.
-
-    The coefficients ``by`` are numbers, or rows of them.
-    """
-    whole = n // LANES * LANES
-    for i in range(0, whole, LANES):
-        fetch(row[0], i + ahead)
-        fetch(row[1], i + ahead)
-        _backward_vector(row, i, None, by, dxs, i)
-    if whole < n:
-        _backward_vector(row, whole, n - whole, by, dxs, whole)
-
-
 @cached_njit(**FLAGS)
 def backward_rows(threads, dy, x, mask, part, block, by, streamed, dx):
     """Write dx: dy, x, mask or None (P, L), a, r, m, b, c (5, P, 1) -> dx (P, L).
@@ -1078,8 +1068,10 @@ def backward_rows(threads, dy, x, mask, part, block, by, streamed, dx):
         for p in range(first, last):
             of_piece = a[p, 0], r[p, 0], m[p, 0], b[p, 0], c[p, 0]
             at = p * x.shape[1] + lo
-            row = _row(dy, x, mask, at, n)
-            stream = _write_run(streamed, stream, _backward, row, n, of_piece, out, at)
+            row, asked = _row(dy, x, mask, at, n), _row(dy, x, None, at + AHEAD, 0)
+            stream = _write_run(
+                streamed, stream, _backward_vector, row, asked, n, of_piece, out, at
+            )
     _close_stream(streamed, stream, out)
     release((buffer,))
 
@@ -1101,7 +1093,7 @@ def backward_columns(threads, dy, x, mask, part, width, by, streamed, dx):
         buffer = allocate(None, _buffered(c1 - c0, streamed, dx), dx.dtype)
         _copy_coefficients(by, o, c0, c1, rows)
         _write_columns(
-            streamed, buffer, _backward, dy, x, mask, o, lo, hi, c0, c1, split(rows, 5), dx
+            streamed, buffer, _backward_vector, dy, x, mask, o, lo, hi, c0, c1, split(rows, 5), dx
         )
         release((rows, buffer))
 
@@ -1116,15 +1108,17 @@ def backward_columns(threads, dy, x, mask, part, width, by, streamed, dx):
 
 
 @njit(**LEAF)
-def _beside(coming, n_coming, center, near, sums, write, row, n, by, ys, offset, lo, hi):
+def _beside(coming, n_coming, asked, center, sums, write, row, n, by, ys, offset, lo, hi):
     """Add elements lo to hi of a coming row to its sums, while those of another row are written.
 
-    A row is dys (or None), xs and counts, of n elements, which may be 0. ``write`` is the function
-    that writes a vector of it, from ``by``, to ys, where ``offset`` is added to its place.
+    A row is dys (or None), xs and counts, of n elements, which may be 0; one is ``asked`` for.
+    ``write`` is the function that writes a vector of it, from ``by``, to ys, where ``offset`` is
+    added to its place.
     """
     whole, whole_coming = n // STEP * STEP, n_coming // STEP * STEP
     for i in range(lo, min(hi, max(whole, whole_coming)), STEP):
-        _ask(coming, i + near)
+        _ask(asked, i)
+        _ask(asked, i + LANES)
         if i < whole_coming:
             sums = _add_step(coming, i, center, sums)
         if i < whole:
@@ -1140,28 +1134,38 @@ def _beside(coming, n_coming, center, near, sums, write, row, n, by, ys, offset,
 
 
 @njit(**LEAF)
-def _beside_in_cache(streamed, stream, coming, n_coming, center, write, row, n, by, y, place):
-    near, middle = np.intp(NEAR if y.size < NEAR_TO else AHEAD), splat(center)
+def _beside_in_cache(
+    streamed, stream, coming, n_coming, asked, center, write, row, n, by, y, place
+):
+    middle = splat(center)
     sums = _begin_sums(coming, n_coming, middle)
     n_most = max(n, n_coming)
     sums = _beside(
-        coming, n_coming, middle, near, sums, write, row, n, by, y, place, np.intp(0), n_most
+        coming, n_coming, asked, middle, sums, write, row, n, by, y, place, np.intp(0), n_most
     )
     return *_end_sums(coming[2], n_coming, sums), stream
 
 
 @njit(**STREAM)
-def _beside_in_stream(streamed, stream, coming, n_coming, center, write, row, n, by, y, place):
+def _beside_in_stream(
+    streamed, stream, coming, n_coming, asked, center, write, row, n, by, y, place
+):
     buffer, kept, at = _follow(stream, y, place) if n > 0 else stream
-    near, middle = np.intp(AHEAD), splat(center)
+    middle = splat(center)
     sums = _begin_sums(coming, n_coming, middle)
     for lo in range(0, max(n, n_coming), BUFFER):
         hi = lo + BUFFER
         sums = _beside(
-            coming, n_coming, middle, near, sums, write, row, n, by, buffer, kept - lo, lo, hi
+            coming, n_coming, asked, middle, sums, write, row, n, by, buffer, kept - lo, lo, hi
         )
         kept, at = _flush(buffer, kept + max(0, min(hi, n) - lo), y, at)
     return *_end_sums(coming[2], n_coming, sums), (buffer, kept, at)
+
+
+@njit(**LEAF)
+def _distance(streamed, y):
+    """Return how many elements ahead to ask for, see AHEAD."""
+    return np.intp(NEAR if streamed is None and y.size < NEAR_TO else AHEAD)
 
 
 def _write_beside(streamed, stream, *args):
@@ -1175,11 +1179,15 @@ def _write_beside(streamed, stream, *args):
 
 
 @overload(_write_beside, jit_options=LEAF)
-def _compiled_write_beside(streamed, stream, coming, n_coming, center, write, row, n, by, y, place):
+def _compiled_write_beside(
+    streamed, stream, coming, n_coming, asked, center, write, row, n, by, y, place
+):
     function = _beside_in_cache if isinstance(streamed, types.NoneType) else _beside_in_stream
 
-    def call(streamed, stream, coming, n_coming, center, write, row, n, by, y, place):
-        return function(streamed, stream, coming, n_coming, center, write, row, n, by, y, place)
+    def call(streamed, stream, coming, n_coming, asked, center, write, row, n, by, y, place):
+        return function(
+            streamed, stream, coming, n_coming, asked, center, write, row, n, by, y, place
+        )
 
     return call
 
@@ -1217,62 +1225,100 @@ def _normalize_vector(row, i, n, by, ys, k):
 
 
 @njit(**LEAF)
-def _normalize(xs, by, ys):
-    """Normalise xs (n,) by numbers, or rows of them."""
-    n, row = xs.shape[0], (None, xs, None)
-    whole = n // LANES * LANES
-    for i in range(0, whole, LANES):
-        _normalize_vector(row, i, None, by, ys, i)
-    if whole < n:
-        _normalize_vector(row, whole, n - whole, by, ys, whole)
+def _repeated(parameters, n_rows, length):
+    """Return how many elements the weights of some rows have, if those are to be repeated, or 0."""
+    return n_rows * length if parameters.shape[2] < length else 0
+
+
+@njit(**LEAF)
+def _of_elements(values, k, n_rows, length, found):
+    """Return one of ``values`` (G, D / span) for each element of rows from k on, (n_rows * D,).
+
+    Unless span is 1 they are written to ``found``: there they are near, and begin where a line
+    does, as they are read for each sample.
+    """
+    n = values.shape[1]
+    own = stretch(values, k * n, n_rows * n)
+    if n < length:
+        span = length // n
+        for i in range(n_rows * n):
+            value = splat(own[i])
+            for j in range(0, span, LANES):
+                store(value, found, i * span + j, min(span - j, LANES))
+        own = stretch(found, 0, n_rows * length)
+    # Alone it could not be returned, as nobody counts references to it.
+    return (own,)
 
 
 @cached_njit(**FLAGS)
 def forward_elements(
-    threads, x, mask, parameters, eps, center, live, block, beside, streamed, statistics, y
+    threads, x, mask, parameters, eps, center, live, run, block, beside, streamed, statistics, y
 ):
-    """Normalise rows: x, mask or None, y (M, D), weight and bias (2, G, D).
+    """Normalise rows: x, mask or None, y (M, D), weight and bias (2, G, D / span).
 
-    Rows i and i + G have the same weights. ``statistics`` (3, M), count, mean and variance of each
-    row, are taken and written if ``live``, else read.
-    ``block`` rows are handled at once, and those that come next ``beside`` them or after them.
-    ``streamed`` is True or None.
+    Rows i and i + G have the same weights, each for ``span`` elements next to each other.
+    ``statistics`` (3, M), count, mean and variance of each row, are taken and written if ``live``,
+    else read.
+    ``block`` rows are handled at once, and those that come next ``beside`` them or after them:
+    those with the same weights, of the next sample, unless the weights of all G rows (``run``) are
+    few enough to stay in a core's own cache. ``streamed`` is True or None.
     """
-    _, n_weights, length = parameters.shape
-    first, end = share(threads, x.shape[0])
+    (n_rows, length), n_weights = x.shape, parameters.shape[1]
+    n_units = (n_rows + block - 1) // block
+    unit, end = share(threads, n_units)
     (weight, bias), (count, mean, var) = split(parameters, 2), split(statistics, 3)
+    # Past the caches each run of rows that is not in the order of memory would end in parts of
+    # lines.
+    in_order = run == n_weights or streamed is not None
+    step, n_alike, n_own = block, n_units, n_weights
+    if not in_order:
+        step, n_alike, n_own = n_weights, n_rows // n_weights, block
+    ahead = _distance(streamed, y) if in_order else step * length
+    of_elements = allocate(2, _repeated(parameters, n_own, length), y.dtype)
+    own_weight, own_bias = split(of_elements, 2)
+    weights, biases = own_weight, own_bias
     rstd = allocate(None, block, mean.dtype)
     buffer = allocate(None, _buffered(BUFFER, streamed, y), y.dtype)
     stream, out = _open_stream(buffer), stretch(y, 0, y.size)
     beside = beside and live
-    n_written, k = 0, first % n_weights
-    while first < end or n_written > 0:
-        n_summed = min(block, end - first) if beside or n_written == 0 else 0
+    n_written, first_written, k_written, k_own = 0, 0, 0, -1
+    while unit < end or n_written > 0:
+        # The first of the weights that the rows with the same ones have, and the first row.
+        k = unit // n_alike * block
+        first = unit % n_alike * step + k
+        n_summed = min(block, n_rows - first) if unit < end and (beside or n_written == 0) else 0
+        if n_written > 0 and k_own != k_written:
+            k_own = k_written
+            (weights,) = _of_elements(weight, k_own, n_own, length, own_weight)
+            (biases,) = _of_elements(bias, k_own, n_own, length, own_bias)
+        o = (first_written % n_weights - k_own) * length
         for j in range(max(n_summed, n_written)):
-            g, i = first + j, first + j - n_written
+            g, i = first + j, first_written + j
             n = length if live and j < n_summed else 0
             n_here = length if j < n_written else 0
             # Where nothing is summed up, what comes next is asked for all the same.
-            at = (g if n_summed > 0 else i + block) * length
-            coming = _row(None, x, mask, at, n)
+            at = g * length
+            coming, asked = _row(None, x, mask, at, n), _row(None, x, mask, at + ahead, 0)
             here = _row(None, x, None, i * length, n_here)
             mu, scale = (mean[i], rstd[j]) if n_here > 0 else (0.0, 0.0)
-            by = weight[k], bias[k], *_rounded(mu, scale, 0.0, y)
+            of_row = stretch(weights, o, length), stretch(biases, o, length)
+            by = *of_row, *_rounded(mu, scale, 0.0, y)
+            o = o + length if o + length < n_own * length else 0
             shift = _first(coming[1], coming[2])
             n, s1, s2, stream = _write_beside(
-                streamed, stream, coming, n, shift, _normalize_vector, here, n_here, by, out,
+                streamed, stream, coming, n, asked, shift, _normalize_vector, here, n_here, by, out,
                 i * length,
             )  # fmt: skip
             if live and j < n_summed:
                 mu, _, m2 = _unshift(n, shift, s1, s2)
                 _write_statistics(g, n, mu, m2, center, count, mean, var)
-            if j < n_written:
-                k = k + 1 if k + 1 < n_weights else 0
         last = first + n_summed
         _write_rstds(count[first:last], var[first:last], eps, rstd)
-        first, n_written = last, n_summed
+        if n_summed > 0:
+            unit += 1
+        n_written, first_written, k_written = n_summed, first, k
     _close_stream(streamed, stream, out)
-    release((rstd, buffer))
+    release((of_elements, rstd, buffer))
 
 
 @njit(**LEAF)
@@ -1330,7 +1376,7 @@ def forward_groups(
     buffer = allocate(None, _buffered(BUFFER, streamed, y), y.dtype)
     rstd, shift, n, s1, s2 = split(own, 5)
     stream, out = _open_stream(buffer), stretch(y, 0, y.size)
-    beside = beside and live
+    beside, ahead = beside and live, _distance(streamed, y)
     # A thread's groups are next to each other: the longer a run is, the faster it is read.
     nothing = 0, 0, 0, 0, 0
     written, first_written = nothing, first
@@ -1352,6 +1398,7 @@ def forward_groups(
                 # Where nothing is summed up, what comes next is asked for all the same.
                 at = (p if summed[0] > 0 else q + (0 if apart else written[0] * n_rows)) * length
                 coming = _row(None, x, mask, at, n_coming)
+                asked = _row(None, x, mask, at + ahead, 0)
                 around = shift[g]
                 if n_coming > 0 and n[g] == 0:
                     around = _first(coming[1], coming[2])
@@ -1363,8 +1410,8 @@ def forward_groups(
                     offset = bias[feature[q]]
                 by = _rounded(mu, scale, offset, y)
                 n_row, sum_1, sum_2, stream = _write_beside(
-                    streamed, stream, coming, n_coming, around, _apply_vector, here, n_here, by,
-                    out, q * length,
+                    streamed, stream, coming, n_coming, asked, around, _apply_vector, here, n_here,
+                    by, out, q * length,
                 )  # fmt: skip
                 if n_coming > 0:
                     n[g] += n_row
@@ -1394,15 +1441,9 @@ def _group_coefficients(count, mean, rstd, g0, g1, center, row):
 
 
 @njit(**LEAF)
-def _scale(row, n, a, dxs, ahead):
-    """Write a * dy of a row of n elements, where a is a number or a row of them."""
-    whole = n // LANES * LANES
-    for i in range(0, whole, LANES):
-        fetch(row[0], i + ahead)
-        store(load(a, i, None) * load(row[0], i, None), dxs, i, None)
-    if whole < n:
-        rest = n - whole
-        store(load(a, whole, rest) * load(row[0], whole, rest), dxs, whole, rest)
+def _scale_vector(row, i, n, by, dxs, k):
+    """Write a * dy of a vector of a row, see _terms, to dxs[k]; a is the first of ``by``."""
+    store(load(by[0], i, n) * load(row[0], i, n), dxs, k, n)
 
 
 @cached_njit(**FLAGS)
@@ -1424,7 +1465,7 @@ def backward_groups(
     rstd, g0, g1 = split(own, 3)
     buffer = allocate(None, _buffered(BUFFER, streamed, dx), dx.dtype)
     stream, out = _open_stream(buffer), stretch(dx, 0, dx.size)
-    beside = beside and live
+    beside, ahead = beside and live, _distance(streamed, dx)
     nothing = 0, 0, 0, 0, 0
     written = nothing
     while first < end or written[0] > 0:
@@ -1440,6 +1481,7 @@ def backward_groups(
                 p, n_coming = _row_of_block(summed, i, j, length)
                 at = (p if summed[0] > 0 else q + (0 if apart else written[0] * n_rows)) * length
                 coming = _row(dy, x, mask, at, n_coming)
+                asked = _row(dy, x, mask, at + ahead, 0)
                 place, scale = q * length, 0.0
                 if n_here > 0:
                     s1[q] *= rstd[g]
@@ -1448,12 +1490,14 @@ def backward_groups(
                 by = dx.dtype.type(scale), row[0], row[1], row[2], row[3]
                 here = _row(dy, x, mask, place, n_here)
                 if not live:
-                    stream = _write_run(streamed, stream, _scale, here, n_here, by[0], out, place)
+                    stream = _write_run(
+                        streamed, stream, _scale_vector, here, asked, n_here, by, out, place
+                    )
                     n_here = 0
                 around = mean[first + g] if n_coming > 0 else 0.0
                 _, sum_1, sum_x, stream = _write_beside(
-                    streamed, stream, coming, n_coming, around, _backward_vector, here, n_here, by,
-                    out, place,
+                    streamed, stream, coming, n_coming, asked, around, _backward_vector, here,
+                    n_here, by, out, place,
                 )  # fmt: skip
                 if n_coming > 0:
                     s0[p] = sum_1
@@ -1561,7 +1605,7 @@ def forward_group_columns(
                 _fill_columns(c, span, n_columns, c1 - c0, row, rows)
                 p += 1
         _write_columns(
-            streamed, buffer, _apply, None, x, None, a, 0, length, c0, c1, split(rows, 3), y
+            streamed, buffer, _apply_vector, None, x, None, a, 0, length, c0, c1, split(rows, 3), y
         )
         release((rows, row, rstd, buffer))
 
@@ -1625,12 +1669,14 @@ def backward_group_columns(
                 p += 1
         if live:
             _write_columns(
-                streamed, buffer, _backward, dy, x, mask, a, 0, length, c0, c1, split(rows, 5), dx
-            )
+                streamed, buffer, _backward_vector, dy, x, mask, a, 0, length, c0, c1,
+                split(rows, 5), dx,
+            )  # fmt: skip
         else:
             _write_columns(
-                streamed, buffer, _scale, dy, x, None, a, 0, length, c0, c1, split(rows, 1)[0], dx
-            )
+                streamed, buffer, _scale_vector, dy, x, None, a, 0, length, c0, c1,
+                split(rows, 1), dx,
+            )  # fmt: skip
         release((s, rows, row, rstd, buffer))
 
 
@@ -1795,7 +1841,9 @@ def forward_element_columns(
             by = weight[i], bias[i], m, r, t
             if streamed is None:
                 # Nothing is asked for ahead: the block is in a cache since its sums were taken.
-                _normalize(stretch(x, place, n), by, stretch(y, place, n))
+                row, start = (None, stretch(x, place, n), None), np.intp(0)
+                nothing = None, None, None
+                _write_vectors(_normalize_vector, row, nothing, start, n, by, ys, place)
             else:
                 lo, hi = _vectors_beside(i, length, n_coming)
                 row, from_row = (None, stretch(x, place, n), None), i // ROWS * ROWS
@@ -2030,49 +2078,66 @@ def _add_up(values, totals):
             totals[i] = _sum(stretch(values, i * span, span))
 
 
+@njit(**LEAF)
+def _write_rstds_of_runs(count, var, eps, first, last, step, k, run, rstd):
+    """Write what _write_rstds does, of ``run`` groups from k on of samples ``first`` to ``last``.
+
+    Those of a sample are ``step`` groups; all of them are a single run.
+    """
+    n = (last - first) * run if run == step else run
+    for at in range(0, (last - first) * run, max(n, 1)):
+        i = first * step + k + at // run * step
+        _write_rstds(stretch(count, i, n), stretch(var, i, n), eps, stretch(rstd, at, n))
+
+
 @cached_njit(**FLAGS)
 def backward_elements(
-    threads, dy, x, mask, parameters, eps, center, live, affine, streamed,
+    threads, dy, x, mask, parameters, eps, center, live, affine, run, streamed,
     statistics, dx, dparameters,
 ):  # fmt: skip
     """Write dx and parameter gradients of rows: dy, x, mask or None, dx (M, D).
 
-    ``parameters`` (2, G, D) are weight and bias: rows i and i + G have the same. ``statistics``
-    (3, M) are those of forward. dweight and dbias (2, T, F), one row for each of T blocks of G
-    rows, are written if ``affine``: a parameter is that of G * D / F elements next to each other.
+    ``parameters`` (2, G, D / span) are weight and bias as in forward_elements; rows i and i + G
+    are of two samples. ``statistics`` (3, M) are those of forward. dweight and dbias
+    (2, T, G * D / span), a row for each of T blocks of samples, are written if ``affine``. A task
+    has ``run`` rows of each sample of a block; G is a multiple of it.
     """
-    _, n_weights, length = parameters.shape
+    n_weights, length = parameters.shape[1], x.shape[1]
     n_samples = x.shape[0] // n_weights
     n_blocks = dparameters.shape[1]
     block = (n_samples + n_blocks - 1) // n_blocks
-    begin, end = share(threads, n_blocks)
+    begin, end = share(threads, n_weights // run * n_blocks)
     (weight,), (dweight, dbias) = split(parameters, 1), split(dparameters, 2)
     count, mean, var = split(statistics, 3)
-    rstd, sums = allocate(None, block * n_weights, mean.dtype), allocate(4, 2, mean.dtype)
+    rstd, sums = allocate(None, block * run, mean.dtype), allocate(4, 2, mean.dtype)
     rows, c = allocate(4, 3, dx.dtype), allocate(2, 4, dx.dtype)
     nothing = allocate(None, min(ELEMENTS, length), dx.dtype)
     buffer = allocate(None, _buffered(BUFFER, streamed, dx), dx.dtype)
-    gradients = allocate(2, n_weights * length, dweight.dtype)  # of weight and bias
+    gradients = allocate(2, run * length, dweight.dtype)  # of weight and bias
+    of_elements = allocate(None, _repeated(parameters, run, length), dx.dtype)
     _clear(nothing)
     stream, out = _open_stream(buffer), stretch(dx, 0, dx.size)
-    # While four rows are handled those that come next are asked for: long ones in parts, dy while
-    # sums are taken, x and the mask while dx is written.
-    ahead = 4 * length if n_weights == 1 else length
-    near, late = (ahead, 0) if n_weights == 1 and length >= LONG_ROW else (0, ahead)
     for task in range(begin, end):
-        first, last = task * block, min((task + 1) * block, n_samples)
-        i0, i1 = first * n_weights, last * n_weights
-        _write_rstds(count[i0:i1], var[i0:i1], eps, rstd)
+        q, b = task // n_blocks, task % n_blocks
+        k0, first, last = q * run, b * block, min((b + 1) * block, n_samples)
+        _write_rstds_of_runs(count, var, eps, first, last, n_weights, k0, run, rstd)
+        (weights,) = _of_elements(weight, k0, run, length, of_elements)
         _clear(gradients)
         # Four rows at a time stay in cache for all they are needed for, and some of their
         # elements in the first cache for all sums. Those come before dx, which may be dy.
         for lo in range(first, last, 4):
             n_here = min(4, last - lo)
-            for k in range(n_weights):
-                row, o = lo * n_weights + k, k * length
+            for k in range(k0, k0 + run):
+                row, o = lo * n_weights + k, (k - k0) * length
+                own = stretch(weights, o, length)
+                # What comes next is asked for: dy while sums are taken, and x while dx is written,
+                # with dy again, of which a long row may have left the first cache by then.
+                is_last = k + 1 == k0 + run
+                ahead = (4 * n_weights - run + 1 if is_last else 1) * length
                 for j in range(n_here):
+                    r = rstd[(lo + j - first) * run + k - k0]
                     i = row + j * n_weights
-                    rows[j, 0], rows[j, 1], rows[j, 2] = _rounded(mean[i], rstd[i - i0], 0.0, dx)
+                    rows[j, 0], rows[j, 1], rows[j, 2] = _rounded(mean[i], r, 0.0, dx)
                     sums[j, 0] = 0.0
                     sums[j, 1] = 0.0
                 for j in range(n_here, 4):
@@ -2082,9 +2147,9 @@ def backward_elements(
                     where_from = row * length + d, n_weights * length, n_here, n
                     _add_four_rows(
                         _four(dy, nothing, *where_from), _four(x, nothing, *where_from),
-                        _four(mask, mask, *where_from), rows, stretch(weight, o + d, n), sums,
+                        _four(mask, mask, *where_from), rows, stretch(own, d, n), sums,
                         stretch(gradients, o + d, n),
-                        stretch(gradients, gradients.shape[1] + o + d, n), near,
+                        stretch(gradients, gradients.shape[1] + o + d, n), ahead,
                     )  # fmt: skip
                 for j in range(n_here):
                     n_all = max(count[row + j * n_weights], 1.0)
@@ -2094,20 +2159,17 @@ def backward_elements(
                     i = row + j * n_weights
                     m, r, t = rows[j, 0], rows[j, 1], rows[j, 2]
                     if not live:
-                        _apply_weight(dy[i], weight[k], r, dx[i])
+                        _apply_weight(dy[i], own, r, dx[i])
                         continue
-                    at, by = i * length, (weight[k], m, r, t, c[0, j], c[1, j])
-                    row_here = _row(dy, x, mask, at, length)
-                    coming = (
-                        stretch(dy, at + late, 0), stretch(x, at + ahead, 0),
-                        stretch(mask, at + ahead, 0),
-                    )  # fmt: skip
-                    _, _, _, stream = _write_beside(
-                        streamed, stream, coming, np.intp(0), 0.0, _backward_element_vector,
-                        row_here, length, by, out, at,
+                    at, by = i * length, (own, m, r, t, c[0, j], c[1, j])
+                    stream = _write_run(
+                        streamed, stream, _backward_element_vector, _row(dy, x, mask, at, length),
+                        _row(dy, x, mask, at + ahead, 0), length, by, out, at,
                     )  # fmt: skip
         if affine:
-            _add_up(gradients[0, : n_weights * length], dweight[task])
-            _add_up(gradients[1, : n_weights * length], dbias[task])
+            n = dweight.shape[1] * run // n_weights
+            own_weight, own_bias = stretch(dweight[b], q * n, n), stretch(dbias[b], q * n, n)
+            _add_up(stretch(gradients, 0, run * length), own_weight)
+            _add_up(stretch(gradients, gradients.shape[1], run * length), own_bias)
     _close_stream(streamed, stream, out)
-    release((rstd, sums, rows, c, nothing, buffer, gradients))
+    release((rstd, sums, rows, c, nothing, buffer, gradients, of_elements))

@@ -312,8 +312,6 @@ def _parameters(saved: Saved, weight: Array | None, bias: Array | None, dtype: A
     found = np.array((weight, bias), dtype)
     if not plan.in_order:
         found = found.reshape(2, *geometry.param_grid).transpose(0, *(i + 1 for i in plan.order))
-    if plan.span > 1:
-        found = np.repeat(found.reshape(2, -1), plan.span, axis=1)
     return np.ascontiguousarray(found).reshape(2, *plan.weights_shape)
 
 
@@ -441,10 +439,12 @@ def _backward_elements(saved: Saved, dy: Array, streamed: bool, dx: Array) -> Fo
     plan, geometry = saved.plan, saved.geometry
     affine = saved.has_weight or saved.has_bias
     blocks = np.zeros((2, *(plan.gradient_parts if affine else (TASKS, 0))))
-    kernel, args = _kernels.backward_elements, [dy, saved.x, saved.mask]
-    cut: tuple[int, ...] = ()
+    args: list[Array | None] = [dy, saved.x]
     if plan.columns:
-        kernel, args, cut = _kernels.backward_element_columns, [dy, saved.x], plan.cut
+        kernel, cut = _kernels.backward_element_columns, plan.cut
+    else:
+        kernel, cut = _kernels.backward_elements, (plan.run,)
+        args.append(saved.mask)
     _threads.run(
         kernel, dy.size,
         *args, saved.parameters, saved.eps, saved.center, not saved.fixed, affine,

@@ -20,16 +20,24 @@ PLANS = {
     "columns in parts": (
         {"SLAB": 0, "COLUMN_PART": 4}, "BatchNorm2d-last", (3, 5, 6, 4), (1, 18, 20)
     ),
-    "rows next to each other": ({"GROUP_BLOCK": 50}, "GroupNorm", (3, 6, 4, 5), (6, 3, 1, 20)),
+    "rows next to each other": (
+        {"FEW_ROWS": 4, "GROUP_BLOCK": 50}, "GroupNorm", (3, 6, 4, 5), (6, 3, 1, 20)
+    ),
     "long rows next to each other": ({}, "GroupNorm", (3, 6, 16, 20), (6, 3, 1, 320)),
     "rows next to each other, one group at a time": (
-        {"GROUP_BLOCK": 1, "BESIDE": 59}, "GroupNorm", (3, 6, 4, 5), (6, 3, 1, 20)
+        {"FEW_ROWS": 4, "GROUP_BLOCK": 1, "BESIDE": 59}, "GroupNorm", (3, 6, 4, 5), (6, 3, 1, 20)
     ),
     "rows with a weight for each element": (
-        {"FEW_ROWS": 3, "GROUP_BLOCK": 150}, "GroupNorm", (17, 6, 4, 5), (34, 60)
+        {"GROUP_BLOCK": 190}, "GroupNorm", (17, 6, 4, 5), (34, 60)
     ),
     "rows with a weight for each element, one at a time": (
-        {"FEW_ROWS": 3, "GROUP_BLOCK": 1, "BESIDE": 59}, "GroupNorm", (17, 6, 4, 5), (34, 60)
+        {"GROUP_BLOCK": 1, "BESIDE": 59}, "GroupNorm", (17, 6, 4, 5), (34, 60)
+    ),
+    "rows with a weight for each element, those with the same ones in turn": (
+        {"RUN": 1, "GROUP_BLOCK": 1}, "GroupNorm", (17, 6, 4, 5), (34, 60)
+    ),
+    "rows with a weight for each element, two of each sample in turn": (
+        {"RUN": 60, "GROUP_BLOCK": 120}, "GroupNorm", (17, 6, 4, 5), (34, 60)
     ),
     "rows apart": (
         {"SHORT_ROW": 0, "ROW_RUN": 60}, "BatchNorm2d", (3, 4, 5, 6), (1, 3, 4, 30)
