@@ -44,7 +44,7 @@ COLUMN_WIDTH = 256
 CACHED_GROUP = 1 << 16
 # Columns that are groups of their own and are handled at once: in fewer, rows are short runs of
 # memory. There are fewer where groups are long, unless there are many.
-COLUMN_RUN = 1 << 9
+COLUMN_RUN = 3 << 7
 # Elements that one task reads twice, the second time from a cache: 1 MiB of float32.
 SLAB = 1 << 18
 # Elements of rows next to each other that are read in one run where those of a group are apart.

@@ -1544,12 +1544,20 @@ def _shifts_of_groups(x, mask, a, c0, c1, n_columns, size, shift):
 
 
 @njit(**LEAF)
-def _fill_columns(first, span, n_columns, n_folded, row, rows):
-    """Write row (n,) to rows (n, F * C): to a span of columns from the first on, F times."""
-    for lo in range(first, n_folded, n_columns):
-        for k in range(len(row)):
-            for c in range(lo, lo + span):
-                rows[k, c] = row[k]
+def _fill_columns(value, rows, k, first, n):
+    """Write a value to n columns of row k of rows, from the first on."""
+    row = stretch(rows, k * rows.shape[1] + first, n)
+    for c in range(n):
+        row[c] = value
+
+
+@njit(**LEAF)
+def _repeat_columns(rows, n, n_folded):
+    """Copy the first n columns of rows to those after them, of n_folded columns."""
+    for k in range(rows.shape[0]):
+        first = k * rows.shape[1]
+        for lo in range(n, n_folded, n):
+            _copy(stretch(rows, first, n), stretch(rows, first + lo, n))
 
 
 @cached_njit(**FLAGS)
@@ -1592,22 +1600,24 @@ def forward_group_columns(
                 mu, _, m2 = _unshift(n_all, shift[g * size], sum_1, sum_2)
                 _write_statistics(first + g, n_all, mu, m2, center, count, mean, var)
             release((own,))
-        rows, row = allocate(3, c1 - c0, y.dtype), allocate(None, 3, y.dtype)
-        rstd = allocate(None, n_here, mean.dtype)
+        rows, rstd = allocate(3, c1 - c0, y.dtype), allocate(None, n_here, mean.dtype)
         buffer = allocate(None, _buffered(c1 - c0, streamed, y), y.dtype)
         _write_rstds(count[first:last], var[first:last], eps, rstd)
         p = a * n_spans + c0 // span
         for g in range(n_here):
             mu = mean[first + g]
             for c in range(g * size, (g + 1) * size, span):
-                scale = rstd[g] * weight[feature[p]]
-                row[0], row[1], row[2] = _rounded(mu, scale, bias[feature[p]], y)
-                _fill_columns(c, span, n_columns, c1 - c0, row, rows)
+                scale, offset = rstd[g] * weight[feature[p]], bias[feature[p]]
+                m, scale, t = _rounded(mu, scale, offset, y)
+                _fill_columns(m, rows, 0, c, span)
+                _fill_columns(scale, rows, 1, c, span)
+                _fill_columns(t, rows, 2, c, span)
                 p += 1
+        _repeat_columns(rows, n_columns, c1 - c0)
         _write_columns(
             streamed, buffer, _apply_vector, None, x, None, a, 0, length, c0, c1, split(rows, 3), y
         )
-        release((rows, row, rstd, buffer))
+        release((rows, rstd, buffer))
 
 
 @cached_njit(**FLAGS)
@@ -1633,16 +1643,15 @@ def backward_group_columns(
         first = a * n_groups + c0 // size
         last = first + n_here
         s, rows = allocate(3, c1 - c0, mean.dtype), allocate(5, c1 - c0, dx.dtype)
-        row, rstd = allocate(None, 5, dx.dtype), allocate(None, n_here, mean.dtype)
+        row, rstd = allocate(None, 4, dx.dtype), allocate(None, n_here, mean.dtype)
         buffer = allocate(None, _buffered(c1 - c0, streamed, dx), dx.dtype)
         _clear(s)
         _write_rstds(count[first:last], var[first:last], eps, rstd)
         for g in range(n_here):
-            own_mean = mean[first + g : first + g + 1]
-            _fill_columns(g * size, size, n_columns, c1 - c0, own_mean, s[2:])
-        _add_to_columns(
-            dy, x, mask, None, a, 0, length, c0, c1, s[2], s[0, : c1 - c0], s[1, : c1 - c0]
-        )
+            _fill_columns(mean[first + g], s, 2, g * size, size)
+        _repeat_columns(s, n_columns, c1 - c0)
+        sum_0, sum_1, means = _three_rows(s, c1 - c0)
+        _add_to_columns(dy, x, mask, None, a, 0, length, c0, c1, means, sum_0, sum_1)
         for lo in range(n_columns, c1 - c0, n_columns):
             for c in range(n_columns):
                 s[0, c] += s[0, lo + c]
@@ -1661,12 +1670,14 @@ def backward_group_columns(
                 g0 += weight[feature[p]] * sum_1
                 g1 += weight[feature[p]] * sum_x
                 p += 1
-            _group_coefficients(count[first + g], mean[first + g], rstd[g], g0, g1, center, row[1:])
+            _group_coefficients(count[first + g], mean[first + g], rstd[g], g0, g1, center, row)
+            for k in range(4):
+                _fill_columns(row[k], rows, k + 1, g * size, size)
             p = p_of_group
             for c in range(g * size, (g + 1) * size, span):
-                row[0] = rstd[g] * weight[feature[p]]
-                _fill_columns(c, span, n_columns, c1 - c0, row, rows)
+                _fill_columns(dx.dtype.type(rstd[g] * weight[feature[p]]), rows, 0, c, span)
                 p += 1
+        _repeat_columns(rows, n_columns, c1 - c0)
         if live:
             _write_columns(
                 streamed, buffer, _backward_vector, dy, x, mask, a, 0, length, c0, c1,
