@@ -52,8 +52,10 @@ ROW_RUN = 1 << 14
 # Where rows are apart, shorter and at least so many, their elements are seen as columns.
 SHORT_ROW, MANY_ROWS = 256, 16
 # Rows of a group that are shorter, and at least so many, are seen as one row with a weight for each
-# element, which is read again for each of at least so many samples.
+# element, which is read again for each of at least so many samples. There are at least so many
+# groups, and at most so many weights: room for these is to be small beside x.
 TINY_ROW, FEW_ROWS, FEW_SAMPLES = 128, 2, 3
+FEW_GROUPS, MANY_WEIGHTS = 16, 1 << 17
 # Elements of some groups that are summed up while those before them are written: few enough for
 # both, and for what is written, to be in a core's first cache; and how many, where a single group
 # has more, are still in its own cache when they are written.
@@ -359,10 +361,11 @@ class Plan:
         n_samples, n_parameters = self._size(outer[:start]), self._size(features)
         fits = set(rows) <= set(features) and outer[start:] == features
         few = length >= TINY_ROW or n_rows < FEW_ROWS or n_samples < FEW_SAMPLES
-        if not fits or few:
+        n_weights = n_parameters // n_rows
+        room = n_samples * n_weights >= FEW_GROUPS and n_parameters * length <= MANY_WEIGHTS
+        if not fits or few or not room:
             return False
         self.elements, self.span = True, length
-        n_weights = n_parameters // n_rows
         self._see_element_rows(n_samples * n_weights, n_rows * length, n_weights)
         return True
 

@@ -277,6 +277,9 @@ def _forward_groups(
     plan = saved.plan
     saved.of_groups = np.empty((3, plan.n_groups)) if fixed is None else _of_running(saved, fixed)
     saved.parameters = _parameters(saved, weight, bias, y.dtype)
+    if streamed and plan.elements and plan.span > 1:
+        # Each thread needs all of them then: once for all.
+        saved.parameters = np.repeat(saved.parameters, plan.span, axis=2)
     kernel, args = _kernels.forward_elements, [saved.x, saved.mask]
     if not plan.elements:
         kernel = _kernels.forward_group_columns if plan.columns else _kernels.forward_groups
