@@ -105,6 +105,26 @@ def test_the_view_is_taken(plan, masked, offset):
     assert check(case, masked, offset) == (WITH_MASK.get(view, view) if masked else view)
 
 
+@pytest.mark.parametrize(
+    ("shape", "groups", "pays"),
+    [
+        ((64, 512, 7, 7), 32, True),
+        ((3, 512, 11, 11), 32, True),
+        ((16, 1024, 7, 7), 1, True),
+        ((15, 1024, 7, 7), 1, False),  # weights would take a seventh of the room that x takes
+        ((3, 4096, 6, 6), 32, False),  # and here two thirds, where y is written past the caches
+        ((2, 512, 7, 7), 32, False),
+        ((64, 512, 12, 12), 32, False),
+        ((64, 512, 7, 7), 512, False),
+    ],
+)
+def test_weights_are_repeated_for_elements_where_that_takes_little_room(shape, groups, pays):
+    geometry = _axes.geometry(shape, ((1, 2, 3),), (1,), groups=groups)
+    plan = geometry.plan(tuple(range(len(geometry.shape))), affine=True)
+    assert plan.by_group
+    assert plan.elements == pays
+
+
 def results(layer, x, dy, mask, start):
     """Return y, dx and what else there is, the first two written where a line does not begin."""
     outputs = []
