@@ -260,13 +260,12 @@ class Plan:
 
     def _see_element_rows(self, m: int, d: int, n_weights: int) -> None:
         self.view, self.weights_shape = (m, d), (n_weights, d // self.span)
-        block, self.run = max(1, GROUP_BLOCK // max(d, 1)), 1
-        if n_weights > 1:
-            self.run = _divisor(n_weights, max(1, RUN // max(d, 1)))
+        block, self.run = max(1, GROUP_BLOCK // max(d, 1)), _divisor(n_weights, RUN // max(d, 1))
         n_runs = n_weights // self.run
         self.tiles = Tiles(1, d, block if n_runs == 1 else _divisor(n_weights, block))
-        # Each part of the samples has its own such sums, which takes room and time. Samples of
-        # several rows are longer, so that fewer make a part. Powers of 2 are shared out evenly.
+        # Each part of the samples has its own sums of the parameters' gradients, which takes room
+        # and time. Samples of several rows are longer, so that fewer make a part. Powers of 2 are
+        # shared out evenly.
         n_samples = m // n_weights
         several = 1 if m * d < LONG_TASK else min(n_samples, 2)
         n_tasks = min(max(n_samples // (64 if n_weights == 1 else 8), several), TASKS)
@@ -561,13 +560,13 @@ class Geometry:
 
 
 def _divisor(n: int, most: int) -> int:
-    """Return the largest divisor of n that is not above ``most``."""
+    """Return the largest divisor of n that is not above ``most``, or 1."""
     return max(k for k in range(1, max(min(n, most), 1) + 1) if n % k == 0)
 
 
 def _fold(length: int, n_columns: int) -> int:
     """Return how many rows are seen as one: short ones cost more to start than to run."""
-    return _divisor(length, max(1, min(COLUMN_FOLD // max(n_columns, 1), length // 16)))
+    return _divisor(length, min(COLUMN_FOLD // max(n_columns, 1), length // 16))
 
 
 def _around(axes: list[int], reduced: Axes) -> tuple[list[int], list[int], list[int]]:

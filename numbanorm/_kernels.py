@@ -115,14 +115,21 @@ def _three_rows(rows, n):
 
 
 @njit(**LEAF)
-def _copy_columns(values, c0, c1, row):
-    """Copy columns c0 to c1 of values (C,) to a row (c1 - c0,).
+def _repeat_columns(row, n):
+    """Copy the first n columns of a row to the others.
 
     Where several rows of x are folded into one there are more columns than C: those of each.
     """
+    for at in range(n, row.shape[0], n):
+        _copy(stretch(row, 0, n), stretch(row, at, n))
+
+
+@njit(**LEAF)
+def _copy_columns(values, c0, c1, row):
+    """Copy columns c0 to c1 of values (C,) to a row (c1 - c0,); see _repeat_columns."""
     n = min(values.shape[0], c1 - c0)
-    for at in range(0, c1 - c0, n):
-        _copy(stretch(values, c0, n), stretch(row, at, n))
+    _copy(stretch(values, c0, n), stretch(row, 0, n))
+    _repeat_columns(row, n)
 
 
 @njit(**LEAF)
@@ -859,11 +866,10 @@ def _write_run(streamed, stream, write, row, asked, n, by, y, place):
         _write_vectors(write, row, asked, start, n, by, y, place)
         return stream
     for i in range(start, n, BUFFER):
-        end = min(i + BUFFER, n)
-        buffer, kept, at = _follow(stream, y, place + i)
-        _write_vectors(write, row, asked, i, end, by, buffer, kept - i)
-        kept, at = _flush(buffer, kept + end - i, y, at)
-        stream = buffer, kept, at
+        n_here = min(BUFFER, n - i)
+        ys, stream = _begin_run(streamed, stream, y, place + i, n_here)
+        _write_vectors(write, row, asked, i, i + n_here, by, ys, -i)
+        stream = _end_run(streamed, stream, y, n_here)
     return stream
 
 
@@ -1260,8 +1266,8 @@ def forward_elements(
     ``statistics`` (3, M), count, mean and variance of each row, are taken and written if ``live``,
     else read.
     ``block`` rows are handled at once, and those that come next ``beside`` them or after them:
-    those with the same weights, of the next sample, unless the weights of all G rows (``run``) are
-    few enough to stay in a core's own cache. ``streamed`` is True or None.
+    those with the same weights, of the next sample, or in the order of memory where ``run`` is G or
+    y is ``streamed``, which is True or None.
     """
     (n_rows, length), n_weights = x.shape, parameters.shape[1]
     n_units = (n_rows + block - 1) // block
@@ -1283,7 +1289,7 @@ def forward_elements(
     beside = beside and live
     n_written, first_written, k_written, k_own = 0, 0, 0, -1
     while unit < end or n_written > 0:
-        # The first of the weights that the rows with the same ones have, and the first row.
+        # The first of the weights that are at hand for a unit, and its first row.
         k = unit // n_alike * block
         first = unit % n_alike * step + k
         n_summed = min(block, n_rows - first) if unit < end and (beside or n_written == 0) else 0
@@ -1551,15 +1557,6 @@ def _fill_columns(value, rows, k, first, n):
         row[c] = value
 
 
-@njit(**LEAF)
-def _repeat_columns(rows, n, n_folded):
-    """Copy the first n columns of rows to those after them, of n_folded columns."""
-    for k in range(rows.shape[0]):
-        first = k * rows.shape[1]
-        for lo in range(n, n_folded, n):
-            _copy(stretch(rows, first, n), stretch(rows, first + lo, n))
-
-
 @cached_njit(**FLAGS)
 def forward_group_columns(
     threads, x, mask, feature, parameters, eps, center, live, width, span, streamed,
@@ -1613,7 +1610,8 @@ def forward_group_columns(
                 _fill_columns(scale, rows, 1, c, span)
                 _fill_columns(t, rows, 2, c, span)
                 p += 1
-        _repeat_columns(rows, n_columns, c1 - c0)
+        for k in range(3):
+            _repeat_columns(stretch(rows, k * rows.shape[1], c1 - c0), n_columns)
         _write_columns(
             streamed, buffer, _apply_vector, None, x, None, a, 0, length, c0, c1, split(rows, 3), y
         )
@@ -1649,8 +1647,8 @@ def backward_group_columns(
         _write_rstds(count[first:last], var[first:last], eps, rstd)
         for g in range(n_here):
             _fill_columns(mean[first + g], s, 2, g * size, size)
-        _repeat_columns(s, n_columns, c1 - c0)
         sum_0, sum_1, means = _three_rows(s, c1 - c0)
+        _repeat_columns(means, n_columns)
         _add_to_columns(dy, x, mask, None, a, 0, length, c0, c1, means, sum_0, sum_1)
         for lo in range(n_columns, c1 - c0, n_columns):
             for c in range(n_columns):
@@ -1677,7 +1675,8 @@ def backward_group_columns(
             for c in range(g * size, (g + 1) * size, span):
                 _fill_columns(dx.dtype.type(rstd[g] * weight[feature[p]]), rows, 0, c, span)
                 p += 1
-        _repeat_columns(rows, n_columns, c1 - c0)
+        for k in range(5):
+            _repeat_columns(stretch(rows, k * rows.shape[1], c1 - c0), n_columns)
         if live:
             _write_columns(
                 streamed, buffer, _backward_vector, dy, x, mask, a, 0, length, c0, c1,
@@ -1849,15 +1848,14 @@ def forward_element_columns(
         s1, s2, shift = _three_rows(sums, n_coming)
         _begin_columns(xs, coming, length, shift, s1, s2)
         for i in range(length):
-            by = weight[i], bias[i], m, r, t
+            by, row = (weight[i], bias[i], m, r, t), _row(None, x, None, place, n)
             if streamed is None:
-                # Nothing is asked for ahead: the block is in a cache since its sums were taken.
-                row, start = (None, stretch(x, place, n), None), np.intp(0)
-                nothing = None, None, None
-                _write_vectors(_normalize_vector, row, nothing, start, n, by, ys, place)
+                # The block is in a cache since its sums were taken.
+                nothing_asked, start = (None, None, None), np.intp(0)
+                _write_vectors(_normalize_vector, row, nothing_asked, start, n, by, ys, place)
             else:
                 lo, hi = _vectors_beside(i, length, n_coming)
-                row, from_row = (None, stretch(x, place, n), None), i // ROWS * ROWS
+                from_row = i // ROWS * ROWS
                 _columns_beside(
                     None, xs, None, 0, n_columns, coming + from_row * n_columns, lo, hi, shift,
                     s1, s2, _normalize_column_vector, None, row, n, by, buffer,
