@@ -1972,13 +1972,16 @@ def _element_terms(dys, xs, counts, i, n, row):
 
     ``row`` (3,) is what _rounded returns; see _gradient_terms about the others.
     """
-    dy, m, r, t = load(dys, i, n), splat(row[0]), splat(row[1]), splat(row[2])
-    x_hat = _scale_shift(load(xs, i, n), m, r, t)
+    dy, x = load(dys, i, n), load(xs, i, n)
+    m, r, t = splat(row[0]), splat(row[1]), splat(row[2])
+    x_hat = _scale_shift(x, m, r, t)
+    product = dy * x_hat
     if counts is not None:
         zero = splat(dys.dtype.type(0.0))
-        enters = _enters(x_hat, load(counts, i, n))
-        dy, x_hat = where(enters, dy, zero), where(enters, x_hat, zero)
-    return dy, dy * x_hat
+        # x_hat may overflow where x is finite. Where what counts is NaN, that has to show.
+        enters = _enters(where(is_finite(r), x_hat, x), load(counts, i, n))
+        dy, product = where(enters, dy, zero), where(enters, product, zero)
+    return dy, product
 
 
 @njit(**LEAF)

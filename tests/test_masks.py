@@ -148,6 +148,19 @@ def test_a_nan_in_dy_is_in_the_gradient_of_its_own_group(case):
 
 
 @cases(*MASKABLE)
+def test_a_nan_that_counts_is_in_every_gradient_of_its_group(case):
+    # Masked-out elements are normalised, too, and to NaN: so are the gradients of their weights.
+    x, dy = case.input(), normal(*case.shape, seed=1)
+    mask = normal(*case.shape, seed=2) < 0.5
+    x[tuple(np.argwhere(mask)[0])] = np.nan
+    layer = case.layer()
+    got = {"y": layer(x, mask=mask), "dx": layer.backward(dy), **layer.gradients()}
+    naive = case.naive(layer, x, mask)
+    for name, expected in {"y": naive.y, **naive.backward(dy)}.items():
+        np.testing.assert_array_equal(np.isnan(got[name]), np.isnan(expected), name)
+
+
+@cases(*MASKABLE)
 def test_nothing_is_left(case):
     x, dy = case.input(), normal(*case.shape, seed=1)
     layer = case.layer()
