@@ -69,10 +69,10 @@ INNER: dict[str, Any] = {"pipeline_class": InlinedCompiler, "no_cpython_wrapper"
 LEAF: dict[str, Any] = {"forceinline": True, **INNER}
 CONTRACT: dict[str, Any] = {"fastmath": {"contract"}, **LEAF}
 
-# How far ahead of a loop over a row memory is asked for, in elements: far where it comes from
-# memory, and near where it comes from a cache, as an array of so many elements may, and a core's
-# first cache has several rows to hold.
-AHEAD, NEAR, NEAR_TO = 1 << 11, 1 << 9, 1 << 20
+# How far ahead of a loop over a row memory is asked for, in lines: far where it comes from memory,
+# and near where it comes from a cache, as an array of so many elements may, and a core's first
+# cache has several rows to hold.
+AHEAD, NEAR, NEAR_TO = 1 << 7, 1 << 5, 1 << 20
 # Elements of a step of such a loop.
 STEP = 2 * LANES
 # Rows that are added to a vector of columns at a time, and how many ahead memory is asked for.
@@ -223,11 +223,11 @@ def _ask(row, i):
 @njit(**LEAF)
 def _sums(row, n, center):
     """Return what _end_sums does of a row of n elements, around a number."""
-    middle = splat(center)
+    middle, ahead = splat(center), AHEAD * line_size(row[1])
     sums = _begin_sums(row, n, middle)
     for i in range(0, n // STEP * STEP, STEP):
-        _ask(row, i + AHEAD)
-        _ask(row, i + LANES + AHEAD)
+        _ask(row, i + ahead)
+        _ask(row, i + LANES + ahead)
         sums = _add_step(row, i, middle, sums)
     return _end_sums(row[2], n, sums)
 
@@ -765,9 +765,9 @@ def track(
 # Writing past the caches: a loop writes to a buffer, from where it goes on in whole lines
 # ---------------------------------------------------------------------------------------------
 
-# Elements that are written to a buffer at once, whole steps: 8 KiB of float64, in a core's first
-# cache.
-BUFFER = 1 << 10
+# Lines that are written to a buffer at once, whole steps: with more of them memory is not read for
+# too long, and with less a loop is too short.
+BUFFER = 12
 # Not inlined, as rows are long here: a kernel with this in its loop would be slower for short ones.
 STREAM = INNER
 # ``kept``, how many elements of a line wait for the others, starts as np.intp(0): of what is called
@@ -775,9 +775,11 @@ STREAM = INNER
 
 
 @njit(**LEAF)
-def _buffered(n, streamed, y):
-    """Return how many elements a buffer holds: n on their way to y, and those that are kept."""
-    return n + line_size(y) if streamed else 0
+def _buffer(streamed, n, y):
+    """Return a buffer of n elements on their way to y, and a vector that is kept, in a tuple."""
+    # Alone it could not be returned, as nobody counts references to it. What is kept is read as a
+    # vector, wherever it begins.
+    return (allocate(None, n + 2 * LANES if streamed else 0, y.dtype),)
 
 
 @njit(**LEAF)
@@ -793,8 +795,7 @@ def _flush(buffer, n, y, at):
         y[at + i] = buffer[i]
     for i in range(begin, end, line):
         store_line(y, at + i, buffer, i)
-    for i in range(n - end):
-        buffer[i] = buffer[end + i]
+    store(load(buffer, end, None), buffer, np.intp(0), None)
     return n - end, at + end
 
 
@@ -806,8 +807,9 @@ def _finish(buffer, kept, y, at):
 
 
 @njit(**LEAF)
-def _open_stream(buffer):
-    """Return what is between loops and memory: the buffer, how many are kept, where they belong."""
+def _open_stream(streamed, y):
+    """Return what is between loops and y: a buffer, how many are kept in it, where they belong."""
+    (buffer,) = _buffer(streamed, BUFFER * line_size(y), y)
     return buffer, np.intp(0), np.intp(0)
 
 
@@ -858,15 +860,16 @@ def _write_vectors(write, row, asked, lo, hi, by, ys, offset):
 def _write_run(streamed, stream, write, row, asked, n, by, y, place):
     """Write a row of n elements to y (N,) from ``place`` on, and return the stream.
 
-    See _write_vectors about the others. ``streamed`` is True or None, as having both makes a kernel
-    slower for short rows.
+    See _write_vectors about the others. ``streamed`` is None where a kernel is compiled for either,
+    as having both makes it slower for short rows.
     """
     start = np.intp(0)
     if streamed is None:
         _write_vectors(write, row, asked, start, n, by, y, place)
         return stream
-    for i in range(start, n, BUFFER):
-        n_here = min(BUFFER, n - i)
+    n_at_once = BUFFER * line_size(y) if streamed else max(n, 1)
+    for i in range(start, n, n_at_once):
+        n_here = min(n_at_once, n - i)
         ys, stream = _begin_run(streamed, stream, y, place + i, n_here)
         _write_vectors(write, row, asked, i, i + n_here, by, ys, -i)
         stream = _end_run(streamed, stream, y, n_here)
@@ -875,25 +878,26 @@ def _write_run(streamed, stream, write, row, asked, n, by, y, place):
 
 @njit(**LEAF)
 def _close_stream(streamed, stream, y):
-    """Write what is kept to y (N,)."""
+    """Write what is kept to y (N,), and release the buffer."""
+    buffer, kept, at = stream
     if streamed:
-        buffer, kept, at = stream
         _finish(buffer, kept, y, at)
         fence()
+    release((buffer,))
 
 
 @njit(**LEAF)
-def _write_columns(streamed, buffer, write, dy, x, mask, a, lo, hi, c0, c1, by, y):
-    """Write rows lo to hi of y[a], columns c0 to c1, from rows of coefficients; see _write_run."""
-    stream, out, n, step = _open_stream(buffer), stretch(y, 0, y.size), c1 - c0, x.shape[2]
-    start = np.intp(0)
+def _write_columns(streamed, stream, write, dy, x, mask, a, lo, hi, c0, c1, by, y):
+    """Write rows lo to hi of x[a], columns c0 to c1, to y (N,), from rows of coefficients.
+
+    Return the stream; see _write_run.
+    """
+    n, step = c1 - c0, x.shape[2]
     for i in range(lo, hi):
         at = (a * x.shape[1] + i) * step + c0
         row, asked = _row(dy, x, mask, at, n), _row(dy, x, None, at + ROWS * step, 0)
-        ys, stream = _begin_run(streamed, stream, out, at, n)
-        _write_vectors(write, row, asked, start, n, by, ys, start)
-        stream = _end_run(streamed, stream, out, n)
-    _close_stream(streamed, stream, out)
+        stream = _write_run(streamed, stream, write, row, asked, n, by, y, at)
+    return stream
 
 
 # ---------------------------------------------------------------------------------------------
@@ -922,17 +926,15 @@ def apply_rows(threads, x, part, block, by, streamed, y):
     """
     n_parts = max(1, (x.shape[1] + part - 1) // part)
     begin, end = share(threads, (x.shape[0] + block - 1) // block * n_parts)
-    m, s, t = split(by, 3)
-    buffer = allocate(None, _buffered(BUFFER, streamed, y), y.dtype)
-    stream, out = _open_stream(buffer), stretch(y, 0, y.size)
+    (m, s, t), ahead = split(by, 3), AHEAD * line_size(x)
+    stream, out = _open_stream(streamed, y), stretch(y, 0, y.size)
     for task in range(begin, end):
         first, last, _, lo, n = _rows_of_task(task, n_parts, part, block, x.shape)
         for p in range(first, last):
             at, of_piece = p * x.shape[1] + lo, (m[p, 0], s[p, 0], t[p, 0])
-            row, asked = _row(None, x, None, at, n), _row(None, x, None, at + AHEAD, 0)
+            row, asked = _row(None, x, None, at, n), _row(None, x, None, at + ahead, 0)
             stream = _write_run(streamed, stream, _apply_vector, row, asked, n, of_piece, out, at)
     _close_stream(streamed, stream, out)
-    release((buffer,))
 
 
 @cached_njit(**FLAGS)
@@ -942,6 +944,7 @@ def apply_columns(threads, x, part, width, by, streamed, y):
     n_parts = max(1, (length + part - 1) // part)
     n_blocks = (n_columns + width - 1) // width
     begin, end = share(threads, n_outer * n_parts * n_blocks)
+    stream, out = _open_stream(streamed, y), stretch(y, 0, y.size)
     for task in range(begin, end):
         a = task // (n_parts * n_blocks)
         lo = (task // n_blocks - a * n_parts) * part
@@ -949,12 +952,12 @@ def apply_columns(threads, x, part, width, by, streamed, y):
         c0 = (task % n_blocks) * width
         c1 = min(n_columns, c0 + width)
         rows = allocate(3, c1 - c0, y.dtype)
-        buffer = allocate(None, _buffered(c1 - c0, streamed, y), y.dtype)
         _copy_coefficients(by, a, c0, c1, rows)
-        _write_columns(
-            streamed, buffer, _apply_vector, None, x, None, a, lo, hi, c0, c1, split(rows, 3), y
+        stream = _write_columns(
+            streamed, stream, _apply_vector, None, x, None, a, lo, hi, c0, c1, split(rows, 3), out
         )
-        release((rows, buffer))
+        release((rows,))
+    _close_stream(streamed, stream, out)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1066,20 +1069,18 @@ def backward_rows(threads, dy, x, mask, part, block, by, streamed, dx):
     """
     n_parts = max(1, (x.shape[1] + part - 1) // part)
     begin, end = share(threads, (x.shape[0] + block - 1) // block * n_parts)
-    a, r, m, b, c = split(by, 5)
-    buffer = allocate(None, _buffered(BUFFER, streamed, dx), dx.dtype)
-    stream, out = _open_stream(buffer), stretch(dx, 0, dx.size)
+    (a, r, m, b, c), ahead = split(by, 5), AHEAD * line_size(x)
+    stream, out = _open_stream(streamed, dx), stretch(dx, 0, dx.size)
     for task in range(begin, end):
         first, last, _, lo, n = _rows_of_task(task, n_parts, part, block, x.shape)
         for p in range(first, last):
             of_piece = a[p, 0], r[p, 0], m[p, 0], b[p, 0], c[p, 0]
             at = p * x.shape[1] + lo
-            row, asked = _row(dy, x, mask, at, n), _row(dy, x, None, at + AHEAD, 0)
+            row, asked = _row(dy, x, mask, at, n), _row(dy, x, None, at + ahead, 0)
             stream = _write_run(
                 streamed, stream, _backward_vector, row, asked, n, of_piece, out, at
             )
     _close_stream(streamed, stream, out)
-    release((buffer,))
 
 
 @cached_njit(**FLAGS)
@@ -1089,6 +1090,7 @@ def backward_columns(threads, dy, x, mask, part, width, by, streamed, dx):
     n_parts = max(1, (length + part - 1) // part)
     n_blocks = (n_columns + width - 1) // width
     begin, end = share(threads, n_outer * n_parts * n_blocks)
+    stream, out = _open_stream(streamed, dx), stretch(dx, 0, dx.size)
     for task in range(begin, end):
         o = task // (n_parts * n_blocks)
         lo = (task // n_blocks - o * n_parts) * part
@@ -1096,12 +1098,12 @@ def backward_columns(threads, dy, x, mask, part, width, by, streamed, dx):
         c0 = (task % n_blocks) * width
         c1 = min(n_columns, c0 + width)
         rows = allocate(5, c1 - c0, dx.dtype)
-        buffer = allocate(None, _buffered(c1 - c0, streamed, dx), dx.dtype)
         _copy_coefficients(by, o, c0, c1, rows)
-        _write_columns(
-            streamed, buffer, _backward_vector, dy, x, mask, o, lo, hi, c0, c1, split(rows, 5), dx
+        stream = _write_columns(
+            streamed, stream, _backward_vector, dy, x, mask, o, lo, hi, c0, c1, split(rows, 5), out
         )
-        release((rows, buffer))
+        release((rows,))
+    _close_stream(streamed, stream, out)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1159,8 +1161,9 @@ def _beside_in_stream(
     buffer, kept, at = _follow(stream, y, place) if n > 0 else stream
     middle = splat(center)
     sums = _begin_sums(coming, n_coming, middle)
-    for lo in range(0, max(n, n_coming), BUFFER):
-        hi = lo + BUFFER
+    n_at_once = BUFFER * line_size(y)
+    for lo in range(0, max(n, n_coming), n_at_once):
+        hi = lo + n_at_once
         sums = _beside(
             coming, n_coming, asked, middle, sums, write, row, n, by, buffer, kept - lo, lo, hi
         )
@@ -1169,9 +1172,10 @@ def _beside_in_stream(
 
 
 @njit(**LEAF)
-def _distance(streamed, y):
-    """Return how many elements ahead to ask for, see AHEAD."""
-    return np.intp(NEAR if streamed is None and y.size < NEAR_TO else AHEAD)
+def _distance(streamed, n_lines, y):
+    """Return how many elements ahead to ask for: so many lines, or NEAR of them."""
+    near = streamed is None and y.size < NEAR_TO
+    return np.intp((NEAR if near else n_lines) * line_size(y))
 
 
 def _write_beside(streamed, stream, *args):
@@ -1279,13 +1283,12 @@ def forward_elements(
     step, n_alike, n_own = block, n_units, n_weights
     if not in_order:
         step, n_alike, n_own = n_weights, n_rows // n_weights, block
-    ahead = _distance(streamed, y) if in_order else step * length
+    ahead = _distance(streamed, AHEAD, y) if in_order else step * length
     of_elements = allocate(2, _repeated(parameters, n_own, length), y.dtype)
     own_weight, own_bias = split(of_elements, 2)
     weights, biases = own_weight, own_bias
     rstd = allocate(None, block, mean.dtype)
-    buffer = allocate(None, _buffered(BUFFER, streamed, y), y.dtype)
-    stream, out = _open_stream(buffer), stretch(y, 0, y.size)
+    stream, out = _open_stream(streamed, y), stretch(y, 0, y.size)
     beside = beside and live
     n_written, first_written, k_written, k_own = 0, 0, 0, -1
     while unit < end or n_written > 0:
@@ -1324,7 +1327,7 @@ def forward_elements(
             unit += 1
         n_written, first_written, k_written = n_summed, first, k
     _close_stream(streamed, stream, out)
-    release((of_elements, rstd, buffer))
+    release((of_elements, rstd))
 
 
 @njit(**LEAF)
@@ -1379,10 +1382,10 @@ def forward_groups(
     (weight, bias), (count, mean, var) = split(parameters, 2), split(statistics, 3)
     apart = n_inner > 1
     own = allocate(5, block, mean.dtype)
-    buffer = allocate(None, _buffered(BUFFER, streamed, y), y.dtype)
     rstd, shift, n, s1, s2 = split(own, 5)
-    stream, out = _open_stream(buffer), stretch(y, 0, y.size)
-    beside, ahead = beside and live, _distance(streamed, y)
+    stream, out = _open_stream(streamed, y), stretch(y, 0, y.size)
+    # Twice as far as elsewhere: one array is read, and no weights of elements are to be held.
+    beside, ahead = beside and live, _distance(streamed, 2 * AHEAD, y)
     # A thread's groups are next to each other: the longer a run is, the faster it is read.
     nothing = 0, 0, 0, 0, 0
     written, first_written = nothing, first
@@ -1431,7 +1434,7 @@ def forward_groups(
         _write_rstds(count[first:last], var[first:last], eps, rstd)
         written, first_written, first = summed, first, last
     _close_stream(streamed, stream, out)
-    release((own, buffer))
+    release((own,))
 
 
 @njit(**LEAF)
@@ -1469,9 +1472,8 @@ def backward_groups(
     apart = n_inner > 1
     own, rows = allocate(3, block, mean.dtype), allocate(None, 4 * block, dx.dtype)
     rstd, g0, g1 = split(own, 3)
-    buffer = allocate(None, _buffered(BUFFER, streamed, dx), dx.dtype)
-    stream, out = _open_stream(buffer), stretch(dx, 0, dx.size)
-    beside, ahead = beside and live, _distance(streamed, dx)
+    stream, out = _open_stream(streamed, dx), stretch(dx, 0, dx.size)
+    beside, ahead = beside and live, _distance(streamed, AHEAD, dx)
     nothing = 0, 0, 0, 0, 0
     written = nothing
     while first < end or written[0] > 0:
@@ -1519,7 +1521,7 @@ def backward_groups(
             )
         written, first = summed, last
     _close_stream(streamed, stream, out)
-    release((own, rows, buffer))
+    release((own, rows))
 
 
 # Group columns: the same where a row has columns of many groups.
@@ -1575,6 +1577,7 @@ def forward_group_columns(
     size = n_columns // n_groups
     begin, end = share(threads, n_outer * ((n_folded + width - 1) // width))
     (weight, bias), (count, mean, var) = split(parameters, 2), split(statistics, 3)
+    stream, out = _open_stream(streamed, y), stretch(y, 0, y.size)
     for task in range(begin, end):
         a, c0, c1 = _block(task, n_folded, width)
         n_here = (min(c1, n_columns) - c0) // size
@@ -1598,7 +1601,6 @@ def forward_group_columns(
                 _write_statistics(first + g, n_all, mu, m2, center, count, mean, var)
             release((own,))
         rows, rstd = allocate(3, c1 - c0, y.dtype), allocate(None, n_here, mean.dtype)
-        buffer = allocate(None, _buffered(c1 - c0, streamed, y), y.dtype)
         _write_rstds(count[first:last], var[first:last], eps, rstd)
         p = a * n_spans + c0 // span
         for g in range(n_here):
@@ -1612,10 +1614,12 @@ def forward_group_columns(
                 p += 1
         for k in range(3):
             _repeat_columns(stretch(rows, k * rows.shape[1], c1 - c0), n_columns)
-        _write_columns(
-            streamed, buffer, _apply_vector, None, x, None, a, 0, length, c0, c1, split(rows, 3), y
-        )
-        release((rows, rstd, buffer))
+        stream = _write_columns(
+            streamed, stream, _apply_vector, None, x, None, a, 0, length, c0, c1,
+            split(rows, 3), out,
+        )  # fmt: skip
+        release((rows, rstd))
+    _close_stream(streamed, stream, out)
 
 
 @cached_njit(**FLAGS)
@@ -1635,6 +1639,7 @@ def backward_group_columns(
     (weight,), (count, mean, var), (s0, s1) = (
         split(parameters, 1), split(statistics, 3), split(sums, 2)
     )  # fmt: skip
+    stream, out = _open_stream(streamed, dx), stretch(dx, 0, dx.size)
     for task in range(begin, end):
         a, c0, c1 = _block(task, n_folded, width)
         n_here = (min(c1, n_columns) - c0) // size
@@ -1642,7 +1647,6 @@ def backward_group_columns(
         last = first + n_here
         s, rows = allocate(3, c1 - c0, mean.dtype), allocate(5, c1 - c0, dx.dtype)
         row, rstd = allocate(None, 4, dx.dtype), allocate(None, n_here, mean.dtype)
-        buffer = allocate(None, _buffered(c1 - c0, streamed, dx), dx.dtype)
         _clear(s)
         _write_rstds(count[first:last], var[first:last], eps, rstd)
         for g in range(n_here):
@@ -1678,16 +1682,17 @@ def backward_group_columns(
         for k in range(5):
             _repeat_columns(stretch(rows, k * rows.shape[1], c1 - c0), n_columns)
         if live:
-            _write_columns(
-                streamed, buffer, _backward_vector, dy, x, mask, a, 0, length, c0, c1,
-                split(rows, 5), dx,
+            stream = _write_columns(
+                streamed, stream, _backward_vector, dy, x, mask, a, 0, length, c0, c1,
+                split(rows, 5), out,
             )  # fmt: skip
         else:
-            _write_columns(
-                streamed, buffer, _scale_vector, dy, x, None, a, 0, length, c0, c1,
-                split(rows, 1), dx,
+            stream = _write_columns(
+                streamed, stream, _scale_vector, dy, x, None, a, 0, length, c0, c1,
+                split(rows, 1), out,
             )  # fmt: skip
-        release((s, rows, row, rstd, buffer))
+        release((s, rows, row, rstd))
+    _close_stream(streamed, stream, out)
 
 
 @cached_njit(**FLAGS)
@@ -1824,7 +1829,7 @@ def forward_element_columns(
     most = width + LANES
     sums, rstd = allocate(3, most, mean.dtype), allocate(None, most, mean.dtype)
     rows = allocate(3, most, y.dtype)
-    buffer = allocate(None, _buffered(most, streamed, y), y.dtype)
+    (buffer,) = _buffer(streamed, most, y)
     xs, ys, is_summed = stretch(x, 0, x.size), stretch(y, 0, y.size), False
     for unit in range(begin, end):
         a, c0, c1 = _block_of_lines(unit, early, n_columns, width)
@@ -1917,7 +1922,7 @@ def backward_element_columns(
     count, mean, var = split(statistics, 3)
     sums, rstd = allocate(3, width, mean.dtype), allocate(None, width, mean.dtype)
     rows = allocate(5, width, dx.dtype)
-    buffer = allocate(None, _buffered(width, streamed, dx), dx.dtype)
+    (buffer,) = _buffer(streamed, width, dx)
     m, r, t, g0, g1 = split(rows, 5)
     dys, xs, dxs = stretch(dy, 0, dy.size), stretch(x, 0, x.size), stretch(dx, 0, dx.size)
     is_summed, zero = False, dx.dtype.type(0.0)
@@ -2124,11 +2129,10 @@ def backward_elements(
     rstd, sums = allocate(None, block * run, mean.dtype), allocate(4, 2, mean.dtype)
     rows, c = allocate(4, 3, dx.dtype), allocate(2, 4, dx.dtype)
     nothing = allocate(None, min(ELEMENTS, length), dx.dtype)
-    buffer = allocate(None, _buffered(BUFFER, streamed, dx), dx.dtype)
     gradients = allocate(2, run * length, dweight.dtype)  # of weight and bias
     of_elements = allocate(None, _repeated(parameters, run, length), dx.dtype)
     _clear(nothing)
-    stream, out = _open_stream(buffer), stretch(dx, 0, dx.size)
+    stream, out = _open_stream(streamed, dx), stretch(dx, 0, dx.size)
     for task in range(begin, end):
         q, b = task // n_blocks, task % n_blocks
         k0, first, last = q * run, b * block, min((b + 1) * block, n_samples)
@@ -2184,4 +2188,4 @@ def backward_elements(
             _add_up(stretch(gradients, 0, run * length), own_weight)
             _add_up(stretch(gradients, gradients.shape[1], run * length), own_bias)
     _close_stream(streamed, stream, out)
-    release((rstd, sums, rows, c, nothing, buffer, gradients, of_elements))
+    release((rstd, sums, rows, c, nothing, gradients, of_elements))
