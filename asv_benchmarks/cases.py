@@ -139,12 +139,16 @@ CASES = [
 
 
 class Runner(NamedTuple):
-    """How a library does a case; forwards keep what backward needs and return y."""
+    """How a library does a case; forwards keep what backward needs and return y.
+
+    ``arrays`` are x, y, dy and dx, if they are the same for all calls.
+    """
 
     train: Callable[[], Any]
     evaluate: Callable[[], Any]
     backward: Callable[[], Any]
     gradients: Callable[[], list[np.ndarray]]
+    arrays: tuple[np.ndarray, ...] = ()
 
 
 def numbanorm_layer(case: Case) -> Any:
@@ -189,6 +193,7 @@ def numbanorm_runner(case: Case, fresh: bool = False) -> Runner:
         lambda: layer.eval().forward(x, mask=mask, out=y),
         lambda: layer.backward(dy, out=dx),
         gradients,
+        () if y is None or dx is None else (x, y, dy, dx),
     )
 
 

@@ -8,8 +8,9 @@ drifts for all of them. Times are medians over the rounds; ratios are medians of
 ratios. Before anything is timed, the results of all libraries are compared.
 
 bound
-    The fewest passes over memory (see ``PASSES`` in cases.py) at the speed of a copy that is
-    measured in the same rounds.
+    The fewest passes over memory (see ``PASSES`` in cases.py) at the speed of a copy in the same
+    rounds: of x to y for forward, and of dy to dx for backward. They are the arrays that the layer
+    has, as it depends on where arrays are in memory how fast they are copied.
 torch, tuned
     PyTorch as installed, and with ``TUNED``, with which it never meets a fresh page.
 mask
@@ -73,7 +74,7 @@ class Worker:
 
             torch.set_num_threads(os.cpu_count() or 1)
         self.runners: dict[str, cases.Runner] = {}
-        self.copy: Any = None
+        self.copies: dict[str, Any] = {}
 
     def prepare(self, index: int) -> dict[str, Any]:
         """Make the case ready, and return a sample of its results."""
@@ -83,9 +84,11 @@ class Worker:
             self.runners["out"] = self._runner(case, False)
             if case.masked:
                 self.runners["unmasked"] = self._runner(case._replace(masked=False), False)
-            x = case.data()[0]
-            self.copy = copier(x)
-        return {name: results_of(runner) for name, runner in self.runners.items()}
+        results = {name: results_of(runner) for name, runner in self.runners.items()}
+        if self.library == "numbanorm":
+            x, y, dy, dx = self.runners["out"].arrays
+            self.copies = {"copy": copier(x, y), "copy backward": copier(dy, dx)}
+        return results
 
     def _runner(self, case: cases.Case, fresh: bool) -> cases.Runner:
         if self.library == "numbanorm":
@@ -104,17 +107,17 @@ class Worker:
                     del kept
                     key = f"{phase} {name}"
                     times[key] = min(times.get(key, taken), taken)
-        if self.copy is not None:
+        for key, copy in self.copies.items():
             for _ in range(repeat):
                 start = time.perf_counter()
-                self.copy()
+                copy()
                 taken = time.perf_counter() - start
-                times["copy"] = min(times.get("copy", taken), taken)
+                times[key] = min(times.get(key, taken), taken)
         return times
 
 
-def copier(x: np.ndarray) -> Any:
-    """Return a function that copies x to memory of its size, in parallel."""
+def copier(x: np.ndarray, y: np.ndarray) -> Any:
+    """Return a function that copies x to y, in parallel."""
     import numba
 
     @numba.njit(parallel=True, nogil=True, cache=True)
@@ -126,7 +129,7 @@ def copier(x: np.ndarray) -> Any:
             for j in range(a.shape[0]):
                 b[j] = a[j]
 
-    source, target = x.reshape(-1).copy(), np.ones(x.size, x.dtype)
+    source, target = x.reshape(-1), y.reshape(-1)
     copy(source, target)
     return lambda: copy(source, target)
 
@@ -254,14 +257,11 @@ def measure(case: cases.Case, libraries: list[Library], rounds: int) -> dict[str
         return statistics.median(t / m for m, t in zip(mine, theirs, strict=True))
 
     out, fresh = total("numbanorm", "out"), total("numbanorm", "fresh")
-    copies = history["numbanorm copy"]
+    copies = dict(zip(PHASES, ("copy", "copy", "copy backward"), strict=True))
     passes = dict(zip(PHASES, cases.PASSES[case.layer], strict=True))
     row["bound"] = {
-        phase: statistics.median(
-            n / 2 * copy / mine
-            for copy, mine in zip(copies, history[f"numbanorm {phase} out"], strict=True)
-        )
-        for phase, n in passes.items()
+        phase: n / 2 * ratio(history[f"numbanorm {phase} out"], history[f"numbanorm {copy}"])
+        for (phase, copy), n in zip(copies.items(), passes.values(), strict=True)
     }
     row["mask"] = ratio(total("numbanorm", "unmasked"), out) if case.masked else None
     row["ratios"] = {}
