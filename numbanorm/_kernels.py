@@ -765,9 +765,9 @@ def track(
 # Writing past the caches: a loop writes to a buffer, from where it goes on in whole lines
 # ---------------------------------------------------------------------------------------------
 
-# Lines that are written to a buffer at once, whole steps: with more of them memory is not read for
-# too long, and with less a loop is too short.
-BUFFER = 12
+# Lines of a row that are written to a buffer at once, whole steps: few, as memory is not read while
+# they leave, but more where what is read comes from a cache, as it does for so many elements.
+BUFFER, LONG_BUFFER, LONG_TO = 12, 64, 1 << 22
 # Not inlined, as rows are long here: a kernel with this in its loop would be slower for short ones.
 STREAM = INNER
 # ``kept``, how many elements of a line wait for the others, starts as np.intp(0): of what is called
@@ -775,11 +775,18 @@ STREAM = INNER
 
 
 @njit(**LEAF)
-def _buffer(streamed, n, y):
-    """Return a buffer of n elements on their way to y, and a vector that is kept, in a tuple."""
-    # Alone it could not be returned, as nobody counts references to it. What is kept is read as a
-    # vector, wherever it begins.
-    return (allocate(None, n + 2 * LANES if streamed else 0, y.dtype),)
+def _at_once(y):
+    """Return how many elements of a row are written to a buffer at once."""
+    return (LONG_BUFFER if y.size < LONG_TO else BUFFER) * line_size(y)
+
+
+@njit(**LEAF)
+def _buffered(n, streamed, y):
+    """Return how many elements a buffer holds: n on their way to y, and those that are kept.
+
+    These are read as a vector, wherever it begins.
+    """
+    return n + 2 * LANES if streamed else 0
 
 
 @njit(**LEAF)
@@ -807,9 +814,8 @@ def _finish(buffer, kept, y, at):
 
 
 @njit(**LEAF)
-def _open_stream(streamed, y):
-    """Return what is between loops and y: a buffer, how many are kept in it, where they belong."""
-    (buffer,) = _buffer(streamed, BUFFER * line_size(y), y)
+def _open_stream(buffer):
+    """Return what is between loops and memory: the buffer, how many are kept, where they belong."""
     return buffer, np.intp(0), np.intp(0)
 
 
@@ -860,14 +866,14 @@ def _write_vectors(write, row, asked, lo, hi, by, ys, offset):
 def _write_run(streamed, stream, write, row, asked, n, by, y, place):
     """Write a row of n elements to y (N,) from ``place`` on, and return the stream.
 
-    See _write_vectors about the others. ``streamed`` is None where a kernel is compiled for either,
-    as having both makes it slower for short rows.
+    See _write_vectors about the others. ``streamed`` is True or None, as having both makes a kernel
+    slower for short rows.
     """
     start = np.intp(0)
     if streamed is None:
         _write_vectors(write, row, asked, start, n, by, y, place)
         return stream
-    n_at_once = BUFFER * line_size(y) if streamed else max(n, 1)
+    n_at_once = _at_once(y)
     for i in range(start, n, n_at_once):
         n_here = min(n_at_once, n - i)
         ys, stream = _begin_run(streamed, stream, y, place + i, n_here)
@@ -878,26 +884,25 @@ def _write_run(streamed, stream, write, row, asked, n, by, y, place):
 
 @njit(**LEAF)
 def _close_stream(streamed, stream, y):
-    """Write what is kept to y (N,), and release the buffer."""
-    buffer, kept, at = stream
+    """Write what is kept to y (N,)."""
     if streamed:
+        buffer, kept, at = stream
         _finish(buffer, kept, y, at)
         fence()
-    release((buffer,))
 
 
 @njit(**LEAF)
-def _write_columns(streamed, stream, write, dy, x, mask, a, lo, hi, c0, c1, by, y):
-    """Write rows lo to hi of x[a], columns c0 to c1, to y (N,), from rows of coefficients.
-
-    Return the stream; see _write_run.
-    """
-    n, step = c1 - c0, x.shape[2]
+def _write_columns(streamed, buffer, write, dy, x, mask, a, lo, hi, c0, c1, by, y):
+    """Write rows lo to hi of y[a], columns c0 to c1, from rows of coefficients; see _write_run."""
+    stream, out, n, step = _open_stream(buffer), stretch(y, 0, y.size), c1 - c0, x.shape[2]
+    start = np.intp(0)
     for i in range(lo, hi):
         at = (a * x.shape[1] + i) * step + c0
         row, asked = _row(dy, x, mask, at, n), _row(dy, x, None, at + ROWS * step, 0)
-        stream = _write_run(streamed, stream, write, row, asked, n, by, y, at)
-    return stream
+        ys, stream = _begin_run(streamed, stream, out, at, n)
+        _write_vectors(write, row, asked, start, n, by, ys, start)
+        stream = _end_run(streamed, stream, out, n)
+    _close_stream(streamed, stream, out)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -927,7 +932,8 @@ def apply_rows(threads, x, part, block, by, streamed, y):
     n_parts = max(1, (x.shape[1] + part - 1) // part)
     begin, end = share(threads, (x.shape[0] + block - 1) // block * n_parts)
     (m, s, t), ahead = split(by, 3), AHEAD * line_size(x)
-    stream, out = _open_stream(streamed, y), stretch(y, 0, y.size)
+    buffer = allocate(None, _buffered(_at_once(y), streamed, y), y.dtype)
+    stream, out = _open_stream(buffer), stretch(y, 0, y.size)
     for task in range(begin, end):
         first, last, _, lo, n = _rows_of_task(task, n_parts, part, block, x.shape)
         for p in range(first, last):
@@ -935,6 +941,7 @@ def apply_rows(threads, x, part, block, by, streamed, y):
             row, asked = _row(None, x, None, at, n), _row(None, x, None, at + ahead, 0)
             stream = _write_run(streamed, stream, _apply_vector, row, asked, n, of_piece, out, at)
     _close_stream(streamed, stream, out)
+    release((buffer,))
 
 
 @cached_njit(**FLAGS)
@@ -944,7 +951,6 @@ def apply_columns(threads, x, part, width, by, streamed, y):
     n_parts = max(1, (length + part - 1) // part)
     n_blocks = (n_columns + width - 1) // width
     begin, end = share(threads, n_outer * n_parts * n_blocks)
-    stream, out = _open_stream(streamed, y), stretch(y, 0, y.size)
     for task in range(begin, end):
         a = task // (n_parts * n_blocks)
         lo = (task // n_blocks - a * n_parts) * part
@@ -952,12 +958,12 @@ def apply_columns(threads, x, part, width, by, streamed, y):
         c0 = (task % n_blocks) * width
         c1 = min(n_columns, c0 + width)
         rows = allocate(3, c1 - c0, y.dtype)
+        buffer = allocate(None, _buffered(c1 - c0, streamed, y), y.dtype)
         _copy_coefficients(by, a, c0, c1, rows)
-        stream = _write_columns(
-            streamed, stream, _apply_vector, None, x, None, a, lo, hi, c0, c1, split(rows, 3), out
+        _write_columns(
+            streamed, buffer, _apply_vector, None, x, None, a, lo, hi, c0, c1, split(rows, 3), y
         )
-        release((rows,))
-    _close_stream(streamed, stream, out)
+        release((rows, buffer))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1070,7 +1076,8 @@ def backward_rows(threads, dy, x, mask, part, block, by, streamed, dx):
     n_parts = max(1, (x.shape[1] + part - 1) // part)
     begin, end = share(threads, (x.shape[0] + block - 1) // block * n_parts)
     (a, r, m, b, c), ahead = split(by, 5), AHEAD * line_size(x)
-    stream, out = _open_stream(streamed, dx), stretch(dx, 0, dx.size)
+    buffer = allocate(None, _buffered(_at_once(dx), streamed, dx), dx.dtype)
+    stream, out = _open_stream(buffer), stretch(dx, 0, dx.size)
     for task in range(begin, end):
         first, last, _, lo, n = _rows_of_task(task, n_parts, part, block, x.shape)
         for p in range(first, last):
@@ -1081,6 +1088,7 @@ def backward_rows(threads, dy, x, mask, part, block, by, streamed, dx):
                 streamed, stream, _backward_vector, row, asked, n, of_piece, out, at
             )
     _close_stream(streamed, stream, out)
+    release((buffer,))
 
 
 @cached_njit(**FLAGS)
@@ -1090,7 +1098,6 @@ def backward_columns(threads, dy, x, mask, part, width, by, streamed, dx):
     n_parts = max(1, (length + part - 1) // part)
     n_blocks = (n_columns + width - 1) // width
     begin, end = share(threads, n_outer * n_parts * n_blocks)
-    stream, out = _open_stream(streamed, dx), stretch(dx, 0, dx.size)
     for task in range(begin, end):
         o = task // (n_parts * n_blocks)
         lo = (task // n_blocks - o * n_parts) * part
@@ -1098,12 +1105,12 @@ def backward_columns(threads, dy, x, mask, part, width, by, streamed, dx):
         c0 = (task % n_blocks) * width
         c1 = min(n_columns, c0 + width)
         rows = allocate(5, c1 - c0, dx.dtype)
+        buffer = allocate(None, _buffered(c1 - c0, streamed, dx), dx.dtype)
         _copy_coefficients(by, o, c0, c1, rows)
-        stream = _write_columns(
-            streamed, stream, _backward_vector, dy, x, mask, o, lo, hi, c0, c1, split(rows, 5), out
+        _write_columns(
+            streamed, buffer, _backward_vector, dy, x, mask, o, lo, hi, c0, c1, split(rows, 5), dx
         )
-        release((rows,))
-    _close_stream(streamed, stream, out)
+        release((rows, buffer))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1161,7 +1168,7 @@ def _beside_in_stream(
     buffer, kept, at = _follow(stream, y, place) if n > 0 else stream
     middle = splat(center)
     sums = _begin_sums(coming, n_coming, middle)
-    n_at_once = BUFFER * line_size(y)
+    n_at_once = _at_once(y)
     for lo in range(0, max(n, n_coming), n_at_once):
         hi = lo + n_at_once
         sums = _beside(
@@ -1288,7 +1295,8 @@ def forward_elements(
     own_weight, own_bias = split(of_elements, 2)
     weights, biases = own_weight, own_bias
     rstd = allocate(None, block, mean.dtype)
-    stream, out = _open_stream(streamed, y), stretch(y, 0, y.size)
+    buffer = allocate(None, _buffered(_at_once(y), streamed, y), y.dtype)
+    stream, out = _open_stream(buffer), stretch(y, 0, y.size)
     beside = beside and live
     n_written, first_written, k_written, k_own = 0, 0, 0, -1
     while unit < end or n_written > 0:
@@ -1327,7 +1335,7 @@ def forward_elements(
             unit += 1
         n_written, first_written, k_written = n_summed, first, k
     _close_stream(streamed, stream, out)
-    release((of_elements, rstd))
+    release((of_elements, rstd, buffer))
 
 
 @njit(**LEAF)
@@ -1382,8 +1390,9 @@ def forward_groups(
     (weight, bias), (count, mean, var) = split(parameters, 2), split(statistics, 3)
     apart = n_inner > 1
     own = allocate(5, block, mean.dtype)
+    buffer = allocate(None, _buffered(_at_once(y), streamed, y), y.dtype)
     rstd, shift, n, s1, s2 = split(own, 5)
-    stream, out = _open_stream(streamed, y), stretch(y, 0, y.size)
+    stream, out = _open_stream(buffer), stretch(y, 0, y.size)
     # Twice as far as elsewhere: one array is read, and no weights of elements are to be held.
     beside, ahead = beside and live, _distance(streamed, 2 * AHEAD, y)
     # A thread's groups are next to each other: the longer a run is, the faster it is read.
@@ -1434,7 +1443,7 @@ def forward_groups(
         _write_rstds(count[first:last], var[first:last], eps, rstd)
         written, first_written, first = summed, first, last
     _close_stream(streamed, stream, out)
-    release((own,))
+    release((own, buffer))
 
 
 @njit(**LEAF)
@@ -1472,7 +1481,8 @@ def backward_groups(
     apart = n_inner > 1
     own, rows = allocate(3, block, mean.dtype), allocate(None, 4 * block, dx.dtype)
     rstd, g0, g1 = split(own, 3)
-    stream, out = _open_stream(streamed, dx), stretch(dx, 0, dx.size)
+    buffer = allocate(None, _buffered(_at_once(dx), streamed, dx), dx.dtype)
+    stream, out = _open_stream(buffer), stretch(dx, 0, dx.size)
     beside, ahead = beside and live, _distance(streamed, AHEAD, dx)
     nothing = 0, 0, 0, 0, 0
     written = nothing
@@ -1521,7 +1531,7 @@ def backward_groups(
             )
         written, first = summed, last
     _close_stream(streamed, stream, out)
-    release((own, rows))
+    release((own, rows, buffer))
 
 
 # Group columns: the same where a row has columns of many groups.
@@ -1577,7 +1587,6 @@ def forward_group_columns(
     size = n_columns // n_groups
     begin, end = share(threads, n_outer * ((n_folded + width - 1) // width))
     (weight, bias), (count, mean, var) = split(parameters, 2), split(statistics, 3)
-    stream, out = _open_stream(streamed, y), stretch(y, 0, y.size)
     for task in range(begin, end):
         a, c0, c1 = _block(task, n_folded, width)
         n_here = (min(c1, n_columns) - c0) // size
@@ -1601,6 +1610,7 @@ def forward_group_columns(
                 _write_statistics(first + g, n_all, mu, m2, center, count, mean, var)
             release((own,))
         rows, rstd = allocate(3, c1 - c0, y.dtype), allocate(None, n_here, mean.dtype)
+        buffer = allocate(None, _buffered(c1 - c0, streamed, y), y.dtype)
         _write_rstds(count[first:last], var[first:last], eps, rstd)
         p = a * n_spans + c0 // span
         for g in range(n_here):
@@ -1614,12 +1624,10 @@ def forward_group_columns(
                 p += 1
         for k in range(3):
             _repeat_columns(stretch(rows, k * rows.shape[1], c1 - c0), n_columns)
-        stream = _write_columns(
-            streamed, stream, _apply_vector, None, x, None, a, 0, length, c0, c1,
-            split(rows, 3), out,
-        )  # fmt: skip
-        release((rows, rstd))
-    _close_stream(streamed, stream, out)
+        _write_columns(
+            streamed, buffer, _apply_vector, None, x, None, a, 0, length, c0, c1, split(rows, 3), y
+        )
+        release((rows, rstd, buffer))
 
 
 @cached_njit(**FLAGS)
@@ -1639,7 +1647,6 @@ def backward_group_columns(
     (weight,), (count, mean, var), (s0, s1) = (
         split(parameters, 1), split(statistics, 3), split(sums, 2)
     )  # fmt: skip
-    stream, out = _open_stream(streamed, dx), stretch(dx, 0, dx.size)
     for task in range(begin, end):
         a, c0, c1 = _block(task, n_folded, width)
         n_here = (min(c1, n_columns) - c0) // size
@@ -1647,6 +1654,7 @@ def backward_group_columns(
         last = first + n_here
         s, rows = allocate(3, c1 - c0, mean.dtype), allocate(5, c1 - c0, dx.dtype)
         row, rstd = allocate(None, 4, dx.dtype), allocate(None, n_here, mean.dtype)
+        buffer = allocate(None, _buffered(c1 - c0, streamed, dx), dx.dtype)
         _clear(s)
         _write_rstds(count[first:last], var[first:last], eps, rstd)
         for g in range(n_here):
@@ -1682,17 +1690,16 @@ def backward_group_columns(
         for k in range(5):
             _repeat_columns(stretch(rows, k * rows.shape[1], c1 - c0), n_columns)
         if live:
-            stream = _write_columns(
-                streamed, stream, _backward_vector, dy, x, mask, a, 0, length, c0, c1,
-                split(rows, 5), out,
+            _write_columns(
+                streamed, buffer, _backward_vector, dy, x, mask, a, 0, length, c0, c1,
+                split(rows, 5), dx,
             )  # fmt: skip
         else:
-            stream = _write_columns(
-                streamed, stream, _scale_vector, dy, x, None, a, 0, length, c0, c1,
-                split(rows, 1), out,
+            _write_columns(
+                streamed, buffer, _scale_vector, dy, x, None, a, 0, length, c0, c1,
+                split(rows, 1), dx,
             )  # fmt: skip
-        release((s, rows, row, rstd))
-    _close_stream(streamed, stream, out)
+        release((s, rows, row, rstd, buffer))
 
 
 @cached_njit(**FLAGS)
@@ -1829,7 +1836,7 @@ def forward_element_columns(
     most = width + LANES
     sums, rstd = allocate(3, most, mean.dtype), allocate(None, most, mean.dtype)
     rows = allocate(3, most, y.dtype)
-    (buffer,) = _buffer(streamed, most, y)
+    buffer = allocate(None, _buffered(most, streamed, y), y.dtype)
     xs, ys, is_summed = stretch(x, 0, x.size), stretch(y, 0, y.size), False
     for unit in range(begin, end):
         a, c0, c1 = _block_of_lines(unit, early, n_columns, width)
@@ -1922,7 +1929,7 @@ def backward_element_columns(
     count, mean, var = split(statistics, 3)
     sums, rstd = allocate(3, width, mean.dtype), allocate(None, width, mean.dtype)
     rows = allocate(5, width, dx.dtype)
-    (buffer,) = _buffer(streamed, width, dx)
+    buffer = allocate(None, _buffered(width, streamed, dx), dx.dtype)
     m, r, t, g0, g1 = split(rows, 5)
     dys, xs, dxs = stretch(dy, 0, dy.size), stretch(x, 0, x.size), stretch(dx, 0, dx.size)
     is_summed, zero = False, dx.dtype.type(0.0)
@@ -2129,10 +2136,11 @@ def backward_elements(
     rstd, sums = allocate(None, block * run, mean.dtype), allocate(4, 2, mean.dtype)
     rows, c = allocate(4, 3, dx.dtype), allocate(2, 4, dx.dtype)
     nothing = allocate(None, min(ELEMENTS, length), dx.dtype)
+    buffer = allocate(None, _buffered(_at_once(dx), streamed, dx), dx.dtype)
     gradients = allocate(2, run * length, dweight.dtype)  # of weight and bias
     of_elements = allocate(None, _repeated(parameters, run, length), dx.dtype)
     _clear(nothing)
-    stream, out = _open_stream(streamed, dx), stretch(dx, 0, dx.size)
+    stream, out = _open_stream(buffer), stretch(dx, 0, dx.size)
     for task in range(begin, end):
         q, b = task // n_blocks, task % n_blocks
         k0, first, last = q * run, b * block, min((b + 1) * block, n_samples)
@@ -2188,4 +2196,4 @@ def backward_elements(
             _add_up(stretch(gradients, 0, run * length), own_weight)
             _add_up(stretch(gradients, gradients.shape[1], run * length), own_bias)
     _close_stream(streamed, stream, out)
-    release((rstd, sums, rows, c, nothing, gradients, of_elements))
+    release((rstd, sums, rows, c, nothing, buffer, gradients, of_elements))

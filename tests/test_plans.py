@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from cases import CASES, by_id, cases, normal
 
-from numbanorm import _axes, _normalize, _threads
+import numbanorm as nn
+from numbanorm import _axes, _kernels, _normalize, _threads
 
 # For each, the limits, a case and a shape that then take the view.
 PLANS = {
@@ -169,6 +170,27 @@ def test_past_the_caches_are_the_same_bits(plan, masked, training, dtype, monkey
             np.testing.assert_array_equal(found, wanted)
     assert len(streamed) == 6
     assert all(streamed)
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (nn.LayerNorm(3001, dtype=np.float32), (1400, 3001)),
+        (nn.InstanceNorm1d(700, affine=True, dtype=np.float32), (2, 700, 3001)),
+        (nn.BatchNorm1d(2, dtype=np.float32), (1400, 2, 1501)),
+    ],
+    ids=str,
+)
+def test_large_arrays_past_the_caches_are_the_same_bits(layer, shape, monkeypatch):
+    # They are written in shorter runs than small ones, see _kernels.BUFFER.
+    x, dy = (normal(*shape, seed=seed, dtype=np.float32) for seed in (0, 1))
+    assert x.size >= _kernels.LONG_TO
+    monkeypatch.setattr(_normalize, "cache_size", lambda: None)
+    expected = results(layer, x, dy, None, 0)
+    monkeypatch.setattr(_normalize, "cache_size", lambda: 0)
+    for start in (0, 13):
+        for found, wanted in zip(results(layer, x, dy, None, start), expected, strict=True):
+            np.testing.assert_array_equal(found, wanted)
 
 
 @cases(*MASKABLE)
