@@ -75,7 +75,8 @@ CONTRACT: dict[str, Any] = {"fastmath": {"contract"}, **LEAF}
 AHEAD, NEAR, NEAR_TO = 1 << 7, 1 << 5, 1 << 20
 # Elements of a step of such a loop.
 STEP = 2 * LANES
-# Rows that are added to a vector of columns at a time, and how many ahead memory is asked for.
+# Rows that are added to a vector of columns at a time, and how many ahead memory is asked for at
+# least.
 ROWS = 4
 
 
@@ -341,17 +342,20 @@ def _add_to_columns(dy, x, counts, weight, a, lo, hi, c0, c1, center, s0, s1):
     dys, xs, counts = stretch(dy, 0, x.size), stretch(x, 0, x.size), stretch(counts, 0, x.size)
     # The rows that come next are asked for in the order of memory, if they are whole.
     spread, stride = (ROWS, LANES) if width == step else (1, step)
+    # As far ahead as AHEAD says of all that is read together, but ROWS at least.
+    far = (AHEAD if dy is None else AHEAD // 2) * line_size(x)
+    ahead = max(far // (ROWS * step), 1) * ROWS * step
     whole = width // LANES * LANES
     for i in range(lo, hi, ROWS):
         at, n_rows = (a * x.shape[1] + i) * step + c0, min(ROWS, hi - i)
         for c in range(0, whole, LANES):
-            coming = at + ROWS * step + spread * c
+            coming = at + ahead + spread * c
             _add_to_vector(
                 dys, xs, counts, weight, i, n_rows, at + c, step, coming, stride, c, None,
                 center, s0, s1,
             )  # fmt: skip
         if whole < width:
-            coming = at + ROWS * step + spread * whole
+            coming = at + ahead + spread * whole
             _add_to_vector(
                 dys, xs, counts, weight, i, n_rows, at + whole, step, coming, stride, whole,
                 width - whole, center, s0, s1,
