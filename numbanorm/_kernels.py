@@ -342,9 +342,9 @@ def _add_to_columns(dy, x, counts, weight, a, lo, hi, c0, c1, center, s0, s1):
     dys, xs, counts = stretch(dy, 0, x.size), stretch(x, 0, x.size), stretch(counts, 0, x.size)
     # The rows that come next are asked for in the order of memory, if they are whole.
     spread, stride = (ROWS, LANES) if width == step else (1, step)
-    # As far ahead as AHEAD says of all that is read together, but ROWS at least.
-    far = (AHEAD if dy is None else AHEAD // 2) * line_size(x)
-    ahead = max(far // (ROWS * step), 1) * ROWS * step
+    # ROWS ahead, or more of them where they are short; half as far where dy is read as well.
+    far, some = (AHEAD if dy is None else AHEAD // 2) * line_size(x), max(ROWS * step, 1)
+    ahead = max(far // some, 1) * some
     whole = width // LANES * LANES
     for i in range(lo, hi, ROWS):
         at, n_rows = (a * x.shape[1] + i) * step + c0, min(ROWS, hi - i)

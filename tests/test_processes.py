@@ -689,6 +689,9 @@ def check_a_few():
     for name in ("BatchNorm2d", "BatchNorm2d-last", "LayerNorm", "GroupNorm", "SwitchableNorm2d"):
         case = by_id[name]
         case.check(case.layer(), case.input(), normal(*case.shape, seed=1))
+    # Machine code divides by no columns, Python does not.
+    empty = np.zeros((2, 3, 0))
+    assert nn.Norm(1)(empty).shape == empty.shape
 
 
 # -- bad input -----------------------------------------------------------------------------------
