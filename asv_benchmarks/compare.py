@@ -9,8 +9,7 @@ ratios. Before anything is timed, the results of all libraries are compared.
 
 bound
     The fewest passes over memory (see ``PASSES`` in cases.py) at the speed of a copy in the same
-    rounds: of x to y for forward, and of dy to dx for backward. They are the arrays that the layer
-    has, as it depends on where arrays are in memory how fast they are copied.
+    rounds: of x to y for forward, and of dy to dx for backward, the arrays that the layer has.
 torch, tuned
     PyTorch as installed, and with ``TUNED``, with which it never meets a fresh page.
 mask
@@ -84,11 +83,9 @@ class Worker:
             self.runners["out"] = self._runner(case, False)
             if case.masked:
                 self.runners["unmasked"] = self._runner(case._replace(masked=False), False)
-        results = {name: results_of(runner) for name, runner in self.runners.items()}
-        if self.library == "numbanorm":
             x, y, dy, dx = self.runners["out"].arrays
             self.copies = {"copy": copier(x, y), "copy backward": copier(dy, dx)}
-        return results
+        return {name: results_of(runner) for name, runner in self.runners.items()}
 
     def _runner(self, case: cases.Case, fresh: bool) -> cases.Runner:
         if self.library == "numbanorm":
@@ -257,11 +254,10 @@ def measure(case: cases.Case, libraries: list[Library], rounds: int) -> dict[str
         return statistics.median(t / m for m, t in zip(mine, theirs, strict=True))
 
     out, fresh = total("numbanorm", "out"), total("numbanorm", "fresh")
-    copies = dict(zip(PHASES, ("copy", "copy", "copy backward"), strict=True))
-    passes = dict(zip(PHASES, cases.PASSES[case.layer], strict=True))
+    copies = ("copy", "copy", "copy backward")
     row["bound"] = {
         phase: n / 2 * ratio(history[f"numbanorm {phase} out"], history[f"numbanorm {copy}"])
-        for (phase, copy), n in zip(copies.items(), passes.values(), strict=True)
+        for phase, copy, n in zip(PHASES, copies, cases.PASSES[case.layer], strict=True)
     }
     row["mask"] = ratio(total("numbanorm", "unmasked"), out) if case.masked else None
     row["ratios"] = {}

@@ -49,6 +49,7 @@ class Bound(_Measured):
     param_names = ("layer", "phase")
     params = (tuple(CASES), compare.PHASES)
     unit = "of the bound"
+    version = "2"
 
     def track_share(self, rows: dict[str, Any], layer: str, phase: str) -> float:
         """Return the median share."""
