@@ -8,6 +8,7 @@ that is how to write y where a cache cannot hold x and y together.
 """
 
 import functools
+import os
 from pathlib import Path
 from typing import Any
 
@@ -26,18 +27,21 @@ LINE = 64
 
 # What Linux says of the caches of a core.
 CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
+# Bytes of a cache that are a core's own. Of a larger one a virtual machine has been told the size
+# but not who else uses it, and it is hardly faster than memory.
+SHARE = 16 << 20
 
 
 @functools.cache
 def cache_size() -> int | None:
-    """Return the bytes of the largest cache of a core, or None if that is not known."""
+    """Return the bytes of the largest cache that the cores have, or None if that is not known."""
     sizes = []
     for file in CACHES.glob("index*/size"):
         try:
             sizes.append(int(file.read_text().strip().removesuffix("K")) << 10)
         except (OSError, ValueError):
             return None
-    return max(sizes, default=None)
+    return min(max(sizes), SHARE * (os.cpu_count() or 1)) if sizes else None
 
 
 @intrinsic

@@ -8,6 +8,7 @@ from numba.core.runtime import _nrt_python, rtsys
 
 from numbanorm._lines import (
     LINE,
+    SHARE,
     allocate,
     cache_size,
     fence,
@@ -62,9 +63,15 @@ def sizes(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("texts", "size"),
-    [(["48K\n", "1024K\n", "32768K\n"], 32 << 20), (["what\n"], None), ([], None)],
+    [
+        (["48K\n", "1024K\n", "32768K\n"], 32 << 20),
+        (["48K\n", "2048K\n", "491520K\n"], 4 * SHARE),
+        (["what\n"], None),
+        ([], None),
+    ],
 )
-def test_cache_size(sizes, texts, size):
+def test_cache_size(sizes, monkeypatch, texts, size):
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
     sizes(texts)
     assert cache_size() == size
 
