@@ -31,7 +31,7 @@ def load(tmp_path_factory):
         patch.delitem(sys.modules, "cases", raising=False)
         yield importlib.import_module
     for name in set(sys.modules) - set(before):
-        if name.split(".")[0] in ("cases", "compare", "plain", "benchmarks"):
+        if name.split(".")[0] in ("cases", "compare", "plain", "benchmarks", "turns"):
             del sys.modules[name]
     if "cases" in before:
         sys.modules["cases"] = before["cases"]
@@ -50,6 +50,11 @@ def compare(load, cases):
 @pytest.fixture
 def regression(load):
     return load("regression")
+
+
+@pytest.fixture
+def turns(load):
+    return load("turns")
 
 
 @pytest.fixture
@@ -337,6 +342,59 @@ class TestRegression:
         with pytest.raises(SystemExit):
             regression.main(["--factor", "1"])
         assert "more than 1 is needed" in capsys.readouterr().err
+
+
+# A package of another folder, whose layer makes zeros.
+OTHER = """
+import numpy as np
+
+class BatchNorm:
+    def __init__(self, channels, **kind):
+        self.weights = {"weight": np.ones(channels), "bias": np.zeros(channels)}
+    def parameters(self):
+        return self.weights
+    def train(self):
+        return self
+    eval = train
+    def forward(self, x, mask, out):
+        out[...] = 0
+        return out
+    def backward(self, dy, out):
+        return self.forward(dy, None, out)
+"""
+
+
+class TestTurns:
+    def test_two_states(self, turns, cases, capsys):
+        import numbanorm
+
+        folder = str(FOLDER.parent)
+        arguments = ["--case", "batch 32x64", "layer 32x128*", "--rounds", "2", "--threads", "1"]
+        assert turns.main([folder, folder, *arguments]) == 0
+        title, _, head, *rows = capsys.readouterr().out.splitlines()
+        assert title == f"{folder} over {folder}"
+        assert head.split() == "copies train ratio evaluate ratio backward ratio".split()
+        assert [row[:36].rstrip() for row in rows] == ["batch 32x64", "layer 32x128 last"]
+        for row in rows:
+            _, *times = row[36:].split()
+            assert len(times) == 6
+            assert all(float(number) > 0 for number in times)
+        assert importlib.import_module("numbanorm") is numbanorm
+
+    def test_other_results_are_not_timed(self, turns, cases, tmp_path):
+        (tmp_path / "numbanorm").mkdir()
+        (tmp_path / "numbanorm" / "__init__.py").write_text(OTHER)
+        with pytest.raises(AssertionError, match="batch 32x64"):
+            turns.main([str(FOLDER.parent), str(tmp_path), "--case", "batch 32x64"])
+
+    def test_no_state(self, turns):
+        with pytest.raises(SystemExit, match="neither a folder with numbanorm in it nor a commit"):
+            turns.main(["no-such-commit"])
+
+    def test_no_case(self, turns, capsys):
+        with pytest.raises(SystemExit):
+            turns.main(["--case", "nothing"])
+        assert "--case: none of" in capsys.readouterr().err
 
 
 class TestDashboard:
