@@ -128,6 +128,38 @@ class Tiles(NamedTuple):
     block: int
 
 
+class Segments(NamedTuple):
+    """A table of groups, for pieces in segments of one length.
+
+    In a segment all pieces are in one group, or each is in the next one: ``step`` is 0 or 1.
+
+    Attributes
+    ----------
+    first : (S, n) array of int64
+        The group of the first piece of each of n segments in each of S statistics.
+    step : (S,) array of int64
+        From one piece to the next.
+    """
+
+    first: NDArray[np.int64]
+    step: NDArray[np.int64]
+
+
+def segments(of_piece: NDArray[np.uint32]) -> Segments:
+    """Return a table (S, P) as segments, which are as long as can be."""
+    table = of_piece.astype(np.int64)
+    steps = table[:, 1:] - table[:, :-1]
+    step = steps[:, 0] if steps.size else np.zeros(len(of_piece), np.int64)
+    # The pieces are those of a grid: how a table goes on at the end of one axis it does at all.
+    ends = np.flatnonzero((steps != step[:, None]).any(0) | ((step != 0) & (step != 1)).any())
+    length = int(ends[0]) + 1 if ends.size else max(1, of_piece.shape[1])
+    first = np.ascontiguousarray(table[:, ::length])
+    found = Segments(first, step.copy() if length > 1 else np.zeros_like(step))
+    for array in found:
+        array.flags.writeable = False
+    return found
+
+
 class Groups(NamedTuple):
     """Which group of each statistic a piece is in, as a table.
 
@@ -138,6 +170,8 @@ class Groups(NamedTuple):
     ----------
     of_piece : (S, P) array of uint32
         The group of each of P pieces in each of S statistics.
+    segments : Segments
+        The same.
     bounds : (S + 1,) array of int64
         The first group of each statistic, and G, the number of all.
     shapes, slices : tuple
@@ -145,6 +179,7 @@ class Groups(NamedTuple):
     """
 
     of_piece: NDArray[np.uint32]
+    segments: Segments
     bounds: NDArray[np.int64]
     shapes: tuple[Axes, ...]
     slices: tuple[slice, ...]
@@ -171,7 +206,7 @@ def groups(grid: Axes, order: Axes, kept_sizes: Iterable[Axes]) -> Groups:
     table = np.stack(of_piece)
     table.flags.writeable = False
     bounds = np.array([0, *(where.stop for where in slices)])
-    return Groups(table, bounds, shapes, tuple(slices))
+    return Groups(table, segments(table), bounds, shapes, tuple(slices))
 
 
 class Plan:
@@ -428,13 +463,18 @@ class Plan:
         n = len(groups.of_piece)
         of_piece = groups.of_piece.reshape(n, a, 1, b)
         of_part = np.broadcast_to(of_piece, (n, a, k, b)).reshape(n, a * k * b)
-        # Of a single number there would be a view, which is a type of its own for Numba.
-        of_part = np.ascontiguousarray(of_part)
         of_part.flags.writeable = False
-        return groups._replace(of_piece=of_part)
+        return groups._replace(of_piece=of_part, segments=segments(of_part))
 
     def _groups(self, reductions: Iterable[Axes]) -> Groups:
         return groups(self.grid, self.order, map(self.geometry.kept_sizes, reductions))
+
+    @functools.cached_property
+    def segments(self) -> Segments:
+        """The groups of each statistic, the weight and the instance of each piece."""
+        return segments(
+            np.stack((*self.groups.of_piece, self.features, self.instances.of_piece[0]))
+        )
 
     @functools.cached_property
     def features(self) -> NDArray[np.uint32]:

@@ -49,6 +49,7 @@ from numbanorm._vectors import (
     is_finite,
     leading,
     load,
+    narrow,
     splat,
     store,
     total,
@@ -506,11 +507,11 @@ def merge(moments, merged):
 
 # ---------------------------------------------------------------------------------------------
 # Algebra: pieces merge into the groups of all statistics, which make the pieces' coefficients.
-# ``group`` (S, P) is that of _axes.Groups, ``feature`` (P,) the number of a piece's weight. A task
-# of the sums over pieces is a statistic, whose groups go from ``bounds[k]`` to ``bounds[k + 1]``.
-# ``statistics`` (3 or more, G) are count, mean and variance of each group, ``mixture`` (2, S) the
-# weights of the statistics' means and variances, ``pieces`` (3, P) mean, variance and rstd of each.
-# Indices are unsigned: of others a kernel asks each time whether they count from the end.
+# ``first`` (R, n) and ``step`` (R,) are those of _axes.Segments: their rows are S statistics, and
+# in Plan.segments the weights and the instances. A task of the sums over pieces is a statistic,
+# whose groups go from ``bounds[k]`` to ``bounds[k + 1]``. ``statistics`` (3 or more, G) are count,
+# mean and variance of each group, ``mixture`` (2, S) the weights of the statistics' means and
+# variances, ``pieces`` (3, P) mean, variance and rstd of each.
 # ---------------------------------------------------------------------------------------------
 
 # Elements that are summed up in their own type.
@@ -521,67 +522,119 @@ PIECE = 4
 
 
 @njit(**LEAF)
-def _merge_around(count, mean, rest, m2, group, first, last, n, group_mean, group_rest, group_m2):
-    """Merge pieces (P,) into groups ``first`` to ``last``.
+def _of_segment(values, first, step, i, n):
+    """Return what n pieces of a segment, from its piece i on, have of values of groups, and 0."""
+    if step == 0:
+        return where(leading(n), splat(values[first]), splat(0.0))
+    return load(values, first + i, n)
 
-    The means are taken around one of them, which is in group_rest for the time; as in a piece, the
-    shift bounds the cancellation. What a run of pieces adds to a group stays in registers.
+
+@njit(**LEAF)
+def _add_to_segment(vector, values, first, step, i, n):
+    """Add what n pieces of a segment have, and 0, to values of their groups."""
+    if step == 0:
+        values[first] += total(vector)
+    else:
+        store(load(values, first + i, n) + vector, values, first + i, n)
+
+
+@njit(**LEAF)
+def _not_below_one(vector):
+    """Return 1 where an element is less, or NaN."""
+    one = splat(1.0)
+    return where(vector > one, vector, one)
+
+
+@njit(**LEAF)
+def _copy_segments(moments, firsts, n, group_mean, group_rest, group_m2):
+    """Copy pieces (4, P), each of which is a group of a statistic."""
+    count, mean, rest, m2 = split(moments, 4)
+    length = len(count) // max(len(firsts), 1)
+    for j in range(len(firsts)):
+        at, to = j * length, firsts[j]
+        _copy(stretch(count, at, length), stretch(n, to, length))
+        _copy(stretch(mean, at, length), stretch(group_mean, to, length))
+        _copy(stretch(rest, at, length), stretch(group_rest, to, length))
+        _copy(stretch(m2, at, length), stretch(group_m2, to, length))
+
+
+@njit(**LEAF)
+def _add_means(moments, firsts, step, n, group_mean, group_rest):
+    """Add counts and means of pieces to the groups of a statistic, all of which are 0.
+
+    The means are taken around one of them, which is written to group_rest; as in a piece, the shift
+    bounds the cancellation.
     """
-    for g in range(np.uintp(first), np.uintp(last)):
-        n[g], group_mean[g], group_rest[g], group_m2[g] = 0.0, 0.0, 0.0, 0.0
-    i, n_pieces, one = np.uintp(0), np.uintp(len(group)), np.uintp(1)
-    while i < n_pieces:
-        g = group[i]
-        n_here, sum_here, around = n[g], group_mean[g], group_rest[g]
-        while i < n_pieces and group[i] == g:
-            if count[i] > 0:
-                around = mean[i] if n_here == 0 else around
-                n_here += count[i]
-                sum_here += count[i] * ((mean[i] - around) + rest[i])
-            i += one
-        n[g], group_mean[g], group_rest[g] = n_here, sum_here, around
-    for g in range(np.uintp(first), np.uintp(last)):
-        group_mean[g] /= max(n[g], 1.0)
-    i = np.uintp(0)
-    while i < n_pieces:
-        g = group[i]
-        m2_here, mean_here, around = group_m2[g], group_mean[g], group_rest[g]
-        while i < n_pieces and group[i] == g:
-            if count[i] > 0:
-                d = ((mean[i] - around) + rest[i]) - mean_here
-                m2_here += m2[i] + count[i] * d * d
-            i += one
-        group_m2[g] = m2_here
-    for g in range(np.uintp(first), np.uintp(last)):
-        group_mean[g], group_rest[g] = _two_sum(group_rest[g], group_mean[g])
+    (count, mean, rest), zero = split(moments, 3), splat(0.0)
+    length = len(count) // max(len(firsts), 1)
+    for j in range(len(firsts)):
+        first, at = firsts[j], j * length
+        if step == 0 and n[first] == 0.0:
+            group_rest[first] = _first(stretch(mean, at, length), stretch(count, at, length))
+        for i in range(0, length, LANES):
+            here = min(LANES, length - i)
+            counts, means = load(count, at + i, here), load(mean, at + i, here)
+            around = _of_segment(group_rest, first, step, i, here)
+            if step != 0:
+                around = where(load(n, first + i, here) > zero, around, means)
+                store(around, group_rest, first + i, here)
+            d = (means - around) + load(rest, at + i, here)
+            sums = where(counts > zero, counts * d, zero)
+            _add_to_segment(counts, n, first, step, i, here)
+            _add_to_segment(sums, group_mean, first, step, i, here)
+
+
+@njit(**LEAF)
+def _add_squares(moments, firsts, step, group_mean, group_rest, group_m2):
+    """Add the squares in pieces, and those of their means, around the mean of their group."""
+    (count, mean, rest, m2), zero = split(moments, 4), splat(0.0)
+    length = len(count) // max(len(firsts), 1)
+    for j in range(len(firsts)):
+        first, at = firsts[j], j * length
+        for i in range(0, length, LANES):
+            here = min(LANES, length - i)
+            counts, means = load(count, at + i, here), load(mean, at + i, here)
+            around = _of_segment(group_rest, first, step, i, here)
+            middle = _of_segment(group_mean, first, step, i, here)
+            d = ((means - around) + load(rest, at + i, here)) - middle
+            squares = load(m2, at + i, here) + counts * d * d
+            _add_to_segment(where(counts > zero, squares, zero), group_m2, first, step, i, here)
 
 
 @cached_njit(**FLAGS)
-def merge_pieces(threads, moments, group, bounds, center, ddof, merged):
+def merge_pieces(threads, moments, first, step, bounds, center, ddof, merged):
     """Merge count, mean, rest, m2 (4, P) into count, mean, variance, rest, m2 of groups (5, G).
 
     As Chan et al. 1983, eq. 2.1, for many at once. If not ``center``, the variance is the mean
     square, and the mean is 0.
     """
-    begin, end = share(threads, group.shape[0])
-    count, mean, rest, m2 = split(moments, 4)
+    n_pieces, n_segments = moments.shape[1], first.shape[1]
+    begin, end = share(threads, first.shape[0])
     n, group_mean, var, group_rest, group_m2 = split(merged, 5)
     for k in range(begin, end):
-        first, last = bounds[k], bounds[k + 1]
-        own = stretch(group, k * len(count), len(count))
-        if last - first == len(count):  # each piece is a group
-            for i in range(np.uintp(len(count))):
-                g = own[i]
-                n[g], group_mean[g], group_rest[g], group_m2[g] = count[i], mean[i], rest[i], m2[i]
+        firsts = stretch(first, k * n_segments, n_segments)
+        lo, n_groups = bounds[k], bounds[k + 1] - bounds[k]
+        if n_groups == n_pieces:
+            _copy_segments(moments, firsts, n, group_mean, group_rest, group_m2)
         else:
-            _merge_around(
-                count, mean, rest, m2, own, first, last, n, group_mean, group_rest, group_m2
+            for values in (n, group_mean, group_rest, group_m2):
+                _clear(stretch(values, lo, n_groups))
+            _add_means(moments, firsts, step[k], n, group_mean, group_rest)
+            for g in range(lo, lo + n_groups):
+                group_mean[g] /= max(n[g], 1.0)
+            _add_squares(moments, firsts, step[k], group_mean, group_rest, group_m2)
+            for g in range(lo, lo + n_groups):
+                group_mean[g], group_rest[g] = _two_sum(group_rest[g], group_mean[g])
+        for i in range(0, n_groups, LANES):
+            g, here = lo + i, min(LANES, n_groups - i)
+            value = load(group_m2, g, here) / _not_below_one(
+                load(n, g, here) - splat(np.float64(ddof))
             )
-        for g in range(np.uintp(first), np.uintp(last)):
-            var[g] = group_m2[g] / max(n[g] - ddof, 1.0)
             if not center:
-                var[g] += group_mean[g] * group_mean[g]
-                group_mean[g] = 0.0
+                mu = load(group_mean, g, here)
+                value += mu * mu
+                store(splat(0.0), group_mean, g, here)
+            store(value, var, g, here)
 
 
 @njit(**CONTRACT)
@@ -592,46 +645,69 @@ def _invert_roots(var, eps, rstd):
         rstd[i] = 0.0 if (rstd[i] == 0.0) | (v == 0.0) else 1.0 / np.sqrt(v)
 
 
+@njit(**LEAF)
+def _pieces_of_task(task, n_pieces, first):
+    """Return the segment of a task, its length, and from where to where the task's pieces are."""
+    length = n_pieces // max(first.shape[1], 1)
+    n_parts = (length + PIECES - 1) // PIECES
+    j, lo = task // n_parts, task % n_parts * PIECES
+    return j, j * length, lo, min(lo + PIECES, length)
+
+
+@njit(**LEAF)
+def _n_tasks(n_pieces, first):
+    """Return how many tasks some pieces are: segments, or parts of them."""
+    length = n_pieces // max(first.shape[1], 1)
+    return first.shape[1] * ((length + PIECES - 1) // PIECES)
+
+
 @cached_njit(**FLAGS)
-def coefficients(threads, group, feature, statistics, mixture, eps, parameters, pieces, by):
+def coefficients(threads, first, step, statistics, mixture, eps, parameters, pieces, by):
     """Mix statistics; write what normalises pieces, and m, s and t (3, P), see _scale_shift.
 
     ``parameters`` (2, F) are weight and bias of each feature.
     """
-    n_pieces = group.shape[1]
-    begin, end = share(threads, (n_pieces + PIECES - 1) // PIECES)
+    n_pieces, n_statistics = by.shape[1], mixture.shape[1]
+    begin, end = share(threads, _n_tasks(n_pieces, first))
     n, mean, var = split(statistics, 3)
     p, q = split(mixture, 2)
     weight, bias = split(parameters, 2)
     piece_mean, piece_var, rstd = split(pieces, 3)
     m, s, t = split(by, 3)
     for task in range(begin, end):
-        lo = task * PIECES
-        hi = min(lo + PIECES, n_pieces)
-        for i in range(np.uintp(lo), np.uintp(hi)):
-            first = group[0, i]
-            n_elements, mu, v = n[first], mean[first], var[first]
-            # Softmax weights need not sum to 1 in floating point: mix the differences.
-            for k in range(1, group.shape[0]):
-                g = group[k, i]
-                n_elements += n[g]
-                mu += p[k] * (mean[g] - mean[first])
-                v += q[k] * (var[g] - var[first])
-            piece_mean[i] = mu
-            piece_var[i] = v
-            rstd[i] = n_elements
-        _invert_roots(stretch(piece_var, lo, hi - lo), eps, stretch(rstd, lo, hi - lo))
-        for i in range(np.uintp(lo), np.uintp(hi)):
-            f = feature[i]
-            scale = rstd[i] * weight[f]
-            m[i] = piece_mean[i]
-            s[i] = scale
-            t[i] = (np.float64(m[i]) - piece_mean[i]) * scale + bias[f]
+        j, at, lo, hi = _pieces_of_task(task, n_pieces, first)
+        for i in range(lo, hi, LANES):
+            here, g, own = min(LANES, hi - i), first[0, j], step[0]
+            n_elements = _of_segment(n, g, own, i, here)
+            own_mean = _of_segment(mean, g, own, i, here)
+            own_var = _of_segment(var, g, own, i, here)
+            mu, v = own_mean, own_var
+            # Softmax weights need not sum to 1 in floating point: mix the differences. Without +=,
+            # as where kernels are Python functions vectors are arrays.
+            for k in range(1, n_statistics):
+                g, other = first[k, j], step[k]
+                n_elements += _of_segment(n, g, other, i, here)
+                mu = mu + splat(p[k]) * (_of_segment(mean, g, other, i, here) - own_mean)
+                v = v + splat(q[k]) * (_of_segment(var, g, other, i, here) - own_var)
+            store(mu, piece_mean, at + i, here)
+            store(v, piece_var, at + i, here)
+            store(n_elements, rstd, at + i, here)
+        _invert_roots(stretch(piece_var, at + lo, hi - lo), eps, stretch(rstd, at + lo, hi - lo))
+        f, own = first[n_statistics, j], step[n_statistics]
+        for i in range(lo, hi, LANES):
+            here = min(LANES, hi - i)
+            mu = load(piece_mean, at + i, here)
+            scale = load(rstd, at + i, here) * _of_segment(weight, f, own, i, here)
+            rounded = narrow(mu, m)
+            shift = (widen(rounded) - mu) * scale + _of_segment(bias, f, own, i, here)
+            store(rounded, m, at + i, here)
+            store(narrow(scale, s), s, at + i, here)
+            store(narrow(shift, t), t, at + i, here)
 
 
 @cached_njit(**FLAGS)
 def group_gradients(
-    threads, sums, group, bounds, feature, statistics, ddof, mixture, parameters, pieces,
+    threads, sums, first, step, bounds, statistics, ddof, mixture, parameters, pieces,
     dstatistics, dmixture, dparameters,
 ):  # fmt: skip
     """Sum gradients of groups (2, G), logits (2, S) and features (2, F), which start at 0.
@@ -639,7 +715,8 @@ def group_gradients(
     ``sums`` (2, P) are those of dy and dy * (x - mean) over each piece. The gradients of the mean
     and of the variance of a group are divided by the number that those were divided by.
     """
-    begin, end = share(threads, group.shape[0])
+    n_statistics, n_segments = mixture.shape[1], first.shape[1]
+    begin, end = share(threads, n_statistics)
     s0, s1 = split(sums, 2)
     n, mean, var = split(statistics, 3)
     p, q = split(mixture, 2)
@@ -648,90 +725,105 @@ def group_gradients(
     dmean, dvar = split(dstatistics, 2)
     dp, dq = split(dmixture, 2)
     dweight, dbias = split(dparameters, 2)
+    length, of_weight = len(s0) // max(n_segments, 1), step[n_statistics]
     for k in range(begin, end):
-        if k == 0:
-            for piece in range(np.uintp(len(s0))):
-                dbias[feature[piece]] += s0[piece]
-                dweight[feature[piece]] += rstd[piece] * s1[piece]
-        sum_p, sum_q = 0.0, 0.0
-        i, n_pieces, one = np.uintp(0), np.uintp(len(s0)), np.uintp(1)
-        while i < n_pieces:
-            g = group[k, i]
-            dmean_here, dvar_here = dmean[g], dvar[g]
-            while i < n_pieces and group[k, i] == g:
-                scale = rstd[i] * weight[feature[i]]
-                dmu = -p[k] * scale * s0[i]
-                dv = -0.5 * q[k] * scale * rstd[i] * rstd[i] * s1[i]
-                dmean_here += dmu
-                dvar_here += dv
+        sum_p, sum_q = splat(0.0), splat(0.0)
+        for j in range(n_segments):
+            at, g, f = j * length, first[k, j], first[n_statistics, j]
+            for i in range(0, length, LANES):
+                here = min(LANES, length - i)
+                sum_0, sum_1 = load(s0, at + i, here), load(s1, at + i, here)
+                root = load(rstd, at + i, here)
+                if k == 0:
+                    _add_to_segment(sum_0, dbias, f, of_weight, i, here)
+                    _add_to_segment(root * sum_1, dweight, f, of_weight, i, here)
+                scale = root * _of_segment(weight, f, of_weight, i, here)
+                dmu = splat(-p[k]) * scale * sum_0
+                dv = splat(-0.5 * q[k]) * scale * root * root * sum_1
+                _add_to_segment(dmu, dmean, g, step[k], i, here)
+                _add_to_segment(dv, dvar, g, step[k], i, here)
                 # Of the softmax, with the mixture itself taken off each.
-                sum_p += dmu * (mean[g] - piece_mean[i])
-                sum_q += dv * (var[g] - piece_var[i])
-                i += one
-            dmean[g], dvar[g] = dmean_here, dvar_here
-        dp[k], dq[k] = sum_p, sum_q
-        for g in range(np.uintp(bounds[k]), np.uintp(bounds[k + 1])):
-            dmean[g] /= max(n[g], 1.0)
-            dvar[g] /= max(n[g] - ddof, 1.0)
+                mu, v = load(piece_mean, at + i, here), load(piece_var, at + i, here)
+                sum_p += dmu * (_of_segment(mean, g, step[k], i, here) - mu)
+                sum_q += dv * (_of_segment(var, g, step[k], i, here) - v)
+        dp[k], dq[k] = total(sum_p), total(sum_q)
+        for g in range(bounds[k], bounds[k + 1], LANES):
+            here = min(LANES, bounds[k + 1] - g)
+            count = load(n, g, here)
+            of_var = _not_below_one(count - splat(np.float64(ddof)))
+            store(load(dmean, g, here) / _not_below_one(count), dmean, g, here)
+            store(load(dvar, g, here) / of_var, dvar, g, here)
 
 
 @cached_njit(**FLAGS)
 def gradient_coefficients(
-    threads, group, feature, statistics, dstatistics, center, fixed, own, own_statistics,
-    parameters, pieces, by,
-):  # fmt: skip
+    threads, first, step, statistics, dstatistics, center, fixed, own, parameters, pieces, by
+):
     """Write a, r, m, b, c (5, P), see _input_gradient, from what group_gradients found.
 
-    The groups of statistic ``fixed`` do not come from x. Where there are sample variances of
-    instances, ``own`` (P,) says which is a piece's, and ``own_statistics`` (2, I) are count and
-    mean of each; else both are None.
+    The groups of statistic ``fixed`` do not come from x. ``own`` (2, I) are count and mean of each
+    instance where those have sample variances, else None.
     """
-    n_pieces = group.shape[1]
-    begin, end = share(threads, (n_pieces + PIECES - 1) // PIECES)
+    n_pieces, n_statistics = by.shape[1], first.shape[0] - 2
+    begin, end = share(threads, _n_tasks(n_pieces, first))
     _, mean, _ = split(statistics, 3)
     dmean, dvar = split(dstatistics, 2)
-    own_n, own_mean = split(own_statistics, 2)
+    own_n, own_mean = split(own, 2)
     (weight,) = split(parameters, 1)
     piece_mean, _, rstd = split(pieces, 3)
     a, r, m, b, c = split(by, 5)
+    zero, one = splat(0.0), splat(1.0)
     for task in range(begin, end):
-        lo = task * PIECES
-        hi = min(lo + PIECES, n_pieces)
-        for i in range(np.uintp(lo), np.uintp(hi)):
+        j, at, lo, hi = _pieces_of_task(task, n_pieces, first)
+        f, of_weight = first[n_statistics, j], step[n_statistics]
+        instance, of_instance = first[n_statistics + 1, j], step[n_statistics + 1]
+        for i in range(lo, hi, LANES):
+            here = min(LANES, hi - i)
+            mu, root = load(piece_mean, at + i, here), load(rstd, at + i, here)
             # The mean of the means that x is compared with, by their slopes, so that x - m and c
             # are small. The mixture may be far away, where a part of it is fixed.
-            slopes, shift = 0.0, 0.0
-            for k in range(group.shape[0]):
+            slopes, shift = splat(0.0), splat(0.0)
+            for k in range(n_statistics):
                 if k != fixed:
-                    g = group[k, i]
-                    around = mean[g] if own is None else own_mean[own[i]]
-                    slopes += abs(dvar[g])
-                    shift += abs(dvar[g]) * (around - piece_mean[i])
-            m[i] = piece_mean[i] + (shift / slopes if slopes > 0.0 else 0.0)
-            rounded = np.float64(m[i])
-            slope, offset = 0.0, 0.0
-            for k in range(group.shape[0]):
+                    slope = _of_segment(dvar, first[k, j], step[k], i, here)
+                    slope = where(slope > zero, slope, zero - slope)
+                    if own is None:
+                        around = _of_segment(mean, first[k, j], step[k], i, here)
+                    else:
+                        around = _of_segment(own_mean, instance, of_instance, i, here)
+                    slopes += slope
+                    shift += slope * (around - mu)
+            some = slopes > zero
+            middle = narrow(mu + where(some, shift, zero) / where(some, slopes, one), m)
+            rounded = widen(middle)
+            slope, offset = splat(0.0), splat(0.0)
+            for k in range(n_statistics):
                 if k == fixed:
                     continue
-                g = group[k, i]
+                g, of_group = first[k, j], step[k]
                 if center:
-                    offset += dmean[g]
-                dsquare = 2.0 * dvar[g]
+                    offset += _of_segment(dmean, g, of_group, i, here)
+                dsquare = splat(2.0) * _of_segment(dvar, g, of_group, i, here)
+                group_mean = _of_segment(mean, g, of_group, i, here)
                 if own is None:
                     slope += dsquare
-                    offset += dsquare * (rounded - mean[g])
+                    offset += dsquare * (rounded - group_mean)
                 else:
                     # var is the mean of factor * (x - own mean)**2 + (own mean - mean)**2.
-                    n_own, mean_own = own_n[own[i]], own_mean[own[i]]
-                    factor = n_own / max(n_own - 1.0, 1.0)
+                    n_own = _of_segment(own_n, instance, of_instance, i, here)
+                    mean_own = _of_segment(own_mean, instance, of_instance, i, here)
+                    factor = n_own / _not_below_one(n_own - one)
                     slope += dsquare * factor
-                    offset += dsquare * (factor * (rounded - mean_own) + (mean_own - mean[g]))
+                    offset += dsquare * (factor * (rounded - mean_own) + (mean_own - group_mean))
             # r only keeps b and c in range: any number does where rstd is 0.
-            scale = 1.0 if rstd[i] == 0.0 else rstd[i]
-            a[i] = rstd[i] * weight[feature[i]]
-            r[i] = scale
-            b[i] = slope / scale
-            c[i] = offset / scale
+            scale = where(root > zero, root, one)
+            slope, offset = slope / scale, offset / scale
+            direct = root * _of_segment(weight, f, of_weight, i, here)
+            store(narrow(direct, a), a, at + i, here)
+            store(narrow(scale, r), r, at + i, here)
+            store(middle, m, at + i, here)
+            store(narrow(slope, b), b, at + i, here)
+            store(narrow(offset, c), c, at + i, here)
 
 
 @cached_njit(**FLAGS)

@@ -367,7 +367,7 @@ def _coefficients(saved: Saved, dtype: Any) -> Array:
     saved.of_pieces, found = np.empty((3, n_pieces)), np.empty((3, n_pieces), dtype)
     _threads.run(
         _kernels.coefficients, n_pieces * _kernels.PIECE,
-        plan.groups.of_piece, plan.features, saved.of_groups, _mixture(saved), saved.eps,
+        *plan.segments, saved.of_groups, _mixture(saved), saved.eps,
         saved.parameters, saved.of_pieces, found,
     )  # fmt: skip
     return found.reshape(3, *plan.pieces)
@@ -505,21 +505,21 @@ def _backward_pieces(saved: Saved, dy: Array, streamed: bool, dx: Array) -> Foun
     found = np.zeros((2, *plan.weights_shape))
     _threads.run(
         _kernels.group_gradients, work(groups),
-        sums, groups.of_piece, groups.bounds, plan.features, saved.of_groups, saved.ddof,
+        sums, *plan.segments, groups.bounds, saved.of_groups, saved.ddof,
         mixture, saved.parameters, saved.of_pieces, dstatistics, dmixture, found,
     )  # fmt: skip
     if saved.share is not None:
         saved.share(dstatistics)
     n_pieces = sums.shape[1]
     by: Array = np.empty((5, n_pieces), dx.dtype)
-    own: tuple[Any, Any] = None, None
+    own = None
     if saved.instances is not None:
         count, mean = saved.instances.count, saved.instances.mean
-        own = plan.instances.of_piece[0], np.stack((np.ravel(count), mean.ravel()))
+        own = np.stack((np.ravel(count), mean.ravel()))
     _threads.run(
         _kernels.gradient_coefficients, n_pieces * _kernels.PIECE,
-        groups.of_piece, plan.features, saved.of_groups, dstatistics, saved.center,
-        geometry.tracked if saved.fixed else -1, *own, saved.parameters, saved.of_pieces, by,
+        *plan.segments, saved.of_groups, dstatistics, saved.center,
+        geometry.tracked if saved.fixed else -1, own, saved.parameters, saved.of_pieces, by,
     )  # fmt: skip
     by = by.reshape(5, *plan.pieces)
     if saved.fixed and len(groups.slices) == 1:

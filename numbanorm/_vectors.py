@@ -47,15 +47,15 @@ class _VectorModel(models.PrimitiveModel):
         super().__init__(data_model_manager, vector, ir.VectorType(element, LANES))
 
 
-def _define(function: Any, takes: Any, generate: Any) -> None:
-    """Let two vectors have an operator, for elements of some types."""
+def _define(function: Any, takes: Any, generate: Any, found: Any = None) -> None:
+    """Let two vectors have an operator, for elements of some types; it may make others."""
 
     @infer_global(function)
     class _Typing(AbstractTemplate):
         def generic(self, args: Any, kws: Any) -> Any:
             if len(args) == 2 and isinstance(args[0], Vector) and args[0] == args[1]:
                 if isinstance(args[0].dtype, takes):
-                    return signature(args[0], *args)
+                    return signature(args[0] if found is None else Vector(found), *args)
             return None
 
     @lower_builtin(function, Vector, Vector)
@@ -69,8 +69,12 @@ def _rounded_together(operation: str) -> Any:
 
 for _function, _operation in (
     (operator.add, "fadd"), (operator.iadd, "fadd"), (operator.sub, "fsub"), (operator.mul, "fmul"),
+    (operator.truediv, "fdiv"),
 ):  # fmt: skip
     _define(_function, types.Float, _rounded_together(_operation))
+_define(
+    operator.gt, types.Float, lambda builder, a, b: builder.fcmp_ordered(">", a, b), types.boolean
+)
 _define(operator.or_, types.Boolean, lambda builder, a, b: builder.or_(a, b))
 
 
@@ -215,6 +219,18 @@ def widen(typing_context: Any, vector: Any) -> Any:
 
 
 @intrinsic
+def narrow(typing_context: Any, vector: Any, array: Any) -> Any:
+    """Return a vector of float64 in the type of an array."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        vector_type = context.get_value_type(signature.return_type)
+        same = args[0].type == vector_type
+        return args[0] if same else builder.fptrunc(args[0], vector_type)
+
+    return Vector(array.dtype)(vector, array), generate
+
+
+@intrinsic
 def store(typing_context: Any, vector: Any, array: Any, i: Any, n: Any) -> Any:
     """Write a vector to array[i] and after it: all of it, or if n is not None its first n."""
 
@@ -297,6 +313,10 @@ if numba.config.DISABLE_JIT:
     def widen(vector: Any) -> Any:
         """Return a vector as float64."""
         return vector.astype(np.float64)
+
+    def narrow(vector: Any, array: Any) -> Any:
+        """Return a vector in the type of an array."""
+        return vector.astype(array.dtype)
 
     def fetch(array: Any, i: int) -> None:
         """Do nothing: it is for speed alone."""

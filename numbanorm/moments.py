@@ -200,7 +200,7 @@ def merge_pieces(parts: Float64, groups: Groups, center: bool = True, ddof: int 
     merged = np.empty((5, groups.total))
     _threads.run(
         _kernels.merge_pieces, work(groups),
-        parts, groups.of_piece, groups.bounds, center, ddof, merged,
+        parts, *groups.segments, groups.bounds, center, ddof, merged,
     )  # fmt: skip
     return merged
 

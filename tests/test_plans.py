@@ -198,3 +198,30 @@ def test_large_arrays_past_the_caches_are_the_same_bits(layer, shape, monkeypatc
 @pytest.mark.usefixtures("plan")
 def test_definition(case, masked):
     check(case, masked)
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (3, 2, 1, 0), (1, 0, 3, 2), (0, 3, 1, 2)])
+@pytest.mark.parametrize(
+    "grid", [(3, 4, 5, 2), (1, 6, 1, 2), (4, 1, 1, 1), (1, 1, 1, 1), (2, 0, 3, 1)]
+)
+@pytest.mark.parametrize(
+    ("kept", "longest"),
+    [
+        # Everything, nothing, and the first axis alone: all of it is one segment, or each of the
+        # first axis where that is in the order of memory.
+        ([(0, 1, 2, 3)], 4),
+        ([()], 4),
+        ([(0, 1, 2, 3), (0,)], 3),
+        ([(1, 2), (3,)], 1),
+    ],
+)
+def test_segments_are_the_table(order, grid, kept, longest):
+    sizes = [tuple(n if axis in axes else 1 for axis, n in enumerate(grid)) for axes in kept]
+    groups = _axes.groups(grid, order, sizes)
+    first, step = groups.segments
+    table = groups.of_piece
+    length = table.shape[1] // max(first.shape[1], 1)
+    whole = first[:, :, None] + step[:, None, None] * np.arange(length)
+    np.testing.assert_array_equal(whole.reshape(table.shape), table)
+    if order == (0, 1, 2, 3) and 0 not in grid:
+        assert length >= np.prod(grid[4 - longest :])

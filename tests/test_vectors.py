@@ -15,6 +15,7 @@ from numbanorm._vectors import (
     is_finite,
     leading,
     load,
+    narrow,
     splat,
     store,
     total,
@@ -130,3 +131,20 @@ def test_the_leading_elements(n):
     y = np.empty(LANES)
     mark(n, y)
     np.testing.assert_array_equal(y, np.where(np.arange(LANES) < n, 1, 2))
+
+
+@njit
+def divide(x, y, narrow_to):
+    """Write x / y where x is larger, else x in another type, to narrow_to: rows (n,)."""
+    v, w = load(x, 0, None), load(y, 0, None)
+    store(narrow(where(v > w, v / w, v), narrow_to), narrow_to, 0, None)
+
+
+@DTYPES
+def test_quotients_where_larger(dtype):
+    x, y = np.full(LANES, 1 / 3), np.repeat([0.0, -0.0, 0.25, 1 / 3, 7, np.nan, np.inf, -np.inf], 2)
+    x[1], found = np.nan, np.empty(LANES, dtype)
+    divide(x, y, found)
+    with np.errstate(divide="ignore"):
+        expected = np.where(x > y, x / y, x)
+    np.testing.assert_array_equal(found, expected.astype(dtype))
