@@ -10,6 +10,8 @@ ratios. Before anything is timed, the results of all libraries are compared.
 bound
     The fewest passes over memory (see ``PASSES`` in cases.py) at the speed of a copy in the same
     rounds: of x to y for forward, and of dy to dx for backward, the arrays that the layer has.
+fresh
+    Without ``out=``. What was returned is dropped before the next call, as in a loop.
 torch, tuned
     PyTorch as installed, and with ``TUNED``, with which it never meets a fresh page.
 mask

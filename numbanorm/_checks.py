@@ -2,7 +2,7 @@
 
 import math
 import numbers
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -53,13 +53,23 @@ def bool_mask(mask: ArrayLike | None, shape: tuple[int, ...]) -> Array | None:
         ) from None
 
 
-def output_array(out: Array | None, like: Array, *inputs: Array) -> tuple[Array, bool]:
-    """Return ``out``, or a new array like ``like``, and whether it has the memory of that.
+def empty_array(like: Array) -> Array:
+    """Return an array of the shape and type of another one, in C order."""
+    return np.empty(like.shape, like.dtype)
+
+
+def output_array(
+    out: Array | None,
+    like: Array,
+    *inputs: Array,
+    empty: Callable[[Array], Array] = empty_array,
+) -> tuple[Array, bool]:
+    """Return ``out``, or an ``empty`` array like ``like``, and whether it has the memory of that.
 
     Neither ``like`` nor the other ``inputs`` may overlap it in part.
     """
     if out is None:
-        return np.empty(like.shape, like.dtype), False
+        return empty(like), False
     if not isinstance(out, np.ndarray):
         raise TypeError(f"out: a numpy.ndarray is needed, got {type(out).__name__}")
     if out.dtype != like.dtype:

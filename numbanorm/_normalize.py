@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from numbanorm import _kernels, _threads
 from numbanorm._axes import TASKS, Array, Axes, Geometry, Plan, memory_order
-from numbanorm._checks import float_array, output_array
+from numbanorm._checks import empty_array, float_array, output_array
 from numbanorm._lines import cache_size
 from numbanorm.moments import Moments, merge_pieces, piece_moments, work
 
@@ -385,9 +385,15 @@ Parameters = tuple[Float64 | None, Float64 | None, Float64 | None, Float64 | Non
 
 
 def backward(
-    dy: ArrayLike, saved: Saved, out: Array | None = None
+    dy: ArrayLike,
+    saved: Saved,
+    out: Array | None = None,
+    empty: Callable[[Array], Array] = empty_array,
 ) -> tuple[Array, Float64 | None, Float64 | None, Float64 | None, Float64 | None]:
-    """Return dx and what :func:`differentiate` does, once dy, saved and out are found to fit."""
+    """Return dx and what :func:`differentiate` does, once dy, saved and out are found to fit.
+
+    Without ``out`` dx is what ``empty`` returns for dy.
+    """
     if not isinstance(saved, Saved):
         raise TypeError(
             f"saved: the second result of a forward is needed, got {type(saved).__name__}"
@@ -403,7 +409,7 @@ def backward(
     if gradient.dtype != saved.x.dtype:
         with np.errstate(over="ignore"):
             gradient = gradient.astype(saved.x.dtype)
-    dx, in_place = output_array(out, gradient, saved.x)
+    dx, in_place = output_array(out, gradient, saved.x, empty=empty)
     return dx, *differentiate(gradient, saved, dx, in_place)
 
 

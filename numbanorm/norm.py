@@ -10,6 +10,7 @@ from numpy.typing import ArrayLike, DTypeLike
 from numbanorm import _checks, functional
 from numbanorm._axes import AllBut, Array, Axes, Geometry, axis_tuple, geometry, normalize_axes
 from numbanorm._checks import bool_mask, float_array, output_array
+from numbanorm._memory import Recycler, arrays
 from numbanorm._normalize import Float64, Saved, backward, normalize
 from numbanorm._running import Pool, is_finite, track
 
@@ -91,6 +92,10 @@ class Norm:
     Any order of the axes in memory is handled as it is, where ``out`` has the same; without
     ``out``, y is C-contiguous, and an x of another order is copied once. So is an x with gaps in
     memory, and one that has a parameter for each element of reduced axes that are not the last.
+
+    An array of 4 MiB or more that was returned gives its memory to a later one when nobody has it
+    any more, as fresh memory takes as long as the work. No more is kept than was in use at one
+    time, and none when a layer is deleted.
 
     A NaN or Inf in x makes its own group of statistics NaN, in y and in dx, and no other. In
     evaluation with running statistics it stays the only one. Running statistics that take it in
@@ -276,7 +281,7 @@ class Norm:
         parameters = {**self._parameters, **new}
         running = self._running_or_new(shape.running_shape) if self.track_stats else None
         counts = bool_mask(mask, array.shape)
-        y, in_place = output_array(out, array)
+        y, in_place = output_array(out, array, empty=arrays.empty)
         saved = normalize(
             array,
             y,
@@ -334,7 +339,7 @@ class Norm:
             raise RuntimeError(
                 "backward: a forward is needed first, and each forward serves one backward"
             )
-        dx, *gradients = backward(dy, self._saved, out)
+        dx, *gradients = backward(dy, self._saved, out, arrays.empty)
         names = ("weight", "bias", "mean_weight", "var_weight")
         with np.errstate(over="ignore", invalid="ignore"):
             for name, gradient in zip(names, gradients, strict=True):
@@ -571,6 +576,10 @@ class Norm:
                 self._adopt({name: value})
             else:
                 self._buffers[name] = value
+
+    def __del__(self, memory: Recycler[Any] = arrays) -> None:
+        """Let go the memory of outputs: a network that goes takes it with it."""
+        memory.clear()
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what is pickled and copied: all but what the last forward kept."""

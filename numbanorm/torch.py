@@ -31,6 +31,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 import numbanorm
 from numbanorm import _checks, _threads, functional
 from numbanorm._axes import Array, Axes, Geometry
+from numbanorm._memory import RECYCLED_FROM, Memory, Recycler
 from numbanorm._normalize import Float64, Saved, Statistic, differentiate, normalize, restore
 from numbanorm._running import Pool, track
 from numbanorm.moments import Moments
@@ -453,26 +454,18 @@ _normalize_backward = _differentiable(_backward_op, _save_again, _differentiate_
 _normalize_anyhow = _differentiable(_normalize_op, _save, _differentiate)
 
 
-# What is smaller, malloc has at hand. Larger memory may go back to the system when it is free.
-RECYCLED_FROM = 1 << 20
-# Memory goes back if it was not used while so many outputs were made for each that is kept.
-USED_WITHIN = 16
-
-
 def _holders(storage: torch.UntypedStorage) -> tuple[int, int]:
     """Return how many have a memory: in PyTorch, and in Python."""
     n_tensors: int = torch._C._storage_Use_Count(storage._cdata)
     return n_tensors, sys.getrefcount(storage)
 
 
-class _Memory:
+class _Memory(Memory):
     """A tensor that nobody sees, and its memory."""
-
-    last_use = 0
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor, self.storage, self.n_bytes = tensor, tensor.untyped_storage(), tensor.nbytes
-        self.address = tensor.data_ptr()
+        self.address, self.kind = tensor.data_ptr(), tensor.dtype
         self.alone = _holders(self.storage)
 
     def is_lost(self) -> bool:
@@ -490,70 +483,22 @@ class _Memory:
         return tensor if (n_tensors - 1, n_storages) == self.alone else None
 
 
-def _smallest(kept: list[_Memory], n_bytes: int, dtype: torch.dtype) -> _Memory | None:
-    """Return the smallest memory that is free and will do."""
-    found, limit = None, math.inf
-    # First what was used last, as a cache may still have it, then what may be free for longest.
-    for memory in (*kept[-1:], *kept):
-        fits = n_bytes <= memory.n_bytes < limit and memory.tensor.dtype is dtype
-        if fits and memory.is_free():
-            found, limit = memory, memory.n_bytes
-            if limit == n_bytes:
-                break
-    return found
-
-
-class _Outputs:
-    """The memory of outputs, used again once nobody else has it.
-
-    Fresh pages take as long as a kernel. Kept is never more than was in use at one time.
-    """
-
-    def __init__(self) -> None:
-        self.clear()
-
-    def clear(self) -> None:
-        """Keep nothing any more."""
-        self._most_in_use = self._n_outputs = 0
-        # What was used last comes last. Another thread may be reading the list.
-        self._kept: list[_Memory] = []
-
+class _Outputs(Recycler[_Memory]):
     def empty_like(self, x: Tensor, over: str) -> Tensor:
         """Return a tensor for y, in the smallest memory that is free and will do."""
         n_bytes, can_count = x.nbytes, hasattr(torch._C, "_storage_Use_Count")
         if n_bytes < RECYCLED_FROM or not can_count or not _same_form(x, x, over):
             return _empty_like(x, over)
-        kept = self._kept
-        found = _smallest(kept, n_bytes, x.dtype)
+        found = self.find(n_bytes, x.dtype)
         y = None if found is None else found.lend(x.shape, x.stride())
         if found is None or y is None:
             with torch.inference_mode(False):  # what is made in that mode is of no use outside it
-                return self._keep(_empty_like(x, over))
-        kept.remove(found)
-        kept.append(found)
-        self._note_use(found)
-        if self._n_outputs - kept[0].last_use > USED_WITHIN * len(kept) and kept[0].is_free():
-            self._most_in_use -= kept[0].n_bytes
-            self._kept = kept[1:]
+                new = _Memory(_empty_like(x, over))
+                y = new.tensor.data
+            self.keep(new)
+            return y
+        self.use(found)
         return y
-
-    def _note_use(self, memory: _Memory) -> None:
-        self._n_outputs += 1
-        memory.last_use = self._n_outputs
-
-    def _keep(self, tensor: Tensor) -> Tensor:
-        """Keep the memory of a new tensor; return another one that has it."""
-        kept = [memory for memory in self._kept if not memory.is_lost()]
-        in_use = [memory for memory in kept if not memory.is_free()]
-        n_kept, n_in_use = (
-            sum(memory.n_bytes for memory in memories) + tensor.nbytes
-            for memories in (kept, in_use)
-        )
-        self._most_in_use = max(self._most_in_use, n_in_use)
-        new = _Memory(tensor)
-        self._kept = [*(kept if n_kept <= self._most_in_use else in_use), new]
-        self._note_use(new)
-        return tensor.data
 
 
 _outputs = _Outputs()

@@ -24,6 +24,7 @@ LEVEL = {
     "_kernels": 3,
     "_threads": 4,
     "_checks": 4,
+    "_memory": 4,
     "moments": 5,
     "_normalize": 6,
     "_running": 7,

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from cases import normal
 
+from numbanorm._memory import USED_WITHIN
+
 torch = pytest.importorskip("torch", reason="PyTorch is not installed: pip install torch")
 ours = pytest.importorskip("numbanorm.torch")
 
@@ -177,7 +179,7 @@ def test_what_is_not_used_any_more_goes_back(layer, outputs):
     del held
     assert len(outputs._kept) == 4
     x = tensor(*SHAPE)
-    for _ in range(5 * ours.USED_WITHIN):
+    for _ in range(5 * USED_WITHIN):
         layer(x)
     assert len(outputs._kept) == 1
     assert outputs._most_in_use == n_kept(outputs)
