@@ -124,8 +124,8 @@ class _Arrays(Recycler[_Bytes]):
         found = self.find(n_bytes)
         array = None if found is None else found.lend(shape, dtype)
         if found is None or array is None:
-            # Each starts elsewhere in a page: of a load and an earlier store a core compares no more
-            # than that, and takes them for the same.
+            # Each starts elsewhere in a page: no more of an address is compared where a load might
+            # read what was stored before it.
             self._start += PAGE // 4
             new = _Bytes(n_bytes, self._start)
             array = new.lend(shape, dtype)

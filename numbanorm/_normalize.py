@@ -191,7 +191,7 @@ def normalize(
     plan = saved.plan
     target, unset = plan.to_target(y)
     saved.fixed = fixed is not None
-    streamed = _is_streamed(saved, in_place and unset is None, 1, target)
+    streamed = _is_streamed(saved, in_place and unset is None, target)
     if plan.by_group:
         _forward_groups(saved, weight, bias, fixed, streamed, target)
     else:
@@ -241,14 +241,12 @@ def restore(
     return saved
 
 
-def _is_streamed(saved: Saved, in_place: bool, n_read: int, y: Array) -> bool:
-    """Tell whether y, the view of an output, is written past the caches.
-
-    It is made of so many arrays of its size.
-    """
+def _is_streamed(saved: Saved, in_place: bool, y: Array) -> bool:
+    """Tell whether y, the view of an output, is written past the caches."""
     plan, size = saved.plan, cache_size()
-    # A step has other arrays yet: long before these fill a cache, y drives out what is needed.
-    if size is None or (n_read + 1) * y.nbytes < size // 2:
+    # x, y, dy and dx fill a cache together. Forward and backward must agree: dx may have the memory
+    # that y had, and what is in a cache takes twice as long to write past it.
+    if size is None or y.nbytes < size // 4:
         return False
     # What is written at once must be a run in memory.
     run, least = plan.view[-1], STREAM_FROM
@@ -417,7 +415,7 @@ def differentiate(dy: Array, saved: Saved, dx: Array, in_place: bool) -> Paramet
     """Write dx, which is dy if ``in_place``; return the gradients of all parameters, in float64."""
     plan = saved.plan
     target, unset = plan.to_target(dx)
-    streamed = _is_streamed(saved, in_place and unset is None, 2, target)
+    streamed = _is_streamed(saved, in_place and unset is None, target)
     write = (
         _backward_elements if plan.elements
         else _backward_groups if plan.by_group
