@@ -522,16 +522,21 @@ PIECE = 4
 
 
 @njit(**LEAF)
-def _of_segment(values, first, step, i, n):
-    """Return what n pieces of a segment, from its piece i on, have of values of groups, and 0."""
+def _of_segment(values, group, i, n):
+    """Return what n pieces of a segment, from its piece i on, have of values of groups, and 0.
+
+    ``group`` is that of its first piece, and the step to the next one's.
+    """
+    first, step = group
     if step == 0:
         return where(leading(n), splat(values[first]), splat(0.0))
     return load(values, first + i, n)
 
 
 @njit(**LEAF)
-def _add_to_segment(vector, values, first, step, i, n):
+def _add_to_segment(vector, values, group, i, n):
     """Add what n pieces of a segment have, and 0, to values of their groups."""
+    first, step = group
     if step == 0:
         values[first] += total(vector)
     else:
@@ -568,20 +573,20 @@ def _add_means(moments, firsts, step, n, group_mean, group_rest):
     (count, mean, rest), zero = split(moments, 3), splat(0.0)
     length = len(count) // max(len(firsts), 1)
     for j in range(len(firsts)):
-        first, at = firsts[j], j * length
+        first, at, group = firsts[j], j * length, (firsts[j], step)
         if step == 0 and n[first] == 0.0:
             group_rest[first] = _first(stretch(mean, at, length), stretch(count, at, length))
         for i in range(0, length, LANES):
             here = min(LANES, length - i)
             counts, means = load(count, at + i, here), load(mean, at + i, here)
-            around = _of_segment(group_rest, first, step, i, here)
+            around = _of_segment(group_rest, group, i, here)
             if step != 0:
                 around = where(load(n, first + i, here) > zero, around, means)
                 store(around, group_rest, first + i, here)
             d = (means - around) + load(rest, at + i, here)
             sums = where(counts > zero, counts * d, zero)
-            _add_to_segment(counts, n, first, step, i, here)
-            _add_to_segment(sums, group_mean, first, step, i, here)
+            _add_to_segment(counts, n, group, i, here)
+            _add_to_segment(sums, group_mean, group, i, here)
 
 
 @njit(**LEAF)
@@ -590,15 +595,15 @@ def _add_squares(moments, firsts, step, group_mean, group_rest, group_m2):
     (count, mean, rest, m2), zero = split(moments, 4), splat(0.0)
     length = len(count) // max(len(firsts), 1)
     for j in range(len(firsts)):
-        first, at = firsts[j], j * length
+        at, group = j * length, (firsts[j], step)
         for i in range(0, length, LANES):
             here = min(LANES, length - i)
             counts, means = load(count, at + i, here), load(mean, at + i, here)
-            around = _of_segment(group_rest, first, step, i, here)
-            middle = _of_segment(group_mean, first, step, i, here)
+            around = _of_segment(group_rest, group, i, here)
+            middle = _of_segment(group_mean, group, i, here)
             d = ((means - around) + load(rest, at + i, here)) - middle
             squares = load(m2, at + i, here) + counts * d * d
-            _add_to_segment(where(counts > zero, squares, zero), group_m2, first, step, i, here)
+            _add_to_segment(where(counts > zero, squares, zero), group_m2, group, i, here)
 
 
 @cached_njit(**FLAGS)
@@ -677,29 +682,28 @@ def coefficients(threads, first, step, statistics, mixture, eps, parameters, pie
     for task in range(begin, end):
         j, at, lo, hi = _pieces_of_task(task, n_pieces, first)
         for i in range(lo, hi, LANES):
-            here, g, own = min(LANES, hi - i), first[0, j], step[0]
-            n_elements = _of_segment(n, g, own, i, here)
-            own_mean = _of_segment(mean, g, own, i, here)
-            own_var = _of_segment(var, g, own, i, here)
-            mu, v = own_mean, own_var
+            here, group = min(LANES, hi - i), (first[0, j], step[0])
+            n_elements = _of_segment(n, group, i, here)
+            mean_0, var_0 = _of_segment(mean, group, i, here), _of_segment(var, group, i, here)
+            mu, v = mean_0, var_0
             # Softmax weights need not sum to 1 in floating point: mix the differences. Without +=,
             # as where kernels are Python functions vectors are arrays.
             for k in range(1, n_statistics):
-                g, other = first[k, j], step[k]
-                n_elements += _of_segment(n, g, other, i, here)
-                mu = mu + splat(p[k]) * (_of_segment(mean, g, other, i, here) - own_mean)
-                v = v + splat(q[k]) * (_of_segment(var, g, other, i, here) - own_var)
+                group = first[k, j], step[k]
+                n_elements += _of_segment(n, group, i, here)
+                mu = mu + splat(p[k]) * (_of_segment(mean, group, i, here) - mean_0)
+                v = v + splat(q[k]) * (_of_segment(var, group, i, here) - var_0)
             store(mu, piece_mean, at + i, here)
             store(v, piece_var, at + i, here)
             store(n_elements, rstd, at + i, here)
         _invert_roots(stretch(piece_var, at + lo, hi - lo), eps, stretch(rstd, at + lo, hi - lo))
-        f, own = first[n_statistics, j], step[n_statistics]
+        feature = first[n_statistics, j], step[n_statistics]
         for i in range(lo, hi, LANES):
             here = min(LANES, hi - i)
             mu = load(piece_mean, at + i, here)
-            scale = load(rstd, at + i, here) * _of_segment(weight, f, own, i, here)
+            scale = load(rstd, at + i, here) * _of_segment(weight, feature, i, here)
             rounded = narrow(mu, m)
-            shift = (widen(rounded) - mu) * scale + _of_segment(bias, f, own, i, here)
+            shift = (widen(rounded) - mu) * scale + _of_segment(bias, feature, i, here)
             store(rounded, m, at + i, here)
             store(narrow(scale, s), s, at + i, here)
             store(narrow(shift, t), t, at + i, here)
@@ -725,27 +729,28 @@ def group_gradients(
     dmean, dvar = split(dstatistics, 2)
     dp, dq = split(dmixture, 2)
     dweight, dbias = split(dparameters, 2)
-    length, of_weight = len(s0) // max(n_segments, 1), step[n_statistics]
+    length = len(s0) // max(n_segments, 1)
     for k in range(begin, end):
         sum_p, sum_q = splat(0.0), splat(0.0)
         for j in range(n_segments):
-            at, g, f = j * length, first[k, j], first[n_statistics, j]
+            at, group = j * length, (first[k, j], step[k])
+            feature = first[n_statistics, j], step[n_statistics]
             for i in range(0, length, LANES):
                 here = min(LANES, length - i)
                 sum_0, sum_1 = load(s0, at + i, here), load(s1, at + i, here)
                 root = load(rstd, at + i, here)
                 if k == 0:
-                    _add_to_segment(sum_0, dbias, f, of_weight, i, here)
-                    _add_to_segment(root * sum_1, dweight, f, of_weight, i, here)
-                scale = root * _of_segment(weight, f, of_weight, i, here)
+                    _add_to_segment(sum_0, dbias, feature, i, here)
+                    _add_to_segment(root * sum_1, dweight, feature, i, here)
+                scale = root * _of_segment(weight, feature, i, here)
                 dmu = splat(-p[k]) * scale * sum_0
                 dv = splat(-0.5 * q[k]) * scale * root * root * sum_1
-                _add_to_segment(dmu, dmean, g, step[k], i, here)
-                _add_to_segment(dv, dvar, g, step[k], i, here)
+                _add_to_segment(dmu, dmean, group, i, here)
+                _add_to_segment(dv, dvar, group, i, here)
                 # Of the softmax, with the mixture itself taken off each.
                 mu, v = load(piece_mean, at + i, here), load(piece_var, at + i, here)
-                sum_p += dmu * (_of_segment(mean, g, step[k], i, here) - mu)
-                sum_q += dv * (_of_segment(var, g, step[k], i, here) - v)
+                sum_p += dmu * (_of_segment(mean, group, i, here) - mu)
+                sum_q += dv * (_of_segment(var, group, i, here) - v)
         dp[k], dq[k] = total(sum_p), total(sum_q)
         for g in range(bounds[k], bounds[k + 1], LANES):
             here = min(LANES, bounds[k + 1] - g)
@@ -775,8 +780,8 @@ def gradient_coefficients(
     zero, one = splat(0.0), splat(1.0)
     for task in range(begin, end):
         j, at, lo, hi = _pieces_of_task(task, n_pieces, first)
-        f, of_weight = first[n_statistics, j], step[n_statistics]
-        instance, of_instance = first[n_statistics + 1, j], step[n_statistics + 1]
+        feature = first[n_statistics, j], step[n_statistics]
+        instance = first[n_statistics + 1, j], step[n_statistics + 1]
         for i in range(lo, hi, LANES):
             here = min(LANES, hi - i)
             mu, root = load(piece_mean, at + i, here), load(rstd, at + i, here)
@@ -785,12 +790,13 @@ def gradient_coefficients(
             slopes, shift = splat(0.0), splat(0.0)
             for k in range(n_statistics):
                 if k != fixed:
-                    slope = _of_segment(dvar, first[k, j], step[k], i, here)
+                    group = first[k, j], step[k]
+                    slope = _of_segment(dvar, group, i, here)
                     slope = where(slope > zero, slope, zero - slope)
                     if own is None:
-                        around = _of_segment(mean, first[k, j], step[k], i, here)
+                        around = _of_segment(mean, group, i, here)
                     else:
-                        around = _of_segment(own_mean, instance, of_instance, i, here)
+                        around = _of_segment(own_mean, instance, i, here)
                     slopes += slope
                     shift += slope * (around - mu)
             some = slopes > zero
@@ -800,25 +806,25 @@ def gradient_coefficients(
             for k in range(n_statistics):
                 if k == fixed:
                     continue
-                g, of_group = first[k, j], step[k]
+                group = first[k, j], step[k]
                 if center:
-                    offset += _of_segment(dmean, g, of_group, i, here)
-                dsquare = splat(2.0) * _of_segment(dvar, g, of_group, i, here)
-                group_mean = _of_segment(mean, g, of_group, i, here)
+                    offset += _of_segment(dmean, group, i, here)
+                dsquare = splat(2.0) * _of_segment(dvar, group, i, here)
+                group_mean = _of_segment(mean, group, i, here)
                 if own is None:
                     slope += dsquare
                     offset += dsquare * (rounded - group_mean)
                 else:
                     # var is the mean of factor * (x - own mean)**2 + (own mean - mean)**2.
-                    n_own = _of_segment(own_n, instance, of_instance, i, here)
-                    mean_own = _of_segment(own_mean, instance, of_instance, i, here)
+                    n_own = _of_segment(own_n, instance, i, here)
+                    mean_own = _of_segment(own_mean, instance, i, here)
                     factor = n_own / _not_below_one(n_own - one)
                     slope += dsquare * factor
                     offset += dsquare * (factor * (rounded - mean_own) + (mean_own - group_mean))
             # r only keeps b and c in range: any number does where rstd is 0.
             scale = where(root > zero, root, one)
             slope, offset = slope / scale, offset / scale
-            direct = root * _of_segment(weight, f, of_weight, i, here)
+            direct = root * _of_segment(weight, feature, i, here)
             store(narrow(direct, a), a, at + i, here)
             store(narrow(scale, r), r, at + i, here)
             store(middle, m, at + i, here)
