@@ -710,6 +710,19 @@ def coefficients(threads, first, step, statistics, mixture, eps, parameters, pie
 
 
 @cached_njit(**FLAGS)
+def add_parts(parts, sums):
+    """Sum an axis of sums (2, A, K, B) -> (2, A, B), which start at 0."""
+    n_outer, n_parts, n_columns = parts.shape[1:]
+    values, sums = stretch(parts, 0, parts.size), stretch(sums, 0, sums.size)
+    for a in range(2 * n_outer):
+        for k in range(a * n_parts, (a + 1) * n_parts):
+            for i in range(0, n_columns, LANES):
+                here, to = min(LANES, n_columns - i), a * n_columns + i
+                own = load(values, k * n_columns + i, here)
+                store(load(sums, to, here) + own, sums, to, here)
+
+
+@cached_njit(**FLAGS)
 def group_gradients(
     threads, sums, first, step, bounds, statistics, ddof, mixture, parameters, pieces,
     dstatistics, dmixture, dparameters,

@@ -496,10 +496,11 @@ def _gradient_sums(saved: Saved, dy: Array) -> Float64:
     _, part, block = plan.tiles
     sums, of_pieces = np.empty((2, *plan.parts)), saved.of_pieces.reshape(3, *plan.pieces)
     _threads.run(kernel, dy.size, dy, saved.x, saved.mask, part, block, of_pieces, sums)
-    if plan.parts[1] > 1:
-        with np.errstate(invalid="ignore"):
-            sums = sums.sum(2)
-    return sums.reshape(2, -1)
+    if plan.parts[1] == 1:
+        return sums.reshape(2, -1)
+    found = np.zeros((2, *plan.pieces))
+    _kernels.add_parts(sums, found)
+    return found.reshape(2, -1)
 
 
 def _backward_pieces(saved: Saved, dy: Array, streamed: bool, dx: Array) -> Found:

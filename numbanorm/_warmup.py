@@ -19,7 +19,7 @@ from numbanorm.norm import Norm
 from numbanorm.switchable import SwitchableNorm
 
 # The kernels that need no threads.
-ALGEBRA = ("merge", "feature_gradients", "track")
+ALGEBRA = ("merge", "add_parts", "feature_gradients", "track")
 
 
 class Task(NamedTuple):
@@ -77,6 +77,10 @@ def tasks() -> list[Task]:
                 layer.forward(x, mask=mask)
                 layer.backward(x)
             moments(x) + moments(x)
+            # So many rows are in parts.
+            layer, x = BatchNorm(2, dtype=dtype), np.ones((1 << 18, 2), dtype)
+            layer.forward(x)
+            layer.backward(x)
     todo = [Task(name, list(signatures)) for (name, _), signatures in found.items()]
     # The longest first, so that all processes end at about the same time.
     return sorted(todo, key=_length, reverse=True)

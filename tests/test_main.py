@@ -165,4 +165,6 @@ def use_everything():
             layer(x, out=None if layout is LAYOUTS["read-only"] else layout(np.empty_like(x)))
             layer.backward(x)
     nn.BatchNorm(2, dtype=np.float64)(np.ones((3, 2)))
+    layer, x = nn.BatchNorm(2), np.ones((1 << 18, 2))  # in parts
+    layer.backward(layer(x))
     print(json.dumps([sorted(used), compiled()[0]]))
