@@ -266,12 +266,10 @@ def _unshift(n, shift, s1, s2):
 
 
 @njit(**LEAF)
-def _row_moments(xs, counts):
-    """Return count, mean, its rest and m2 of xs (n,) where counts (n,) is True, or is None."""
-    shift = _first(xs, counts)
-    n, s1, s2 = _sums((None, xs, counts), xs.shape[0], shift)
-    mean, rest, m2 = _unshift(n, shift, s1, s2)
-    return n, mean, rest, m2
+def _unshift_all(n, mean, rest, m2):
+    """Write mean, its rest and m2 where shift, s1 and s2 are, see _unshift: rows (P,)."""
+    for i in range(n.shape[0]):
+        mean[i], rest[i], m2[i] = _unshift(n[i], mean[i], rest[i], m2[i])
 
 
 @njit(**LEAF)
@@ -294,10 +292,15 @@ def moments_rows(threads, x, mask, part, block, moments):
     for task in range(begin, end):
         first, last, k, lo, n = _rows_of_task(task, n_parts, part, block, x.shape)
         for p in range(first, last):
-            at = p * x.shape[1] + lo
-            count[p, k, 0], mean[p, k, 0], rest[p, k, 0], m2[p, k, 0] = _row_moments(
-                stretch(x, at, n), stretch(mask, at, n)
-            )
+            row = _row(None, x, mask, p * x.shape[1] + lo, n)
+            shift = _first(row[1], row[2])
+            mean[p, k, 0] = shift
+            count[p, k, 0], rest[p, k, 0], m2[p, k, 0] = _sums(row, n, shift)
+        # Of all at once, in vectors. Where rows have parts, there is one.
+        at, n = first * n_parts + k, last - first
+        _unshift_all(
+            stretch(count, at, n), stretch(mean, at, n), stretch(rest, at, n), stretch(m2, at, n)
+        )
 
 
 @njit(**LEAF)
@@ -1552,9 +1555,9 @@ def forward_groups(
                     s2[g] += sum_2
         last = first + summed[0]
         if live:
+            _unshift_all(stretch(n, 0, summed[0]), shift, s1, s2)
             for g in range(summed[0]):
-                mu, _, m2 = _unshift(n[g], shift[g], s1[g], s2[g])
-                _write_statistics(first + g, n[g], mu, m2, center, count, mean, var)
+                _write_statistics(first + g, n[g], shift[g], s2[g], center, count, mean, var)
         _write_rstds(count[first:last], var[first:last], eps, rstd)
         written, first_written, first = summed, first, last
     _close_stream(streamed, stream, out)
