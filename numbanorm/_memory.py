@@ -11,7 +11,6 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 
 from numbanorm._axes import Array
-from numbanorm._lines import LINE
 
 # What is smaller, malloc has at hand, for tensors and for arrays. Larger memory may go back to the
 # system when it is free.
@@ -97,11 +96,14 @@ class Recycler(Generic[AMemory]):
 
 
 class _Bytes(Memory):
-    """Memory that arrays are views of, which count as those who have it."""
+    """Memory that arrays are views of, which count as those who have it.
+
+    They begin ``start`` bytes after a page begins, less whole pages, wherever the memory is.
+    """
 
     def __init__(self, n_bytes: int, start: int) -> None:
-        self.n_bytes, self.bytes = n_bytes, np.empty(n_bytes + LINE + PAGE, np.uint8)
-        self.start = start % PAGE + -(self.bytes.ctypes.data + start % PAGE) % LINE
+        self.n_bytes, self.bytes = n_bytes, np.empty(n_bytes + PAGE, np.uint8)
+        self.start = (start - self.bytes.ctypes.data) % PAGE
         self.alone = sys.getrefcount(self.bytes)
 
     def is_free(self) -> bool:
