@@ -127,6 +127,14 @@ def _repeat_columns(row, n):
 
 
 @njit(**LEAF)
+def _add_folds(sums, n):
+    """Add to the first n columns of a row what the others have of them, see _repeat_columns."""
+    for at in range(n, sums.shape[0], n):
+        for c in range(n):
+            sums[c] += sums[at + c]
+
+
+@njit(**LEAF)
 def _copy_columns(values, c0, c1, row):
     """Copy columns c0 to c1 of values (C,) to a row (c1 - c0,); see _repeat_columns."""
     n = min(values.shape[0], c1 - c0)
@@ -141,6 +149,40 @@ def _copy_coefficients(by, a, c0, c1, rows):
     for k in range(n):
         values = stretch(by, (k * n_outer + a) * n_columns, n_columns)
         _copy_columns(values, c0, c1, stretch(rows, k * rows.shape[1], c1 - c0))
+
+
+@njit(**LEAF)
+def _spread(values, span, row):
+    """Write each of values (n,) to ``span`` elements of a row (n * span,) next to each other."""
+    if span == 1:
+        _copy(values, row)
+    else:
+        for i in range(values.shape[0]):
+            value = splat(values[i])
+            for j in range(0, span, LANES):
+                store(value, row, i * span + j, min(span - j, LANES))
+
+
+@njit(**LEAF)
+def _sum(values):
+    """Return the sum of values (n,)."""
+    n = values.shape[0]
+    whole = n // LANES * LANES
+    sums = load(values, whole, n - whole)
+    for i in range(0, whole, LANES):
+        sums += load(values, i, None)
+    return total(sums)
+
+
+@njit(**LEAF)
+def _add_up(values, totals):
+    """Write the sums of n / m values (n,) next to each other to totals (m,)."""
+    span = values.shape[0] // max(totals.shape[0], 1)
+    if span == 1:
+        _copy(values, totals)
+    else:
+        for i in range(totals.shape[0]):
+            totals[i] = _sum(stretch(values, i * span, span))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -480,11 +522,8 @@ def moments_columns(threads, x, mask, part, width, moments):
         if lo < hi:
             _shifts_of_columns(x, mask, a, lo, hi, c0, c1, n_columns, shift)
         _add_rows(x, mask, a, lo, hi, c0, c1, shift, n, s1, s2)
-        for f in range(n_columns, here, n_columns):
-            for c in range(n_columns):
-                n[c] += n[f + c]
-                s1[c] += s1[f + c]
-                s2[c] += s2[f + c]
+        for values in (n, s1, s2):
+            _add_folds(values, n_columns)
         for c in range(min(here, n_columns)):
             to = a, k, c0 + c
             count[to] = n[c]
@@ -669,6 +708,15 @@ def _n_tasks(n_pieces, first):
     return first.shape[1] * ((length + PIECES - 1) // PIECES)
 
 
+@njit(**LEAF)
+def _store_scale_shift(mean, rstd, weight, bias, m, s, t, i, n):
+    """Write m, s and t, see _scale_shift, from vectors of float64."""
+    scale, rounded = rstd * weight, narrow(mean, m)
+    store(rounded, m, i, n)
+    store(narrow(scale, s), s, i, n)
+    store(narrow((widen(rounded) - mean) * scale + bias, t), t, i, n)
+
+
 @cached_njit(**FLAGS)
 def coefficients(threads, first, step, statistics, mixture, eps, parameters, pieces, by):
     """Mix statistics; write what normalises pieces, and m, s and t (3, P), see _scale_shift.
@@ -703,13 +751,11 @@ def coefficients(threads, first, step, statistics, mixture, eps, parameters, pie
         feature = first[n_statistics, j], step[n_statistics]
         for i in range(lo, hi, LANES):
             here = min(LANES, hi - i)
-            mu = load(piece_mean, at + i, here)
-            scale = load(rstd, at + i, here) * _of_segment(weight, feature, i, here)
-            rounded = narrow(mu, m)
-            shift = (widen(rounded) - mu) * scale + _of_segment(bias, feature, i, here)
-            store(rounded, m, at + i, here)
-            store(narrow(scale, s), s, at + i, here)
-            store(narrow(shift, t), t, at + i, here)
+            _store_scale_shift(
+                load(piece_mean, at + i, here), load(rstd, at + i, here),
+                _of_segment(weight, feature, i, here), _of_segment(bias, feature, i, here),
+                m, s, t, at + i, here,
+            )  # fmt: skip
 
 
 @cached_njit(**FLAGS)
@@ -1153,13 +1199,11 @@ def gradient_sums_columns(threads, dy, x, mask, part, width, pieces, sums):
         _copy_columns(stretch(mean, a * n_columns, n_columns), c0, c1, means)
         lo, hi = k * part, min(length, (k + 1) * part)
         _add_to_columns(dy, x, mask, None, a, lo, hi, c0, c1, means, sum_0, sum_1)
+        _add_folds(sum_0, n_columns)
+        _add_folds(sum_1, n_columns)
         for c in range(c0, min(c1, n_columns)):
             s0[a, k, c] = sum_0[c - c0]
             s1[a, k, c] = sum_1[c - c0]
-        for f in range(n_columns, c1 - c0, n_columns):
-            for c in range(n_columns):
-                s0[a, k, c] += sum_0[f + c]
-                s1[a, k, c] += sum_1[f + c]
         release((own,))
 
 
@@ -1375,11 +1419,7 @@ def _of_elements(values, k, n_rows, length, found):
     n = values.shape[1]
     own = stretch(values, k * n, n_rows * n)
     if n < length:
-        span = length // n
-        for i in range(n_rows * n):
-            value = splat(own[i])
-            for j in range(0, span, LANES):
-                store(value, found, i * span + j, min(span - j, LANES))
+        _spread(own, length // n, found)
         own = stretch(found, 0, n_rows * length)
     # Alone it could not be returned, as nobody counts references to it.
     return (own,)
@@ -1565,15 +1605,27 @@ def forward_groups(
 
 
 @njit(**LEAF)
-def _group_coefficients(count, mean, rstd, g0, g1, center, row):
-    """Write r, m, b, c, see _input_gradient, from a group's sums of dy * weight (* (x - mean))."""
-    # The slope is -rstd**3 * g1 / n, and r is rstd.
-    n = max(count, 1.0)
-    slope = -(rstd * g1) * rstd / n
-    row[0] = rstd
-    row[1] = mean
-    row[2] = slope
-    row[3] = slope * (np.float64(row[1]) - mean) - (g0 / n if center else 0.0)
+def _group_coefficients(count, mean, rstd, g0, g1, center, r, m, b, c):
+    """Write r, m, b, c, see _input_gradient, of n groups, to the first n elements of each.
+
+    Their sums of dy * weight are g0, and g1 those of dy * weight * (x - mean).
+    """
+    for g in range(0, len(count), LANES):
+        here = min(LANES, len(count) - g)
+        n, mu, scale = (
+            _not_below_one(load(count, g, here)),
+            load(mean, g, here),
+            load(rstd, g, here),
+        )
+        # The slope is -rstd**3 * g1 / n, and r is rstd.
+        slope, rounded = splat(-1.0) * (scale * load(g1, g, here)) * scale / n, narrow(mu, m)
+        offset = slope * (widen(rounded) - mu)
+        if center:
+            offset = offset - load(g0, g, here) / n
+        store(narrow(scale, r), r, g, here)
+        store(rounded, m, g, here)
+        store(narrow(slope, b), b, g, here)
+        store(narrow(offset, c), c, g, here)
 
 
 @njit(**LEAF)
@@ -1597,8 +1649,8 @@ def backward_groups(
         split(parameters, 1), split(statistics, 3), split(sums, 2)
     )  # fmt: skip
     apart = n_inner > 1
-    own, rows = allocate(3, block, mean.dtype), allocate(None, 4 * block, dx.dtype)
-    rstd, g0, g1 = split(own, 3)
+    own, rows = allocate(3, block, mean.dtype), allocate(4, block, dx.dtype)
+    (rstd, g0, g1), (r, m, b, c) = split(own, 3), split(rows, 4)
     buffer = allocate(None, _buffered(_at_once(dx), streamed, dx), dx.dtype)
     stream, out = _open_stream(buffer), stretch(dx, 0, dx.size)
     beside, ahead = beside and live, _distance(streamed, AHEAD, dx)
@@ -1622,8 +1674,7 @@ def backward_groups(
                 if n_here > 0:
                     s1[q] *= rstd[g]
                     scale = rstd[g] * weight[feature[q]]
-                row = stretch(rows, 4 * g, 4)
-                by = dx.dtype.type(scale), row[0], row[1], row[2], row[3]
+                by = dx.dtype.type(scale), r[g], m[g], b[g], c[g]
                 here = _row(dy, x, mask, place, n_here)
                 if not live:
                     stream = _write_run(
@@ -1642,11 +1693,7 @@ def backward_groups(
                     g1[g] += weight[feature[p]] * sum_x
         last = first + summed[0]
         _write_rstds(count[first:last], var[first:last], eps, rstd)
-        for g in range(summed[0]):
-            row = stretch(rows, 4 * g, 4)
-            _group_coefficients(
-                count[first + g], mean[first + g], rstd[g], g0[g], g1[g], center, row
-            )
+        _group_coefficients(count[first:last], mean[first:last], rstd, g0, g1, center, r, m, b, c)
         written, first = summed, last
     _close_stream(streamed, stream, out)
     release((own, rows, buffer))
@@ -1676,15 +1723,15 @@ def _shifts_of_groups(x, mask, a, c0, c1, n_columns, size, shift):
         release((found,))
     for lo in range(0, c1 - c0, n_columns):
         for c in range(lo, min(lo + n_columns, c1 - c0), size):
-            shift[c : c + size] = shift[c - lo]
+            for k in range(c, c + size):
+                shift[k] = shift[c - lo]
 
 
 @njit(**LEAF)
-def _fill_columns(value, rows, k, first, n):
-    """Write a value to n columns of row k of rows, from the first on."""
-    row = stretch(rows, k * rows.shape[1] + first, n)
-    for c in range(n):
-        row[c] = value
+def _take(values, feature, row):
+    """Write the values of features (n,) to a row."""
+    for i in range(feature.shape[0]):
+        row[i] = values[feature[i]]
 
 
 @cached_njit(**FLAGS)
@@ -1707,9 +1754,8 @@ def forward_group_columns(
     (weight, bias), (count, mean, var) = split(parameters, 2), split(statistics, 3)
     for task in range(begin, end):
         a, c0, c1 = _block(task, n_folded, width)
-        n_here = (min(c1, n_columns) - c0) // size
-        first = a * n_groups + c0 // size
-        last = first + n_here
+        n_own = min(c1, n_columns) - c0
+        n_here, first = n_own // size, a * n_groups + c0 // size
         if live:
             own = allocate(4, c1 - c0, mean.dtype)
             _clear(own)
@@ -1717,35 +1763,41 @@ def forward_group_columns(
             n = stretch(own, 3 * own.shape[1], c1 - c0)
             _shifts_of_groups(x, mask, a, c0, c1, n_columns, size, shift)
             _add_rows(x, mask, a, 0, length, c0, c1, shift, n, s1, s2)
+            for values in (n, s1, s2):
+                _add_folds(values, n_columns)
+                _add_up(stretch(values, 0, n_own), stretch(values, 0, n_here))
             for g in range(n_here):
-                n_all, sum_1, sum_2 = 0, 0.0, 0.0
-                for lo in range(g * size, c1 - c0, n_columns):
-                    for c in range(lo, lo + size):
-                        n_all += n[c]
-                        sum_1 += s1[c]
-                        sum_2 += s2[c]
-                mu, _, m2 = _unshift(n_all, shift[g * size], sum_1, sum_2)
-                _write_statistics(first + g, n_all, mu, m2, center, count, mean, var)
+                shift[g] = shift[g * size]
+            _unshift_all(stretch(n, 0, n_here), shift, s1, s2)
+            for g in range(n_here):
+                _write_statistics(first + g, n[g], shift[g], s2[g], center, count, mean, var)
             release((own,))
-        rows, rstd = allocate(3, c1 - c0, y.dtype), allocate(None, n_here, mean.dtype)
+        n_own_spans = n_own // span
+        own, of_spans = allocate(5, n_own_spans, mean.dtype), allocate(3, n_own_spans, y.dtype)
+        rows = allocate(3, c1 - c0, y.dtype)
         buffer = allocate(None, _buffered(c1 - c0, streamed, y), y.dtype)
-        _write_rstds(count[first:last], var[first:last], eps, rstd)
-        p = a * n_spans + c0 // span
-        for g in range(n_here):
-            mu = mean[first + g]
-            for c in range(g * size, (g + 1) * size, span):
-                scale, offset = rstd[g] * weight[feature[p]], bias[feature[p]]
-                m, scale, t = _rounded(mu, scale, offset, y)
-                _fill_columns(m, rows, 0, c, span)
-                _fill_columns(scale, rows, 1, c, span)
-                _fill_columns(t, rows, 2, c, span)
-                p += 1
+        rstd, means, rstds, weights, biases = split(own, 5)
+        _write_rstds(stretch(count, first, n_here), stretch(var, first, n_here), eps, rstd)
+        _spread(stretch(mean, first, n_here), size // span, means)
+        _spread(stretch(rstd, 0, n_here), size // span, rstds)
+        own_features = stretch(feature, a * n_spans + c0 // span, n_own_spans)
+        _take(weight, own_features, weights)
+        _take(bias, own_features, biases)
+        m, s, t = split(of_spans, 3)
+        for i in range(0, n_own_spans, LANES):
+            here = min(LANES, n_own_spans - i)
+            _store_scale_shift(
+                load(means, i, here), load(rstds, i, here), load(weights, i, here),
+                load(biases, i, here), m, s, t, i, here,
+            )  # fmt: skip
         for k in range(3):
-            _repeat_columns(stretch(rows, k * rows.shape[1], c1 - c0), n_columns)
+            row = stretch(rows, k * rows.shape[1], c1 - c0)
+            _spread(stretch(of_spans, k * of_spans.shape[1], n_own_spans), span, row)
+            _repeat_columns(row, n_columns)
         _write_columns(
             streamed, buffer, _apply_vector, None, x, None, a, 0, length, c0, c1, split(rows, 3), y
         )
-        release((rows, rstd, buffer))
+        release((own, of_spans, rows, buffer))
 
 
 @cached_njit(**FLAGS)
@@ -1767,46 +1819,42 @@ def backward_group_columns(
     )  # fmt: skip
     for task in range(begin, end):
         a, c0, c1 = _block(task, n_folded, width)
-        n_here = (min(c1, n_columns) - c0) // size
-        first = a * n_groups + c0 // size
-        last = first + n_here
-        s, rows = allocate(3, c1 - c0, mean.dtype), allocate(5, c1 - c0, dx.dtype)
-        row, rstd = allocate(None, 4, dx.dtype), allocate(None, n_here, mean.dtype)
+        n_own = min(c1, n_columns) - c0
+        n_here, first = n_own // size, a * n_groups + c0 // size
+        p, n_own_spans = a * n_spans + c0 // span, n_own // span
+        own, small = allocate(3, c1 - c0, mean.dtype), allocate(4, n_own_spans, mean.dtype)
+        rows, of_groups = allocate(5, c1 - c0, dx.dtype), allocate(5, n_own_spans, dx.dtype)
         buffer = allocate(None, _buffered(c1 - c0, streamed, dx), dx.dtype)
-        _clear(s)
-        _write_rstds(count[first:last], var[first:last], eps, rstd)
-        for g in range(n_here):
-            _fill_columns(mean[first + g], s, 2, g * size, size)
-        sum_0, sum_1, means = _three_rows(s, c1 - c0)
+        _clear(own)
+        sum_0, sum_1, means = _three_rows(own, c1 - c0)
+        rstd, g0, g1, weights = split(small, 4)
+        _write_rstds(stretch(count, first, n_here), stretch(var, first, n_here), eps, rstd)
+        _spread(stretch(mean, first, n_here), size, means)
         _repeat_columns(means, n_columns)
         _add_to_columns(dy, x, mask, None, a, 0, length, c0, c1, means, sum_0, sum_1)
-        for lo in range(n_columns, c1 - c0, n_columns):
-            for c in range(n_columns):
-                s[0, c] += s[0, lo + c]
-                s[1, c] += s[1, lo + c]
-        p = a * n_spans + c0 // span
-        for g in range(n_here):
-            p_of_group = p
-            g0, g1 = 0.0, 0.0
-            for lo in range(g * size, (g + 1) * size, span):
-                sum_1, sum_x = 0.0, 0.0
-                for c in range(lo, lo + span):
-                    sum_1 += s[0, c]
-                    sum_x += s[1, c]
-                s0[p] = sum_1
-                s1[p] = sum_x * rstd[g]
-                g0 += weight[feature[p]] * sum_1
-                g1 += weight[feature[p]] * sum_x
-                p += 1
-            _group_coefficients(count[first + g], mean[first + g], rstd[g], g0, g1, center, row)
-            for k in range(4):
-                _fill_columns(row[k], rows, k + 1, g * size, size)
-            p = p_of_group
-            for c in range(g * size, (g + 1) * size, span):
-                _fill_columns(dx.dtype.type(rstd[g] * weight[feature[p]]), rows, 0, c, span)
-                p += 1
+        _take(weight, stretch(feature, p, n_own_spans), weights)
+        for of_columns, of_all_spans, of_group in ((sum_0, s0, g0), (sum_1, s1, g1)):
+            of_spans = stretch(of_all_spans, p, n_own_spans)
+            _add_folds(of_columns, n_columns)
+            _add_up(stretch(of_columns, 0, n_own), of_spans)
+            for i in range(n_own_spans):
+                of_columns[i] = weights[i] * of_spans[i]
+            _add_up(stretch(of_columns, 0, n_own_spans), stretch(of_group, 0, n_here))
+        scales, r, m, b, c = split(of_groups, 5)
+        _group_coefficients(
+            stretch(count, first, n_here), stretch(mean, first, n_here), rstd, g0, g1, center,
+            r, m, b, c,
+        )  # fmt: skip
+        rstds = sum_0
+        _spread(stretch(rstd, 0, n_here), size // span, rstds)
+        for i in range(n_own_spans):
+            s1[p + i] *= rstds[i]
+            scales[i] = rstds[i] * weights[i]
         for k in range(5):
-            _repeat_columns(stretch(rows, k * rows.shape[1], c1 - c0), n_columns)
+            row = stretch(rows, k * rows.shape[1], c1 - c0)
+            n, alike = (n_own_spans, span) if k == 0 else (n_here, size)
+            _spread(stretch(of_groups, k * of_groups.shape[1], n), alike, row)
+            _repeat_columns(row, n_columns)
         if live:
             _write_columns(
                 streamed, buffer, _backward_vector, dy, x, mask, a, 0, length, c0, c1,
@@ -1817,7 +1865,7 @@ def backward_group_columns(
                 streamed, buffer, _scale_vector, dy, x, None, a, 0, length, c0, c1,
                 split(rows, 1), dx,
             )  # fmt: skip
-        release((s, rows, row, rstd, buffer))
+        release((own, small, rows, of_groups, buffer))
 
 
 @cached_njit(**FLAGS)
@@ -2196,28 +2244,6 @@ def _backward_element_vector(row, i, n, by, dxs, k):
 def _apply_weight(dys, weight, rstd, dxs):
     for i in range(dys.shape[0]):
         dxs[i] = rstd * (dys[i] * weight[i])
-
-
-@njit(**LEAF)
-def _sum(values):
-    """Return the sum of values (n,)."""
-    n = values.shape[0]
-    whole = n // LANES * LANES
-    sums = load(values, whole, n - whole)
-    for i in range(0, whole, LANES):
-        sums += load(values, i, None)
-    return total(sums)
-
-
-@njit(**LEAF)
-def _add_up(values, totals):
-    """Write the sums of n / m values (n,) next to each other to totals (m,)."""
-    span = values.shape[0] // max(totals.shape[0], 1)
-    if span == 1:
-        _copy(values, totals)
-    else:
-        for i in range(totals.shape[0]):
-            totals[i] = _sum(stretch(values, i * span, span))
 
 
 @njit(**LEAF)
