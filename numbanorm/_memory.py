@@ -98,7 +98,7 @@ class Recycler(Generic[AMemory]):
 class _Bytes(Memory):
     """Memory that arrays are views of, which count as those who have it.
 
-    They begin ``start`` bytes after a page begins, less whole pages, wherever the memory is.
+    They begin ``start`` bytes after a page does, wherever the memory is.
     """
 
     def __init__(self, n_bytes: int, start: int) -> None:
@@ -128,7 +128,7 @@ class _Arrays(Recycler[_Bytes]):
         if found is None or array is None:
             # Each starts elsewhere in a page: no more of an address is compared where a load might
             # read what was stored before it.
-            self._start += PAGE // 4
+            self._start = (self._start + PAGE // 4) % PAGE
             new = _Bytes(n_bytes, self._start)
             array = new.lend(shape, dtype)
             assert array is not None
