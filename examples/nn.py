@@ -32,11 +32,11 @@ class Layer:
 
     def forward(self, x):
         """Return y."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has no forward of its own")
 
     def backward(self, dy):
         """Return dx, and add the gradients of the parameters to what is there."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has no backward of its own")
 
     def parameters(self):
         """Return the live parameter arrays by name."""
