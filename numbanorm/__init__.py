@@ -41,7 +41,6 @@ Modules
 """
 
 from numbanorm import functional
-from numbanorm._threads import get_num_threads, set_num_threads
 from numbanorm.inference import fold_conv, fold_linear
 from numbanorm.layers import (
     BatchNorm,
@@ -54,18 +53,17 @@ from numbanorm.layers import (
     InstanceNorm2d,
     InstanceNorm3d,
     LayerNorm,
+    Norm,
     RMSNorm,
-)
-from numbanorm.moments import Moments, moments
-from numbanorm.norm import Norm
-from numbanorm.plot import plot_importance
-from numbanorm.recalibrate import recalibrate
-from numbanorm.switchable import (
     SwitchableNorm,
     SwitchableNorm1d,
     SwitchableNorm2d,
     SwitchableNorm3d,
 )
+from numbanorm.moments import Moments, moments
+from numbanorm.numba_ext.threads import get_num_threads, set_num_threads
+from numbanorm.plot import plot_importance
+from numbanorm.recalibrate import recalibrate
 
 __version__ = "0.1.0"
 

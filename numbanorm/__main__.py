@@ -10,7 +10,8 @@ from pathlib import Path
 import numba
 
 import numbanorm
-from numbanorm import _cache, _threads, _warmup
+from numbanorm import warmup as warming
+from numbanorm.numba_ext import cache, threads
 
 
 def show() -> None:
@@ -23,13 +24,13 @@ def show() -> None:
             rows.append((package, "not installed"))
     try:
         numba.get_num_threads()  # starts the threads
-        layer = _threads.threading_layer()
+        layer = threads.threading_layer()
     except ValueError as error:
         layer = str(error)
     rows.append(("threading layer", str(layer)))
     most = numba.config.NUMBA_NUM_THREADS
     rows.append(("threads", f"{numbanorm.get_num_threads()} of at most {most}"))
-    rows += [("compile cache", describe(folder)) for folder in _cache.folders()]
+    rows += [("compile cache", describe(folder)) for folder in cache.folders()]
     for name, value in rows:
         print(f"{name:<16} {value}")
 
@@ -37,18 +38,18 @@ def show() -> None:
 def describe(folder: Path) -> str:
     """Return what a folder of the compile cache holds, and whether it takes more."""
     n = sum(1 for _ in folder.glob("*.nbc"))
-    return f"{folder} ({n} kernels{'' if _cache.is_writable(folder) else ', cannot be written to'})"
+    return f"{folder} ({n} kernels{'' if cache.is_writable(folder) else ', cannot be written to'})"
 
 
 def warmup() -> int:
     """Compile every kernel into the cache; return the exit status."""
-    writable = [folder for folder in _cache.folders() if _cache.is_writable(folder)]
+    writable = [folder for folder in cache.folders() if cache.is_writable(folder)]
     if not writable:
         show()
         print("Set the environment variable NUMBA_CACHE_DIR to a folder that can be written to.")
         return 1
     start = time.perf_counter()
-    n = _warmup.warmup()
+    n = warming.warmup()
     print(f"{n} kernels in {time.perf_counter() - start:.0f} s: {describe(writable[0])}")
     return 0
 

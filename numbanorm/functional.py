@@ -11,8 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from numbanorm._axes import Array, Geometry, geometry, normalize_axes
-from numbanorm._checks import (
+from numbanorm.core.checks import (
     bool_mask,
     check_channel_axis,
     check_count,
@@ -24,8 +23,10 @@ from numbanorm._checks import (
     output_array,
     parameter,
 )
-from numbanorm._normalize import Float64, Saved, backward, normalize
-from numbanorm._running import track
+from numbanorm.core.geometry import Geometry, geometry, normalize_axes
+from numbanorm.core.normalize import Saved, backward, normalize
+from numbanorm.core.running import track
+from numbanorm.core.types import Array, Float64
 
 __all__ = [
     "Gradients",

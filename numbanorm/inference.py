@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from numbanorm._axes import Array
-from numbanorm._checks import float_array
+from numbanorm.core.checks import float_array
+from numbanorm.core.types import Array
 
 
 def fold_linear(weight: ArrayLike, bias: ArrayLike | None, norm: Any) -> tuple[Array, Array]:

@@ -6,11 +6,12 @@ from collections.abc import Iterable
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from numbanorm import _kernels, _threads
-from numbanorm._axes import Array, Groups, Plan, geometry, memory_order, normalize_axes
-from numbanorm._checks import bool_mask, float_array
-
-Float64 = NDArray[np.float64]
+from numbanorm.core.checks import bool_mask, float_array
+from numbanorm.core.geometry import geometry, memory_order, normalize_axes
+from numbanorm.core.pieces import merge_pieces, piece_moments
+from numbanorm.core.types import Float64
+from numbanorm.kernels import algebra
+from numbanorm.numba_ext.threads import call
 
 
 class Moments:
@@ -158,7 +159,7 @@ class Moments:
             parts = np.empty((4, 1, 1, one.mean.size))
             for part, values in zip(parts, (one.count, one.mean, one._rest, one.m2), strict=True):
                 part.reshape(shape)[...] = values
-            _kernels.merge(parts, merged)
+            call(algebra.merge, parts, merged)
             total = total + one.count
         if shape is None:
             raise ValueError("moments: at least one is needed, got none")
@@ -171,38 +172,6 @@ class Moments:
         new = cls(count, mean, m2)
         new._rest = rest
         return new
-
-
-def piece_moments(plan: Plan, x: Array, mask: Array | None) -> Float64:
-    """Return count, mean, its rest and m2 of all parts of pieces of x, (4, A * K * B).
-
-    ``x`` and ``mask`` are views of the plan.
-    """
-    kernel = _kernels.moments_columns if plan.columns else _kernels.moments_rows
-    _, part, block = plan.tiles
-    found = np.empty((4, *plan.parts))
-    _threads.run(kernel, x.size, x, mask, part, block, found)
-    return found.reshape(4, -1)
-
-
-def work(groups: Groups) -> int:
-    """Return how many elements the sums over pieces are worth: a statistic is a task."""
-    of_piece = groups.of_piece
-    return of_piece.size * _kernels.PIECE if len(of_piece) > 1 else 0
-
-
-def merge_pieces(parts: Float64, groups: Groups, center: bool = True, ddof: int = 0) -> Float64:
-    """Return count, mean, variance, the mean's rest and m2 of all groups, (5, G).
-
-    The variance is m2 / (count - ``ddof``), or the mean square if not ``center``; the mean is 0
-    then. ``parts`` are as from :func:`piece_moments`.
-    """
-    merged = np.empty((5, groups.total))
-    _threads.run(
-        _kernels.merge_pieces, work(groups),
-        parts, *groups.segments, groups.bounds, center, ddof, merged,
-    )  # fmt: skip
-    return merged
 
 
 def moments(

@@ -1,11 +1,80 @@
 """Exact running statistics: the batch average of the SwitchableNorm paper."""
 
 from collections.abc import Callable, Iterable
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
-from numbanorm._running import Pool
+import numpy as np
+from numpy.typing import NDArray
+
+from numbanorm.core.normalize import Saved, Statistic
+from numbanorm.core.running import ddof_of_running
+from numbanorm.core.types import Float64
+from numbanorm.moments import Moments
 
 Batch = TypeVar("Batch")
+
+
+class Running(NamedTuple):
+    """Means and variances of the shape of running statistics; ``known`` is False where empty."""
+
+    mean: Float64
+    var: Float64
+    known: NDArray[np.bool_]
+
+
+class Pool:
+    """The exact statistics of all forwards of a layer, as if they had been one batch.
+
+    Where axis 0 is kept, each sample has statistics of its own; then their averages.
+    """
+
+    def __init__(self) -> None:
+        self.n_forwards = 0
+        self.n_skipped = 0
+        self._moments: Moments | None = None
+        self._samples: NDArray[np.int64] | None = None
+        self._mean = self._var = np.zeros(())
+        self._ddof = 1
+
+    def add(self, saved: Saved) -> None:
+        """Add the tracked statistic of one forward."""
+        self.add_statistic(
+            saved.batch, saved.geometry.running_shape, ddof_of_running(saved), saved.ddof
+        )
+
+    @np.errstate(all="ignore")
+    def add_statistic(
+        self, batch: Statistic, shape: tuple[int, ...], ddof: int = 1, ddof_of_batch: int = 0
+    ) -> None:
+        """Add a statistic of one forward, whose running one is of this shape.
+
+        Its variance was divided by n - ``ddof_of_batch``, what is stored by n - ``ddof``.
+        """
+        axes, n, mean, var = batch
+        assert n is not None
+        self.n_forwards += 1
+        self._ddof = ddof
+        if 0 in axes:
+            m2 = var * np.maximum(n - ddof_of_batch, 1)
+            moments = Moments(n.reshape(shape), mean.reshape(shape), m2.reshape(shape))
+            self._moments = moments if self._moments is None else self._moments + moments
+            return
+        known = n > 0
+        unbiased = var * (np.maximum(n - ddof_of_batch, 1) / np.maximum(n - ddof, 1))
+        sums = (np.where(known, values, 0).sum(0).reshape(shape) for values in (mean, unbiased))
+        mean_sum, var_sum = sums
+        samples = known.sum(0).reshape(shape)
+        self._samples = samples if self._samples is None else self._samples + samples
+        self._mean, self._var = self._mean + mean_sum, self._var + var_sum
+
+    def statistics(self) -> Running:
+        """Return means and unbiased variances of all forwards, of which there is at least one."""
+        if self._samples is not None:
+            n = np.maximum(self._samples, 1)
+            return Running(self._mean / n, self._var / n, self._samples > 0)
+        assert self._moments is not None
+        known = np.asarray(np.asarray(self._moments.count) > 0)
+        return Running(self._moments.mean, self._moments.var(self._ddof), known)
 
 
 def recalibrate(

@@ -29,12 +29,17 @@ from torch.nn.modules.instancenorm import _InstanceNorm as _TorchInstanceNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 
 import numbanorm
-from numbanorm import _checks, _threads, functional
-from numbanorm._axes import Array, Axes, Geometry
-from numbanorm._memory import RECYCLED_FROM, Memory, Recycler
-from numbanorm._normalize import Float64, Saved, Statistic, differentiate, normalize, restore
-from numbanorm._running import Pool, track
+from numbanorm import functional
+from numbanorm.core import checks as _checks
+from numbanorm.core.geometry import Geometry
+from numbanorm.core.memory import Memory, Recycler
+from numbanorm.core.normalize import Instances, Saved, Statistic, differentiate, normalize, restore
+from numbanorm.core.running import track
+from numbanorm.core.types import Array, Axes, Float64
 from numbanorm.moments import Moments
+from numbanorm.numba_ext import threads as _threads
+from numbanorm.recalibrate import Pool
+from numbanorm.tuning import tuning
 
 __all__ = [
     "BatchNorm1d",
@@ -134,9 +139,10 @@ def _pack(saved: Saved, shared: Statistic | None = None) -> Tensor:
     """Return mean, variance for running statistics, variance and count of all groups, (4, S)."""
     statistics = saved.statistics if shared is None else [shared]
     if saved.sample_variance and math.prod(saved.shape[2:]) > 1:
-        own = saved.instances or Moments.empty((*saved.shape[:2], 1))
-        of_each = np.full(own.mean.shape, own.count)
-        statistics = [*statistics, Statistic((), of_each, own.mean, own.var())]
+        nothing = np.zeros((*saved.shape[:2], 1))
+        own = saved.instances or Instances(nothing.astype(np.int64), nothing, nothing)
+        var = own.m2 / np.maximum(own.n, 1)
+        statistics = [*statistics, Statistic((), own.n, own.mean, var)]
     first, packed = 0, np.empty((4, sum(statistic.mean.size for statistic in statistics)))
     for _, n, mean, var in statistics:
         count: Any = np.zeros(1) if n is None else n
@@ -231,7 +237,7 @@ def _backward(
         if _has_instances(x, sample_variance):
             *unpacked, own = _unpack(found, geometry, (*axes, geometry.inner(True)))
             assert own.n is not None
-            instances = Moments(own.n, own.mean, own.var * own.n)
+            instances = Instances(own.n, own.mean, own.var * own.n)
         else:
             unpacked = _unpack(found, geometry, axes)
         if not live:
@@ -487,7 +493,7 @@ class _Outputs(Recycler[_Memory]):
     def empty_like(self, x: Tensor, over: str) -> Tensor:
         """Return a tensor for y, in the smallest memory that is free and will do."""
         n_bytes, can_count = x.nbytes, hasattr(torch._C, "_storage_Use_Count")
-        if n_bytes < RECYCLED_FROM or not can_count or not _same_form(x, x, over):
+        if n_bytes < tuning().recycle_tensors_from or not can_count or not _same_form(x, x, over):
             return _empty_like(x, over)
         found = self.find(n_bytes, x.dtype)
         y = None if found is None else found.lend(x.shape, x.stride())

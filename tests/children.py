@@ -5,8 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from numbanorm import _kernels
-from numbanorm._cache import KernelCache
+from numbanorm.numba_ext.jit import KERNELS
 
 ROOT = Path(__file__).parents[1]
 
@@ -40,8 +39,7 @@ def run(function, *args, root=ROOT, **env):
 
 def compiled():
     """Count the kernels that this process compiled, and those that it had from the cache."""
-    kernels = vars(_kernels).values()
-    stats = [k.stats for k in kernels if isinstance(getattr(k, "_cache", None), KernelCache)]
+    stats = [kernel.stats for kernel in KERNELS.values()]
     return (
         sum(sum(s.cache_misses.values()) for s in stats),
         sum(sum(s.cache_hits.values()) for s in stats),

@@ -9,7 +9,6 @@ import os
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import reference as ref
@@ -30,8 +29,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 import numbanorm as nn
-from numbanorm import _normalize, _threads
-from numbanorm._axes import Geometry
+from numbanorm.tuning import use
 
 EXAMPLES = int(os.environ.get("NUMBANORM_FUZZ", "0"))
 thorough = settings(
@@ -208,18 +206,14 @@ class Call:
     def ways(self):
         """Let the kernels run on several threads or on one, on pieces or on whole groups.
 
-        Those write past the caches or as usual.
+        Those write by streaming stores or by ordinary ones.
         """
 
-        def plan(geometry, order, affine, fused=True, masked=False):
-            return any_plan(geometry, order, affine, fused and not self.pieces, masked)
-
-        any_plan, parallel_from = Geometry.plan, 0 if self.parallel else 1 << 16
-        with (
-            mock.patch.object(_threads, "PARALLEL_FROM", parallel_from),
-            mock.patch.object(Geometry, "plan", plan),
-            mock.patch.object(_normalize, "cache_size", lambda: 0 if self.streamed else None),
-            mock.patch.object(_normalize, "STREAM_FROM", 1),
+        with use(
+            parallel_from=0 if self.parallel else 1 << 16,
+            whole_groups=not self.pieces,
+            cache_bytes=0 if self.streamed else None,
+            stream_from=1,
         ):
             yield
 
@@ -367,7 +361,7 @@ def test_moments(shape, data):
     keepdims = data.draw(option)
     every = tuple(range(x.ndim))
     reduced = every if axes is None else axes
-    with mock.patch.object(_threads, "PARALLEL_FROM", data.draw(st.sampled_from([0, 1 << 16]))):
+    with use(parallel_from=data.draw(st.sampled_from([0, 1 << 16]))):
         got = nn.moments(x, axes, mask=mask, keepdims=keepdims)
     count, mean, var = ref.moments(np.array(x, np.float64), ref.statistic(shape, reduced), mask)
     kept = tuple(

@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 from numba import njit
 
-from numbanorm import _cache, _kernels, _launch, _threads
+from numbanorm.numba_ext import cache, jit, launch
+from numbanorm.numba_ext import threads as numba_threads
 
 
-@njit(**_kernels.FLAGS)
+@njit(**jit.FLAGS)
 def fill(threads, nothing, scale, x, pair, flag, done, times):
     """Do what a kernel does, with arguments of all kinds."""
-    begin, end = _launch.share(threads, done.shape[0])
+    begin, end = launch.thread_range(threads, done.shape[0])
     for task in range(begin, end):
         row = x[task, 1:]
         done[task] = (row.sum() * scale + pair[1]) if flag and nothing is None else -1.0
@@ -26,17 +27,17 @@ def test_each_task_is_done_once(n_tasks, n_threads):
     x = np.random.default_rng(0).standard_normal((n_tasks, 5))
     done, times = np.full(n_tasks, np.nan), np.zeros(n_tasks, np.int64)
     if n_threads is None:
-        threads = _launch.SERIAL
+        threads = launch.SERIAL
     else:
-        threads = _launch.in_threads(_threads._address_of_launch(), n_threads)
+        threads = launch.in_threads(numba_threads._address_of_launch(), n_threads)
     fill(threads, None, 2.0, x, (1, 0.5), True, done, times)
     np.testing.assert_array_equal(times, 1)
     np.testing.assert_allclose(done, x[:, 1:].sum(1) * 2 + 0.5, atol=1e-12)
 
 
-@njit(**_kernels.FLAGS)
+@njit(**jit.FLAGS)
 def fail(threads, done):
-    begin, end = _launch.share(threads, done.shape[0])
+    begin, end = launch.thread_range(threads, done.shape[0])
     for task in range(begin, end):
         if task == 3:
             raise ValueError("task 3")
@@ -45,7 +46,7 @@ def fail(threads, done):
 
 def test_exception():
     with pytest.raises(ValueError, match="task 3"):
-        fail(_launch.SERIAL, np.zeros(10))
+        fail(launch.SERIAL, np.zeros(10))
 
 
 @pytest.mark.parametrize("enabled", [True, False])
@@ -58,17 +59,17 @@ def test_no_garbage_is_looked_for_while_compiling(enabled):
     found = []
     (gc.enable if enabled else gc.disable)()
     try:
-        _cache._uncollected(compile_it)(False)
+        cache._uncollected(compile_it)(False)
         with pytest.raises(ValueError, match="no kernel"):
-            _cache._uncollected(compile_it)(True)
+            cache._uncollected(compile_it)(True)
         assert (found, gc.isenabled()) == ([False, False], enabled)
     finally:
         gc.enable()
 
 
-@njit(**_kernels.FLAGS)
+@njit(**jit.FLAGS)
 def keep(threads, x, kept):
-    begin, end = _launch.share(threads, len(kept))
+    begin, end = launch.thread_range(threads, len(kept))
     for task in range(begin, end):
         kept[task] = x[task]
 
@@ -78,20 +79,20 @@ def test_arguments_are_owned_as_before():
     x, kept = np.arange(10.0), np.zeros(10)
     before = sys.getrefcount(x), sys.getrefcount(kept)
     for _ in range(100):
-        keep(_launch.SERIAL, x, kept)
-        keep(_launch.in_threads(_threads._address_of_launch(), 2), x, kept)
+        keep(launch.SERIAL, x, kept)
+        keep(launch.in_threads(numba_threads._address_of_launch(), 2), x, kept)
     assert (sys.getrefcount(x), sys.getrefcount(kept)) == before
     np.testing.assert_array_equal(kept, x)
 
 
-@njit(**_kernels.INNER)
+@njit(**jit.CALLED)
 def root(x):
     if x < 0:
         raise ValueError("no root")
     return np.sqrt(x)
 
 
-@njit(**_kernels.FLAGS)
+@njit(**jit.FLAGS)
 def sum_of_roots(values):
     total = 0.0
     for value in values:

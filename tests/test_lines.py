@@ -6,17 +6,16 @@ from cases import CASES, normal
 from numba import njit
 from numba.core.runtime import _nrt_python, rtsys
 
-from numbanorm._lines import (
+from numbanorm.numba_ext.lines import (
     LINE,
-    SHARE,
     allocate,
-    cache_size,
     fence,
     line_size,
     release,
     store_line,
     to_next_line,
 )
+from numbanorm.tuning import CACHE_PER_CORE, cache_bytes
 
 
 @njit
@@ -54,18 +53,16 @@ def sizes(tmp_path, monkeypatch):
         for i, text in enumerate(texts):
             (tmp_path / f"index{i}").mkdir()
             (tmp_path / f"index{i}" / "size").write_text(text)
-        monkeypatch.setattr("numbanorm._lines.CACHES", tmp_path)
-        cache_size.cache_clear()
+        monkeypatch.setattr("numbanorm.tuning.CACHES", tmp_path)
 
-    yield write_files
-    cache_size.cache_clear()
+    return write_files
 
 
 @pytest.mark.parametrize(
     ("texts", "size"),
     [
         (["48K\n", "1024K\n", "32768K\n"], 32 << 20),
-        (["48K\n", "2048K\n", "491520K\n"], 4 * SHARE),
+        (["48K\n", "2048K\n", "491520K\n"], 4 * CACHE_PER_CORE),
         (["what\n"], None),
         ([], None),
     ],
@@ -73,7 +70,7 @@ def sizes(tmp_path, monkeypatch):
 def test_cache_size(sizes, monkeypatch, texts, size):
     monkeypatch.setattr("os.cpu_count", lambda: 4)
     sizes(texts)
-    assert cache_size() == size
+    assert cache_bytes() == size
 
 
 @njit(_nrt=False)

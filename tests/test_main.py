@@ -16,8 +16,11 @@ from cases import CASES, DTYPES, FEW, LAYOUTS, by_id, normal
 from children import compiled, run
 
 import numbanorm as nn
-from numbanorm import _cache, _kernels, _normalize, _threads, _warmup
+from numbanorm import warmup
 from numbanorm.__main__ import main
+from numbanorm.numba_ext import cache
+from numbanorm.numba_ext.jit import KERNELS
+from numbanorm.tuning import use
 
 
 def command(*args, **env):
@@ -95,8 +98,8 @@ def test_help(monkeypatch, capsys):
 def file_names():
     """Return the names of the files that the warm-up is to write."""
     names = set()
-    for name, signatures in _warmup.tasks():
-        kernel = getattr(_kernels, name)
+    for name, signatures in warmup.tasks():
+        kernel = KERNELS[name]
         for signature in signatures:
             names.add(kernel._cache._file_name(signature, kernel.targetctx.codegen()))
     return names
@@ -104,7 +107,7 @@ def file_names():
 
 def test_warmup(warm):
     assert warm.returncode == 0, warm.stderr
-    (folder,) = [f for f in _cache.folders() if f"{f} (" in warm.stdout.splitlines()[-1]]
+    (folder,) = [f for f in cache.folders() if f"{f} (" in warm.stdout.splitlines()[-1]]
     assert file_names() <= {path.name for path in folder.iterdir()}
 
 
@@ -119,8 +122,8 @@ def test_warmup_of_an_empty_cache(tmp_path):
 
 
 def warm_up_a_few():
-    few = _warmup.tasks()[-2:]
-    with mock.patch.object(_warmup, "tasks", lambda: few):
+    few = warmup.tasks()[-2:]
+    with mock.patch.object(warmup, "tasks", lambda: few):
         sys.argv = ["python -m numbanorm", "warmup"]
         assert main() == 0
         print(json.dumps(sorted(file_names())))
@@ -135,36 +138,42 @@ def test_nothing_is_left_to_compile(warm):
 
 def use_everything():
     """Call every layer in every way; print the files that were read, and how many compiled."""
-    used, read = set(), _cache._read
+    used, read = set(), cache._read
 
     def note(name):
         used.add(name)
         return read(name)
 
-    _cache._read = note
-    _normalize.STREAM_FROM = _normalize.STREAM_PARTS_FROM = 1
-    # On one thread, on several, and past the caches.
-    for parallel_from, size in ((_threads.PARALLEL_FROM, None), (0, None), (0, 0)):
-        _threads.PARALLEL_FROM = parallel_from
-        _normalize.cache_size = mock.Mock(return_value=size)
-        for case, dtype, masked, training in itertools.product(
-            CASES, DTYPES, (False, True), (True, False)
-        ):
-            layer = case.layer(np.float32).train(training)
-            x, dy = case.input(dtype), case.input(dtype, seed=1)
-            mask = normal(*case.shape, seed=2) < 0.5 if masked else None
-            nn.moments(x, mask=mask) + nn.Moments.empty(())
-            layer(x, mask=mask)
-            layer.backward(dy)
-            layer(x, mask=mask, out=np.empty_like(x))
-            layer.backward(dy, out=dy)
-            layer(x, mask=mask, out=x)
-        for name, layout in itertools.product(FEW, LAYOUTS.values()):
-            case = by_id[name]
-            layer, x = case.layer(np.float32), layout(case.input(np.float32))
-            layer(x, out=None if layout is LAYOUTS["read-only"] else layout(np.empty_like(x)))
-            layer.backward(x)
+    cache._read = note
+    # On one thread, on several, and by streaming stores.
+    for options in (
+        {"cache_bytes": None},
+        {"parallel_from": 0, "cache_bytes": None},
+        {"parallel_from": 0, "cache_bytes": 0, "stream_from": 1, "stream_parts_from": 1},
+    ):
+        with use(**options):
+            use_layers()
     nn.BatchNorm(2, dtype=np.float64)(np.ones((3, 2)))
     layer, x = nn.BatchNorm(2), np.ones((1 << 18, 2))  # in parts
     layer.backward(layer(x))
     print(json.dumps([sorted(used), compiled()[0]]))
+
+
+def use_layers():
+    for case, dtype, masked, training in itertools.product(
+        CASES, DTYPES, (False, True), (True, False)
+    ):
+        layer = case.layer(np.float32).train(training)
+        x, dy = case.input(dtype), case.input(dtype, seed=1)
+        mask = normal(*case.shape, seed=2) < 0.5 if masked else None
+        nn.moments(x, mask=mask) + nn.Moments.empty(())
+        layer(x, mask=mask)
+        layer.backward(dy)
+        layer(x, mask=mask, out=np.empty_like(x))
+        layer.backward(dy, out=dy)
+        layer(x, mask=mask, out=x)
+    for name, layout in itertools.product(FEW, LAYOUTS.values()):
+        case = by_id[name]
+        layer, x = case.layer(np.float32), layout(case.input(np.float32))
+        layer(x, out=None if layout is LAYOUTS["read-only"] else layout(np.empty_like(x)))
+        layer.backward(x)

@@ -10,9 +10,10 @@ import pytest
 from cases import normal
 
 import numbanorm as nn
-from numbanorm import _memory
 from numbanorm import functional as F
-from numbanorm._lines import LINE
+from numbanorm.core import memory as _memory
+from numbanorm.numba_ext.lines import LINE
+from numbanorm.tuning import use
 
 SHAPE = 8, 4, 128, 96
 LAYERS = {
@@ -36,12 +37,12 @@ def address(y):
 
 
 @pytest.fixture(autouse=True)
-def arrays(monkeypatch):
+def arrays():
     """Nothing is kept before a test, nor after it."""
-    monkeypatch.setattr(_memory, "ARRAYS_FROM", 1 << 20)
     gc.collect()  # layers of other tests, which would clear it later
     _memory.arrays.clear()
-    yield _memory.arrays
+    with use(recycle_arrays_from=1 << 20):
+        yield _memory.arrays
     _memory.arrays.clear()
 
 

@@ -10,54 +10,55 @@ import pytest
 from cases import CASES, by_id, cases, normal
 
 import numbanorm as nn
-from numbanorm import _axes, _kernels, _normalize, _threads
+from numbanorm.core.geometry import geometry, groups
+from numbanorm.tuning import LONG_BUFFER_UP_TO, use
 
 # For each, the limits, a case and a shape that then take the view.
 PLANS = {
-    "pieces": ({"SLAB": 0}, "BatchNorm2d", (3, 4, 5, 6), (12, 30)),
-    "pieces in parts": ({"SLAB": 0, "ROW_PART": 8}, "BatchNorm2d", (3, 4, 5, 6), (12, 30)),
-    "long pieces": ({"SLAB": 0}, "BatchNorm2d", (2, 4, 40, 41), (8, 1640)),
-    "pieces that are columns": ({"SLAB": 0}, "BatchNorm2d-last", (3, 5, 6, 4), (1, 18, 20)),
+    "pieces": ({"slab": 0}, "BatchNorm2d", (3, 4, 5, 6), (12, 30)),
+    "pieces in parts": ({"slab": 0, "row_part": 8}, "BatchNorm2d", (3, 4, 5, 6), (12, 30)),
+    "long pieces": ({"slab": 0}, "BatchNorm2d", (2, 4, 40, 41), (8, 1640)),
+    "pieces that are columns": ({"slab": 0}, "BatchNorm2d-last", (3, 5, 6, 4), (1, 18, 20)),
     "columns in parts": (
-        {"SLAB": 0, "COLUMN_PART": 4}, "BatchNorm2d-last", (3, 5, 6, 4), (1, 18, 20)
+        {"slab": 0, "column_part": 4}, "BatchNorm2d-last", (3, 5, 6, 4), (1, 18, 20)
     ),
     "rows next to each other": (
-        {"FEW_ROWS": 4, "GROUP_BLOCK": 50}, "GroupNorm", (3, 6, 4, 5), (6, 3, 1, 20)
+        {"few_rows": 4, "group_block": 50}, "GroupNorm", (3, 6, 4, 5), (6, 3, 1, 20)
     ),
     "long rows next to each other": ({}, "GroupNorm", (3, 6, 16, 20), (6, 3, 1, 320)),
     "rows next to each other, one group at a time": (
-        {"FEW_ROWS": 4, "GROUP_BLOCK": 1, "BESIDE": 59}, "GroupNorm", (3, 6, 4, 5), (6, 3, 1, 20)
+        {"few_rows": 4, "group_block": 1, "overlap": 59}, "GroupNorm", (3, 6, 4, 5), (6, 3, 1, 20)
     ),
     "rows with a weight for each element": (
-        {"GROUP_BLOCK": 190}, "GroupNorm", (17, 6, 4, 5), (34, 60)
+        {"group_block": 190}, "GroupNorm", (17, 6, 4, 5), (34, 60)
     ),
     "rows with a weight for each element, one at a time": (
-        {"GROUP_BLOCK": 1, "BESIDE": 59}, "GroupNorm", (17, 6, 4, 5), (34, 60)
+        {"group_block": 1, "overlap": 59}, "GroupNorm", (17, 6, 4, 5), (34, 60)
     ),
     "rows with a weight for each element, those with the same ones in turn": (
-        {"RUN": 1, "GROUP_BLOCK": 1}, "GroupNorm", (17, 6, 4, 5), (34, 60)
+        {"run": 1, "group_block": 1}, "GroupNorm", (17, 6, 4, 5), (34, 60)
     ),
     "rows with a weight for each element, two of each sample in turn": (
-        {"RUN": 60, "GROUP_BLOCK": 120}, "GroupNorm", (17, 6, 4, 5), (34, 60)
+        {"run": 60, "group_block": 120}, "GroupNorm", (17, 6, 4, 5), (34, 60)
     ),
     "rows apart": (
-        {"SHORT_ROW": 0, "ROW_RUN": 60}, "BatchNorm2d", (3, 4, 5, 6), (1, 3, 4, 30)
+        {"short_row": 0, "row_run": 60}, "BatchNorm2d", (3, 4, 5, 6), (1, 3, 4, 30)
     ),
     "rows apart, several times": (
-        {"SHORT_ROW": 0, "ROW_RUN": 60}, "Norm-apart", (3, 4, 5, 6), (3, 4, 5, 6)
+        {"short_row": 0, "row_run": 60}, "Norm-apart", (3, 4, 5, 6), (3, 4, 5, 6)
     ),
     "across rows": (
-        {"MANY_ROWS": 1, "COLUMN_WIDTH": 70}, "BatchNorm2d", (3, 4, 5, 6), (1, 3, 120)
+        {"many_rows": 1, "column_width": 70}, "BatchNorm2d", (3, 4, 5, 6), (1, 3, 120)
     ),
     "columns": (
-        {"COLUMN_FOLD": 1, "COLUMN_WIDTH": 2, "LONG_TASK": 1},
+        {"column_fold": 1, "column_width": 2, "long_task": 1},
         "BatchNorm2d-last", (3, 5, 6, 4), (1, 90, 4),
     ),
-    "columns, folded": ({"COLUMN_FOLD": 12}, "BatchNorm2d-last", (3, 5, 6, 4), (1, 30, 12)),
+    "columns, folded": ({"column_fold": 12}, "BatchNorm2d-last", (3, 5, 6, 4), (1, 30, 12)),
     "columns with a weight for each row": (
-        {"COLUMN_RUN": 64}, "Norm-columns", (3, 6, 15, 13), (3, 6, 195)
+        {"column_run": 64}, "Norm-columns", (3, 6, 15, 13), (3, 6, 195)
     ),
-    "groups of columns": ({"COLUMN_FOLD": 1}, "GroupNorm-last", (3, 8, 8, 6), (3, 64, 6)),
+    "groups of columns": ({"column_fold": 1}, "GroupNorm-last", (3, 8, 8, 6), (3, 64, 6)),
     "groups of columns, folded": ({}, "GroupNorm-last", (3, 8, 8, 6), (3, 16, 24)),
 }  # fmt: skip
 # With a mask they are rows.
@@ -66,16 +67,11 @@ MASKABLE = [case.id for case in CASES if case.id != "LayerNorm-no-batch"]
 
 
 @pytest.fixture(params=PLANS)
-def plan(request, monkeypatch):
-    """Set the limits, for all shapes anew."""
+def plan(request):
+    """Set the limits."""
     limits, case, shape, view = PLANS[request.param]
-    for name, value in limits.items():
-        assert hasattr(_axes, name)
-        monkeypatch.setattr(_axes, name, value)
-    monkeypatch.setattr(_threads, "PARALLEL_FROM", 0)  # the tasks are shared out
-    _axes.geometry.cache_clear()
-    yield replace(by_id[case], shape=shape), view
-    _axes.geometry.cache_clear()
+    with use(parallel_from=0, **limits):  # the tasks are shared out
+        yield replace(by_id[case], shape=shape), view
 
 
 def check(case, masked, offset=0.0):
@@ -120,8 +116,8 @@ def test_the_view_is_taken(plan, masked, offset):
     ],
 )
 def test_weights_are_repeated_for_elements_where_that_takes_little_room(shape, groups, pays):
-    geometry = _axes.geometry(shape, ((1, 2, 3),), (1,), groups=groups)
-    plan = geometry.plan(tuple(range(len(geometry.shape))), affine=True)
+    found = geometry(shape, ((1, 2, 3),), (1,), groups=groups)
+    plan = found.plan(tuple(range(len(found.shape))), affine=True)
     assert plan.by_group
     assert plan.elements == pays
 
@@ -145,36 +141,26 @@ def results(layer, x, dy, mask, start):
     return outputs + [gradients[name] for name in gradients]
 
 
-def check_streamed(layer, x, dy, mask, monkeypatch):
-    """Compare what is written past the caches, wherever a line begins, with what is not."""
-    monkeypatch.setattr(_normalize, "cache_size", lambda: None)
-    expected = results(layer, x, dy, mask, 0)
-    monkeypatch.setattr(_normalize, "cache_size", lambda: 0)
-    streamed, choose = [], _normalize._is_streamed
-
-    def chosen(*args):
-        streamed.append(choose(*args))
-        return streamed[-1]
-
-    monkeypatch.setattr(_normalize, "_is_streamed", chosen)
-    for start in (0, 1, 13):
-        for found, wanted in zip(results(layer, x, dy, mask, start), expected, strict=True):
-            np.testing.assert_array_equal(found, wanted)
-    assert len(streamed) == 6
-    assert all(streamed)
+def check_streamed(layer, x, dy, mask):
+    """Compare what is written by streaming stores, wherever a line begins, with what is not."""
+    with use(cache_bytes=None):
+        expected = results(layer, x, dy, mask, 0)
+    with use(cache_bytes=0):
+        for start in (0, 1, 13):
+            for found, wanted in zip(results(layer, x, dy, mask, start), expected, strict=True):
+                np.testing.assert_array_equal(found, wanted)
 
 
 @masked
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_past_the_caches_are_the_same_bits(plan, masked, training, dtype, monkeypatch):
+def test_streaming_stores_give_the_same_bits(plan, masked, training, dtype):
     case, _ = plan
     x, dy = (normal(*case.shape, seed=seed, dtype=dtype) for seed in (0, 1))
     mask = normal(*case.shape, seed=2) < 0.5 if masked else None
     layer = case.layer(dtype).train(training)
-    monkeypatch.setattr(_normalize, "STREAM_FROM", 1)
-    monkeypatch.setattr(_normalize, "STREAM_PARTS_FROM", 1)
-    check_streamed(layer, x, dy, mask, monkeypatch)
+    with use(stream_from=1, stream_parts_from=1):
+        check_streamed(layer, x, dy, mask)
 
 
 @pytest.mark.parametrize(
@@ -186,11 +172,11 @@ def test_past_the_caches_are_the_same_bits(plan, masked, training, dtype, monkey
     ],
     ids=str,
 )
-def test_large_arrays_past_the_caches_are_the_same_bits(layer, shape, monkeypatch):
-    # They are written in shorter runs than small ones, see _kernels.BUFFER.
+def test_streaming_stores_of_large_arrays_give_the_same_bits(layer, shape):
+    # They are written in shorter runs than small ones, see tuning.BUFFER.
     x, dy = (normal(*shape, seed=seed, dtype=np.float32) for seed in (0, 1))
-    assert x.size >= _kernels.LONG_TO
-    check_streamed(layer, x, dy, None, monkeypatch)
+    assert x.size >= LONG_BUFFER_UP_TO
+    check_streamed(layer, x, dy, None)
 
 
 @cases(*MASKABLE)
@@ -217,9 +203,9 @@ def test_definition(case, masked):
 )
 def test_segments_are_the_table(order, grid, kept, longest):
     sizes = [tuple(n if axis in axes else 1 for axis, n in enumerate(grid)) for axes in kept]
-    groups = _axes.groups(grid, order, sizes)
-    first, step = groups.segments
-    table = groups.of_piece
+    found = groups(grid, order, sizes)
+    first, step = found.segments
+    table = found.of_piece
     length = table.shape[1] // max(first.shape[1], 1)
     whole = first[:, :, None] + step[:, None, None] * np.arange(length)
     np.testing.assert_array_equal(whole.reshape(table.shape), table)

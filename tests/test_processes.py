@@ -4,6 +4,7 @@ A child process calls a function of this file. Its exit status and its output ar
 that an abort or a hang of the child is a failure and not the end of the test run.
 """
 
+import contextlib
 import functools
 import hashlib
 import importlib.metadata
@@ -28,7 +29,9 @@ from children import ROOT, compiled, run
 from test_threads import BIG
 
 import numbanorm as nn
-from numbanorm import _cache, _threads
+from numbanorm.numba_ext import cache as _cache
+from numbanorm.numba_ext import threads as _threads
+from numbanorm.tuning import tuning, use
 
 LAYERS = ["tbb", "omp", "workqueue"]
 HANGS = 600  # seconds: long enough for the slowest of machines with all else it has to do
@@ -96,7 +99,7 @@ EIGHT = [
 def big_jobs():
     """Make jobs for eight layers, big enough for the parallel kernels."""
     jobs = [Job(name, BIG[name]) for name in EIGHT]
-    assert all(job.x.size >= _threads.PARALLEL_FROM for job in jobs)
+    assert all(job.x.size >= tuning().parallel_from for job in jobs)
     return jobs
 
 
@@ -431,8 +434,9 @@ def random_jobs(count):
 def print_digests():
     jobs = {f"{name} big": Job(name, shape) for name, shape in BIG.items()}
     jobs |= dict(random_jobs(8))
-    _threads.PARALLEL_FROM = 2  # so that small x is cut for threads as well
     digests = {}
+    stack = contextlib.ExitStack()
+    stack.enter_context(use(parallel_from=2))  # so that small x is cut for threads as well
     for n in (1, 2, 4):
         nn.set_num_threads(n)
         for name, job in jobs.items():
@@ -610,7 +614,7 @@ def test_older_version_of_the_library(package):
     env = no_cache_dir(**NO_HOME)
     before = normalized(root=package.parent, **env)
     # The same size and time, all that Numba of old looked at.
-    source = package / "_kernels.py"
+    source = package / "kernels" / "formulas.py"
     old, new = "return (x - m) * s + t", "return (x - m) * s - s"
     text, stat = source.read_text(encoding="utf-8"), source.stat()
     assert text.count(old) == 1
@@ -685,10 +689,10 @@ def test_kernels_as_python_functions():
 
 
 def check_a_few():
-    _threads.PARALLEL_FROM = 1
     for name in ("BatchNorm2d", "BatchNorm2d-last", "LayerNorm", "GroupNorm", "SwitchableNorm2d"):
         case = by_id[name]
-        case.check(case.layer(), case.input(), normal(*case.shape, seed=1))
+        with use(parallel_from=1):
+            case.check(case.layer(), case.input(), normal(*case.shape, seed=1))
     # Machine code divides by no columns, Python does not.
     empty = np.zeros((2, 3, 0))
     assert nn.Norm(1)(empty).shape == empty.shape

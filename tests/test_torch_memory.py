@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from cases import normal
 
-from numbanorm._memory import USED_WITHIN
+from numbanorm.core.memory import USED_WITHIN
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed: pip install torch")
 ours = pytest.importorskip("numbanorm.torch")

@@ -8,7 +8,9 @@ import pytest
 from cases import assert_close, normal
 
 import numbanorm
-from numbanorm import _launch, _threads
+from numbanorm.core import normalize, pieces
+from numbanorm.numba_ext import launch as _launch
+from numbanorm.numba_ext import threads as _threads
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed: pip install torch")
 ours = pytest.importorskip("numbanorm.torch")
@@ -293,7 +295,8 @@ def test_threads_are_those_of_pytorch(n, torch_threads, monkeypatch):
         run(watched, *args)
 
     run = _threads.run
-    monkeypatch.setattr(_threads, "run", watch)
+    for room in (pieces, normalize):
+        monkeypatch.setattr(room, "run", watch)
     before = numba.get_num_threads(), numbanorm.get_num_threads(), torch.get_num_interop_threads()
     torch.set_num_threads(n)
     x = torch.rand(8, 4, 64, 64, requires_grad=True)

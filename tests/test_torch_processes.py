@@ -7,7 +7,7 @@ import pytest
 from cases import assert_close, normal
 from children import run
 
-from numbanorm import _threads
+from numbanorm.numba_ext import threads as _threads
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed: pip install torch")
 ours = pytest.importorskip("numbanorm.torch")

@@ -9,13 +9,13 @@ import pytest
 from cases import normal
 from numba import njit
 
-from numbanorm._vectors import (
+from numbanorm.numba_ext.vectors import (
     LANES,
-    fetch,
     is_finite,
     leading,
     load,
     narrow,
+    prefetch,
     splat,
     store,
     total,
@@ -32,7 +32,7 @@ def calculate(x, y, at, n, scale):
     whole = n // LANES * LANES
     s = widen(load(x, whole, n - whole))
     for i in range(0, whole, LANES):
-        fetch(x, i + 1000)
+        prefetch(x, i + 1000)
         v = load(x, i, None)
         s += widen(v)
         store((v - splat(scale)) * v + v, y, at + i, None)
@@ -102,7 +102,7 @@ def add(x, y, target):
     n = target.shape[0]
     whole = n // LANES * LANES
     for i in range(0, whole, LANES):
-        fetch(y, i + 1000)
+        prefetch(y, i + 1000)
         store(plus(load(x, i, None), load(y, i, None)), target, i, None)
     v, w = load(x, whole, n - whole), load(y, whole, n - whole)
     store(plus(v, w), target, whole, n - whole)

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from numba import njit
 
-from numbanorm._views import split, stretch
+from numbanorm.numba_ext.views import flat_slice, unstack
 
 
 @njit
 def see(x, i, n):
-    seen = stretch(x, i, n)
+    seen = flat_slice(x, i, n)
     return seen.sum(), seen.shape[0]
 
 
@@ -25,7 +25,7 @@ def test_a_stretch_of_memory(dtype):
 
 @njit
 def see_nothing(x, i, n):
-    return stretch(x, i, n) is None
+    return flat_slice(x, i, n) is None
 
 
 def test_a_stretch_of_nothing():
@@ -35,8 +35,8 @@ def test_a_stretch_of_nothing():
 @njit
 def add_up(arrays, nothing):
     """Write the sum of the first two arrays to the third; return whether nothing is None twice."""
-    a, b, total = split(arrays, 3)
-    first, second = split(nothing, 2)
+    a, b, total = unstack(arrays, 3)
+    first, second = unstack(nothing, 2)
     for i in range(total.shape[0]):
         for j in range(total.shape[1]):
             total[i, j] = a[i, j] + b[i, j]
@@ -54,8 +54,8 @@ def test_the_arrays_of_one():
 
 @njit
 def sizes(x, n):
-    part = stretch(x, 1, n)
-    (row,) = split(x, 1)
+    part = flat_slice(x, 1, n)
+    (row,) = unstack(x, 1)
     return part.size, part.itemsize, part.strides[0], row.size, row.itemsize, row.strides[0]
 
 

@@ -10,12 +10,9 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 
-from numbanorm._axes import Array
+from numbanorm.core.types import Array
+from numbanorm.tuning import tuning
 
-# What is smaller, malloc has at hand, for tensors and for arrays. Larger memory may go back to the
-# system when it is free.
-RECYCLED_FROM = 1 << 20
-ARRAYS_FROM = 1 << 22
 # Memory goes back if it was not used while so many outputs were made for each that is kept.
 USED_WITHIN = 16
 # Bytes of a page.
@@ -121,7 +118,7 @@ class _Arrays(Recycler[_Bytes]):
     def empty(self, like: Array) -> Array:
         """Return an array of the shape and type of another one, in C order."""
         shape, dtype, n_bytes = like.shape, like.dtype, like.nbytes
-        if n_bytes < ARRAYS_FROM:
+        if n_bytes < tuning().recycle_arrays_from:
             return np.empty(shape, dtype)
         found = self.find(n_bytes)
         array = None if found is None else found.lend(shape, dtype)

@@ -54,7 +54,7 @@ def make_view(
 
 
 @intrinsic
-def stretch(typing_context: Any, array: Any, i: Any, n: Any) -> Any:
+def flat_slice(typing_context: Any, array: Any, i: Any, n: Any) -> Any:
     """Return n elements of an array from the i-th in memory on, (n,); None of None.
 
     Slices take long to compile.
@@ -73,7 +73,7 @@ def stretch(typing_context: Any, array: Any, i: Any, n: Any) -> Any:
 
 
 @intrinsic(prefer_literal=True)
-def split(typing_context: Any, array: Any, n: Any) -> Any:
+def unstack(typing_context: Any, array: Any, n: Any) -> Any:
     """Return the first n arrays along the first axis of one (n or more, ...).
 
     ``n`` is a literal; of None each is None. A kernel takes one array for several, as each takes a
@@ -110,10 +110,10 @@ def split(typing_context: Any, array: Any, n: Any) -> Any:
 if numba.config.DISABLE_JIT:
     # Kernels are Python functions then.
 
-    def stretch(array: Any, i: int, n: int) -> Any:
+    def flat_slice(array: Any, i: int, n: int) -> Any:
         """Return n elements from the i-th in memory on, or None."""
         return None if array is None else array.reshape(-1)[i : i + n]
 
-    def split(array: Any, n: int) -> Any:
+    def unstack(array: Any, n: int) -> Any:
         """Return the first n arrays."""
         return (None,) * n if array is None else tuple(array[:n])

@@ -27,48 +27,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-Array = NDArray[Any]
-Axes = tuple[int, ...]
-
-# Elements of a part of a row: 128 KiB of float32, still in a core's own cache.
-ROW_PART = 1 << 15
-# Rows of a part of a column: no more, so that a float64 sum of any length is as exact as that of
-# 4096 values, and no fewer than take longer than the merging of what was made of them.
-COLUMN_PART = 1 << 12
-LEAST_ROWS = 1 << 9
-COLUMN_BLOCK = 1 << 10
-COLUMN_FOLD = 256
-COLUMN_WIDTH = 256
-
-# Elements of a column group that is read again from a core's own cache: 256 KiB of float32.
-CACHED_GROUP = 1 << 16
-# Columns that are groups of their own and are handled at once: in fewer, rows are short runs of
-# memory. There are fewer where groups are long, unless there are many.
-COLUMN_RUN = 3 << 7
-# Elements that one task reads twice, the second time from a cache: 1 MiB of float32.
-SLAB = 1 << 18
-# Elements of rows next to each other that are read in one run where those of a group are apart.
-ROW_RUN = 1 << 14
-# Where rows are apart, shorter and at least so many, their elements are seen as columns.
-SHORT_ROW, MANY_ROWS = 256, 16
-# Rows of a group that are shorter, and at least so many, are seen as one row with a weight for each
-# element, which is read again for each of at least so many samples. There are at least so many
-# groups, and at most so many weights: room for these is to be small beside x.
-TINY_ROW, FEW_ROWS, FEW_SAMPLES = 128, 2, 3
-FEW_GROUPS, MANY_WEIGHTS = 16, 1 << 17
-# Elements of some groups that are summed up while those before them are written: few enough for
-# both, and for what is written, to be in a core's first cache; and how many, where a single group
-# has more, are still in its own cache when they are written.
-GROUP_BLOCK, BESIDE = 1 << 10, 1 << 15
-# Elements of rows of one sample, each with weights of its own, which are handled for all samples in
-# turn: enough for a run of memory, and few enough for the weights, and in backward for the sums of
-# their gradients, to stay in a core's own cache.
-RUN = 1 << 12
-# Elements of a task and tasks of a call: enough for many cores, few enough to cost nothing.
-TASK = 1 << 14
-TASKS = 64
-# Elements of a task whose sums are to be added to others', or which has a part of each row only.
-LONG_TASK = 1 << 16
+from numbanorm.core.types import Array, Axes
+from numbanorm.tuning import Tuning, tuning
 
 
 class AllBut(NamedTuple):
@@ -241,12 +201,13 @@ class Plan:
     def __init__(
         self, geometry: "Geometry", order: Axes, affine: bool, fused: bool, masked: bool
     ) -> None:
-        self.geometry, self.affine = geometry, affine
+        self.geometry, self.affine, self.tuning = geometry, affine, tuning()
         shape, reduced = geometry.shape, geometry.reductions[0]
         wide = [axis for axis in order if shape[axis] != 1]
         kept = [axis for axis in wide if axis not in reduced]
         features = [axis for axis in geometry.features if shape[axis] != 1] if affine else []
-        single = len(geometry.reductions) == 1 and not geometry.apart and fused
+        single = len(geometry.reductions) == 1 and not geometry.apart
+        single = single and fused and self.tuning.whole_groups
         per_element = single and bool(features) and set(features) == set(wide) - set(kept)
         reduced_wide = [axis for axis in wide if axis in reduced]
         trailing = wide == kept + reduced_wide
@@ -295,15 +256,18 @@ class Plan:
 
     def _see_element_rows(self, m: int, d: int, n_weights: int) -> None:
         self.view, self.weights_shape = (m, d), (n_weights, d // self.span)
-        block, self.run = max(1, GROUP_BLOCK // max(d, 1)), _divisor(n_weights, RUN // max(d, 1))
+        block, self.run = (
+            max(1, self.tuning.group_block // max(d, 1)),
+            _divisor(n_weights, self.tuning.run // max(d, 1)),
+        )
         n_runs = n_weights // self.run
         self.tiles = Tiles(1, d, block if n_runs == 1 else _divisor(n_weights, block))
         # Each part of the samples has its own sums of the parameters' gradients, which takes room
         # and time. Samples of several rows are longer, so that fewer make a part. Powers of 2 are
         # shared out evenly.
         n_samples = m // n_weights
-        several = 1 if m * d < LONG_TASK else min(n_samples, 2)
-        n_tasks = min(max(n_samples // (64 if n_weights == 1 else 8), several), TASKS)
+        several = 1 if m * d < self.tuning.long_task else min(n_samples, 2)
+        n_tasks = min(max(n_samples // (64 if n_weights == 1 else 8), several), self.tuning.tasks)
         n_parts = max(1, n_tasks // n_runs)
         self.gradient_parts = 1 << (n_parts.bit_length() - 1), n_weights * d // self.span
 
@@ -312,31 +276,45 @@ class Plan:
     ) -> None:
         a, d, b = self._size(outer), self._size(reduced), self._size(within)
         self.view, self.weights_shape = (a, d, b), (d,)
-        width = max(64, min(COLUMN_RUN, max(CACHED_GROUP // max(d, 1), a * b // TASKS)))
+        width = max(
+            64,
+            min(
+                self.tuning.column_run,
+                max(self.tuning.cached_group // max(d, 1), a * b // self.tuning.tasks),
+            ),
+        )
         # All blocks of a row about as wide, in steps of a kernel's loops.
         n_blocks = max(1, -(-b // width))
         width = max(1, min(b, -(-b // (n_blocks * 64)) * 64))
         self.tiles = Tiles(1, d, width)
         # Each part has its own sums of the parameters' gradients.
-        n_parts = 1 if a * d * b < LONG_TASK else min(a * -(-b // width), TASKS)
+        n_parts = (
+            1 if a * d * b < self.tuning.long_task else min(a * -(-b // width), self.tuning.tasks)
+        )
         self.gradient_parts = n_parts, d
 
     def _see_pieces(self, outer: list[int], run: list[int], columns: list[int]) -> None:
         a, length, c = self._size(outer), self._size(run), self._size(columns)
         if not columns:
             self.view = (a, length)
-            n_parts = max(1, -(-length // ROW_PART))
+            n_parts = max(1, -(-length // self.tuning.row_part))
             part = max(1, -(-length // n_parts))
-            self.tiles = Tiles(n_parts, part, max(1, TASK // part) if n_parts == 1 else 1)
+            self.tiles = Tiles(
+                n_parts, part, max(1, self.tuning.task // part) if n_parts == 1 else 1
+            )
             return
         self.fold = _fold(length, c)
         length, c = length // self.fold, c * self.fold
         self.view = (a, length, c)
-        block = min(max(c, 1), COLUMN_BLOCK)
+        block = min(max(c, 1), self.tuning.column_block)
         n_tasks = max(1, a * -(-c // block))
         n_parts = max(
-            min(-(-TASKS // n_tasks), max(1, length * block // LONG_TASK), length // LEAST_ROWS),
-            -(-length // COLUMN_PART),
+            min(
+                -(-self.tuning.tasks // n_tasks),
+                max(1, length * block // self.tuning.long_task),
+                length // self.tuning.least_rows,
+            ),
+            -(-length // self.tuning.column_part),
             1,
         )
         part = max(1, -(-length // n_parts))
@@ -354,7 +332,12 @@ class Plan:
             return False
         span, grid = 1, self.grid
         one_weight = after and not set(rows) - set(self.instance)
-        if not columns and one_weight and size(run) < SHORT_ROW and size(rows) >= MANY_ROWS:
+        if (
+            not columns
+            and one_weight
+            and size(run) < self.tuning.short_row
+            and size(rows) >= self.tuning.many_rows
+        ):
             # Across the rows: each would take longer to start than to run.
             span, grid = size(run), tuple(1 if axis in rows else n for axis, n in enumerate(grid))
             outer, rows, run, columns = before, run, rows, after + run
@@ -362,10 +345,13 @@ class Plan:
         if columns:
             a, r, c = size(outer), size(rows), size(columns)
             # Narrow rows are slow to read, as each is on a memory page of its own.
-            narrow = max(COLUMN_WIDTH, min(COLUMN_BLOCK, LONG_TASK // length))
-            width = COLUMN_BLOCK if a > 1 else narrow
+            narrow = max(
+                self.tuning.column_width,
+                min(self.tuning.column_block, self.tuning.long_task // length),
+            )
+            width = self.tuning.column_block if a > 1 else narrow
             width = min(c, r * max(1, width // r))
-            if length * width > SLAB:
+            if length * width > self.tuning.slab:
                 return False
             self.fold = _fold(length, c) if width == c else 1
             self.view = (a, length // self.fold, self.fold * c)
@@ -377,10 +363,14 @@ class Plan:
             if r == 1:
                 a, b = a * b, 1
             d = r * length
-            if d > SLAB:
+            if d > self.tuning.slab:
                 return False
             self.view = (a, r, b, length)
-            self.tiles = Tiles(1, length, max(1, GROUP_BLOCK // d if b == 1 else ROW_RUN // length))
+            self.tiles = Tiles(
+                1,
+                length,
+                max(1, self.tuning.group_block // d if b == 1 else self.tuning.row_run // length),
+            )
         self.span, self.grid = span, grid
         return True
 
@@ -394,9 +384,16 @@ class Plan:
         n_rows, length = self._size(rows), self._size(run)
         n_samples, n_parameters = self._size(outer[:start]), self._size(features)
         fits = set(rows) <= set(features) and outer[start:] == features
-        few = length >= TINY_ROW or n_rows < FEW_ROWS or n_samples < FEW_SAMPLES
+        few = (
+            length >= self.tuning.tiny_row
+            or n_rows < self.tuning.few_rows
+            or n_samples < self.tuning.few_samples
+        )
         n_weights = n_parameters // n_rows
-        room = n_samples * n_weights >= FEW_GROUPS and n_parameters * length <= MANY_WEIGHTS
+        room = (
+            n_samples * n_weights >= self.tuning.few_groups
+            and n_parameters * length <= self.tuning.many_weights
+        )
         if not fits or few or not room:
             return False
         self.elements, self.span = True, length
@@ -410,7 +407,7 @@ class Plan:
         if self.columns:
             return (block,) if self.elements else (block, self.span)
         size = math.prod(self.view) // max(self.n_groups, 1)
-        beside = block * size <= BESIDE
+        beside = block * size <= self.tuning.overlap
         return (self.run, block, beside) if self.elements else (block, beside)
 
     @property
@@ -574,7 +571,7 @@ class Geometry:
         self.running_shape = running_shape
         self.running_grid = tuple(shape[axis] if axis in kept else 1 for axis in axes)
         self.group_size = math.prod(shape[axis] for axis in reductions[tracked])
-        self._plans: dict[tuple[Axes, bool, bool, bool], Plan] = {}
+        self._plans: dict[tuple[Axes, bool, bool, bool, Tuning], Plan] = {}
 
     def inner(self, affine: bool) -> Axes:
         """Return the axes that every statistic reduces and no parameter spans."""
@@ -592,10 +589,10 @@ class Geometry:
 
         If not ``fused``, it is one for pieces, also where whole groups could be handled at once.
         """
-        key = order, affine, fused, masked
+        key = order, affine, fused, masked, tuning()
         plan = self._plans.get(key)
         if plan is None:
-            plan = self._plans[key] = Plan(self, *key)
+            plan = self._plans[key] = Plan(self, order, affine, fused, masked)
         return plan
 
 
@@ -606,7 +603,7 @@ def _divisor(n: int, most: int) -> int:
 
 def _fold(length: int, n_columns: int) -> int:
     """Return how many rows are seen as one: short ones cost more to start than to run."""
-    return _divisor(length, min(COLUMN_FOLD // max(n_columns, 1), length // 16))
+    return _divisor(length, min(tuning().column_fold // max(n_columns, 1), length // 16))
 
 
 def _around(axes: list[int], reduced: Axes) -> tuple[list[int], list[int], list[int]]:

@@ -12,7 +12,6 @@ import gc
 import hashlib
 import os
 import pickle
-import pkgutil
 import signal
 import sys
 import tempfile
@@ -35,15 +34,10 @@ _SETTINGS = ("BOUNDSCHECK", "DEBUGINFO_DEFAULT", "LOOP_VECTORIZE", "OPT", "SLP_V
 try:
     # Read while it is imported, and not again: it may be edited while the process runs.
     _SOURCE = b"".join(
-        pkgutil.get_data("numbanorm", file) or b""
-        for file in (
-            "_cache.py",
-            "_kernels.py",
-            "_launch.py",
-            "_lines.py",
-            "_vectors.py",
-            "_views.py",
-        )
+        file.read_bytes()
+        for folder in ("kernels", "numba_ext", "")
+        for file in sorted((Path(__file__).parents[1] / folder).glob("*.py"))
+        if folder or file.stem == "tuning"
     )
 except OSError:
     # Nothing says which source a file is of, so that none must fit.
@@ -143,7 +137,7 @@ def uninterrupted(function: Callable[..., T]) -> Callable[..., T]:
 
 def folders() -> list[Path]:
     """Return where compiled kernels are looked for, and written to the first that takes them."""
-    package = Path(__file__).resolve().parent
+    package = Path(__file__).resolve().parents[1]
     # Several copies of the library may share a folder.
     name = f"{package.name}-{hashlib.sha256(os.fsencode(package)).hexdigest()[:16]}"
     if numba.config.CACHE_DIR:

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
-from numbanorm._axes import Array, axis_tuple
+from numbanorm.core.geometry import axis_tuple
+from numbanorm.core.types import Array
 
 STATISTICS = ("in", "ln", "bn", "gn")
 

@@ -1,4 +1,4 @@
-"""Lines of memory: rows that begin where a line does, and stores of whole lines past the caches.
+"""Lines of memory: rows that begin where a line does, and stores of whole lines around the caches.
 
 A vector that is in two lines takes twice as long to load or to store.
 
@@ -7,9 +7,6 @@ of reading, and drives out what is still needed. A non-temporal store of a whole
 that is how to write y where a cache cannot hold x and y together.
 """
 
-import functools
-import os
-from pathlib import Path
 from typing import Any
 
 import numba
@@ -20,28 +17,10 @@ from numba.core import cgutils
 from numba.core.typing.npydecl import parse_dtype
 from numba.extending import intrinsic
 
-from numbanorm._views import address_of, field, is_none, make_view
+from numbanorm.numba_ext.views import address_of, field, is_none, make_view
 
 # Bytes of a line.
 LINE = 64
-
-# What Linux says of the caches of a core.
-CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
-# Bytes of a cache that are a core's own. Of a larger one a virtual machine has been told the size
-# but not who else uses it, and it is hardly faster than memory.
-SHARE = 16 << 20
-
-
-@functools.cache
-def cache_size() -> int | None:
-    """Return the bytes of the largest cache that the cores have, or None if that is not known."""
-    sizes = []
-    for file in CACHES.glob("index*/size"):
-        try:
-            sizes.append(int(file.read_text().strip().removesuffix("K")) << 10)
-        except (OSError, ValueError):
-            return None
-    return min(max(sizes), SHARE * (os.cpu_count() or 1)) if sizes else None
 
 
 @intrinsic

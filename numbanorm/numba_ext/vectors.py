@@ -22,11 +22,9 @@ from numba.core import cgutils
 from numba.core.typing.templates import AbstractTemplate, infer_global, signature
 from numba.extending import intrinsic, lower_builtin, models, register_model
 
-from numbanorm._lines import LINE
-from numbanorm._views import address_of, is_none, no_value
-
-# Elements of a vector: float64 sums of so many, and what they are made of, fit in the registers.
-LANES = 16
+from numbanorm.numba_ext.lines import LINE
+from numbanorm.numba_ext.views import address_of, is_none, no_value
+from numbanorm.tuning import LANES
 
 
 class Vector(types.Type):
@@ -252,7 +250,7 @@ def store(typing_context: Any, vector: Any, array: Any, i: Any, n: Any) -> Any:
 
 
 @intrinsic
-def fetch(typing_context: Any, array: Any, i: Any) -> Any:
+def prefetch(typing_context: Any, array: Any, i: Any) -> Any:
     """Ask memory for a vector at array[i], which may be outside; without an array do nothing."""
     if not isinstance(array, types.Array):
         return types.void(array, i), no_value
@@ -318,5 +316,5 @@ if numba.config.DISABLE_JIT:
         """Return a vector in the type of an array."""
         return vector.astype(array.dtype)
 
-    def fetch(array: Any, i: int) -> None:
+    def prefetch(array: Any, i: int) -> None:
         """Do nothing: it is for speed alone."""

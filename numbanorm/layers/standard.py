@@ -5,10 +5,17 @@ from collections.abc import Iterable
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
-from numbanorm import _checks
-from numbanorm._axes import AllBut, Array
-from numbanorm._checks import bool_mask, float_array
-from numbanorm.norm import Norm
+from numbanorm.core.checks import (
+    bool_mask,
+    check_channel_axis,
+    check_count,
+    check_eps,
+    check_shape,
+    float_array,
+)
+from numbanorm.core.geometry import AllBut
+from numbanorm.core.types import Array
+from numbanorm.layers.norm import Norm
 
 
 class BatchNorm(Norm):
@@ -76,8 +83,8 @@ class BatchNorm(Norm):
         skip_nonfinite: bool = False,
         dtype: DTypeLike = np.float32,
     ) -> None:
-        self.num_features = _checks.check_count(num_features, "num_features")
-        self.axis = _checks.check_channel_axis(axis)
+        self.num_features = check_count(num_features, "num_features")
+        self.axis = check_channel_axis(axis)
         super().__init__(
             AllBut((self.axis,)),
             affine,
@@ -85,7 +92,7 @@ class BatchNorm(Norm):
             feature_axes=self.axis,
             shape=self.num_features,
             bias=bias,
-            eps=_checks.check_eps(eps),
+            eps=check_eps(eps),
             momentum=momentum,
             skip_nonfinite=skip_nonfinite,
             dtype=dtype,
@@ -205,8 +212,8 @@ class InstanceNorm(Norm):
         skip_nonfinite: bool = False,
         dtype: DTypeLike = np.float32,
     ) -> None:
-        self.num_features = _checks.check_count(num_features, "num_features")
-        self.axis = _checks.check_channel_axis(axis)
+        self.num_features = check_count(num_features, "num_features")
+        self.axis = check_channel_axis(axis)
         super().__init__(
             AllBut((0, self.axis)),
             affine,
@@ -214,7 +221,7 @@ class InstanceNorm(Norm):
             feature_axes=self.axis,
             shape=self.num_features,
             bias=bias,
-            eps=_checks.check_eps(eps),
+            eps=check_eps(eps),
             momentum=momentum,
             skip_nonfinite=skip_nonfinite,
             dtype=dtype,
@@ -357,13 +364,13 @@ class GroupNorm(Norm):
         axis: int = 1,
         dtype: DTypeLike = np.float32,
     ) -> None:
-        self.num_groups = _checks.check_count(num_groups, "num_groups")
-        self.num_channels = _checks.check_count(num_channels, "num_channels")
+        self.num_groups = check_count(num_groups, "num_groups")
+        self.num_channels = check_count(num_channels, "num_channels")
         if self.num_channels % self.num_groups:
             raise ValueError(
                 f"num_groups: a divisor of num_channels={num_channels} is needed, got {num_groups}"
             )
-        self.axis = _checks.check_channel_axis(axis)
+        self.axis = check_channel_axis(axis)
         super().__init__(
             AllBut((0,)),
             affine,
@@ -372,7 +379,7 @@ class GroupNorm(Norm):
             groups=self.num_groups,
             group_axis=self.axis,
             bias=bias,
-            eps=_checks.check_eps(eps),
+            eps=check_eps(eps),
             dtype=dtype,
         )
 
@@ -426,7 +433,7 @@ class LayerNorm(Norm):
         *,
         dtype: DTypeLike = np.float32,
     ) -> None:
-        self.normalized_shape = _checks.check_shape(normalized_shape, "normalized_shape")
+        self.normalized_shape = check_shape(normalized_shape, "normalized_shape")
         axes = tuple(range(-len(self.normalized_shape), 0))
         super().__init__(
             axes,
@@ -434,7 +441,7 @@ class LayerNorm(Norm):
             feature_axes=axes,
             shape=self.normalized_shape,
             bias=bias,
-            eps=_checks.check_eps(eps),
+            eps=check_eps(eps),
             dtype=dtype,
         )
 
@@ -488,7 +495,7 @@ class RMSNorm(Norm):
         *,
         dtype: DTypeLike = np.float32,
     ) -> None:
-        self.normalized_shape = _checks.check_shape(normalized_shape, "normalized_shape")
+        self.normalized_shape = check_shape(normalized_shape, "normalized_shape")
         axes = tuple(range(-len(self.normalized_shape), 0))
         super().__init__(
             axes,

@@ -7,12 +7,23 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
-from numbanorm import _checks, functional
-from numbanorm._axes import AllBut, Array, Axes, Geometry, axis_tuple, geometry, normalize_axes
-from numbanorm._checks import bool_mask, float_array, output_array
-from numbanorm._memory import Recycler, arrays
-from numbanorm._normalize import Float64, Saved, backward, normalize
-from numbanorm._running import Pool, is_finite, track
+from numbanorm import functional
+from numbanorm.core.checks import (
+    bool_mask,
+    check_count,
+    check_dtype,
+    check_eps,
+    check_momentum,
+    check_shape,
+    float_array,
+    output_array,
+)
+from numbanorm.core.geometry import AllBut, Geometry, axis_tuple, geometry, normalize_axes
+from numbanorm.core.memory import Recycler, arrays
+from numbanorm.core.normalize import Saved, backward, normalize
+from numbanorm.core.running import is_finite, track
+from numbanorm.core.types import Array, Axes, Float64
+from numbanorm.recalibrate import Pool
 
 
 def live_array(group: str, name: str, doc: str) -> Any:
@@ -141,14 +152,14 @@ class Norm:
         self.feature_axes = (
             None if feature_axes is None else axis_tuple(feature_axes, "feature_axes")
         )
-        self.shape = None if shape is None else _checks.check_shape(shape, "shape")
-        self.groups = _checks.check_count(groups, "groups")
+        self.shape = None if shape is None else check_shape(shape, "shape")
+        self.groups = check_count(groups, "groups")
         (self.group_axis,) = axis_tuple(group_axis, "group_axis")
         self.center = center
-        self.eps = None if eps is None else _checks.check_eps(eps)
-        self.momentum = _checks.check_momentum(momentum)
+        self.eps = None if eps is None else check_eps(eps)
+        self.momentum = check_momentum(momentum)
         self.skip_nonfinite = skip_nonfinite
-        self.dtype = _checks.check_dtype(dtype)
+        self.dtype = check_dtype(dtype)
         self.affine = bool(affine)
         self.track_stats = bool(track_stats)
         self.training = True

@@ -1,25 +1,19 @@
 """Compile every kernel into the cache: which there are, and several at a time."""
 
-import contextlib
-import functools
 import itertools
 import multiprocessing
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from typing import Any, NamedTuple
-from unittest import mock
 
 import numba
 import numpy as np
 
-from numbanorm import _kernels, _launch, _normalize, _threads
-from numbanorm.layers import BatchNorm, LayerNorm
+from numbanorm.layers import BatchNorm, LayerNorm, Norm, SwitchableNorm
 from numbanorm.moments import moments
-from numbanorm.norm import Norm
-from numbanorm.switchable import SwitchableNorm
-
-# The kernels that need no threads.
-ALGEBRA = ("merge", "add_parts", "feature_gradients", "track")
+from numbanorm.numba_ext.jit import KERNELS
+from numbanorm.numba_ext.threads import recording
+from numbanorm.tuning import use
 
 
 class Task(NamedTuple):
@@ -31,15 +25,16 @@ class Task(NamedTuple):
     def compile(self) -> None:
         """Compile the kernel, unless it is in the cache."""
         for signature in self.signatures:
-            getattr(_kernels, self.kernel).compile(signature)
+            KERNELS[self.kernel].compile(signature)
 
 
 def tasks() -> list[Task]:
     """Return all kernels with all types of arguments, as layers call them."""
-    names = {id(kernel): name for name, kernel in vars(_kernels).items()}
+    names = {id(kernel): name for name, kernel in KERNELS.items()}
     found: dict[tuple[str, type], dict[tuple[Any, ...], None]] = {}
+    found["launch", np.intp] = {(numba.intp,) * 3: None}
 
-    def note(kernel: Any, *args: object) -> bool:
+    def note(kernel: Any, *args: object) -> None:
         name, signature = names[id(kernel)], tuple(map(numba.typeof, args))
         # The algebra is the same for both types of x.
         if not any(signature in others for (other, _), others in found.items() if other == name):
@@ -48,46 +43,39 @@ def tasks() -> list[Task]:
             # Nothing is computed, but a layer goes on with the results.
             if isinstance(array, np.ndarray) and array.flags.writeable:
                 array.fill(1)
-        return False
 
-    def run(kernel: Any, size: int, *args: object) -> None:
-        note(kernel, _launch.SERIAL, *args)
-        note(_kernels.launch, 1, 1, 1)
-
-    with contextlib.ExitStack() as stack:
-        # They are called as they are, not by _threads.run.
-        for name in ALGEBRA:
-            noted = functools.partial(note, getattr(_kernels, name))
-            stack.enter_context(mock.patch.object(_kernels, name, noted))
-        stack.enter_context(mock.patch.object(_threads, "run", run))
-        either = False, True
-        for dtype, masked, streamed in itertools.product((np.float32, np.float64), either, either):
-            is_streamed = mock.Mock(return_value=streamed)
-            stack.enter_context(mock.patch.object(_normalize, "_is_streamed", is_streamed))
-            x = np.ones((2, 2, 2), dtype)
-            mask = x > 0 if masked else None
-            for layer in (
-                BatchNorm(2, dtype=dtype),
-                BatchNorm(2, axis=-1, dtype=dtype),
-                LayerNorm(2, dtype=dtype),
-                Norm(1, dtype=dtype),
-                SwitchableNorm(2, dtype=dtype),
-                SwitchableNorm(2, axis=-1, dtype=dtype),
-            ):
-                layer.forward(x, mask=mask)
-                layer.backward(x)
-            moments(x) + moments(x)
-            # So many rows are in parts.
-            layer, x = BatchNorm(2, dtype=dtype), np.ones((1 << 18, 2), dtype)
-            layer.forward(x)
-            layer.backward(x)
+    either = False, True
+    for dtype, masked, streamed in itertools.product((np.float32, np.float64), either, either):
+        with recording(note), use(cache_bytes=0 if streamed else None, stream_from=0):
+            _call_layers(dtype, masked)
     todo = [Task(name, list(signatures)) for (name, _), signatures in found.items()]
     # The longest first, so that all processes end at about the same time.
     return sorted(todo, key=_length, reverse=True)
 
 
+def _call_layers(dtype: Any, masked: bool) -> None:
+    """Call layers that take all kernels between them."""
+    x = np.ones((2, 2, 2), dtype)
+    mask = x > 0 if masked else None
+    for layer in (
+        BatchNorm(2, dtype=dtype),
+        BatchNorm(2, axis=-1, dtype=dtype),
+        LayerNorm(2, dtype=dtype),
+        Norm(1, dtype=dtype),
+        SwitchableNorm(2, dtype=dtype),
+        SwitchableNorm(2, axis=-1, dtype=dtype),
+    ):
+        layer.forward(x, mask=mask)
+        layer.backward(x)
+    moments(x) + moments(x)
+    # So many rows are in parts.
+    layer, x = BatchNorm(2, dtype=dtype), np.ones((1 << 18, 2), dtype)
+    layer.forward(x)
+    layer.backward(x)
+
+
 def _length(task: Task) -> int:
-    return len(getattr(_kernels, task.kernel).py_func.__code__.co_code)
+    return len(KERNELS[task.kernel].py_func.__code__.co_code) * len(task.signatures)
 
 
 def warmup() -> int:

@@ -1,6 +1,6 @@
 """The one forward and the one backward of all methods.
 
-A :class:`~numbanorm._axes.Geometry` says over which axes. A first kernel takes the moments of
+A :class:`~numbanorm.core.geometry.Geometry` says over which axes. A first kernel takes the moments of
 the smallest pieces of x; algebra on small arrays merges them into the groups of each statistic,
 mixes those and makes one multiplier and one offset for each piece; a last kernel applies them.
 Backward is the same road: sums of dy and of dy * (x - mean) over each piece, algebra, and a
@@ -14,13 +14,21 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from numbanorm import _kernels, _threads
-from numbanorm._axes import TASKS, Array, Axes, Geometry, Plan, memory_order
-from numbanorm._checks import empty_array, float_array, output_array
-from numbanorm._lines import cache_size
-from numbanorm.moments import Moments, merge_pieces, piece_moments, work
+from numbanorm.core.checks import empty_array, float_array, output_array
+from numbanorm.core.geometry import Geometry, Plan, memory_order
+from numbanorm.core.pieces import merge_pieces, piece_moments, work
+from numbanorm.core.types import Array, Axes, Float64
+from numbanorm.kernels import algebra, apply, columns, element_columns, group_rows, reduce, rows
+from numbanorm.numba_ext.threads import call, run
+from numbanorm.tuning import tuning
 
-Float64 = NDArray[np.float64]
+
+class Instances(NamedTuple):
+    """Moments of the instances, which sample variances were made of."""
+
+    n: NDArray[np.int64]
+    mean: Float64
+    m2: Float64
 
 
 class Statistic(NamedTuple):
@@ -34,11 +42,6 @@ class Statistic(NamedTuple):
     mean: Float64
     var: Float64
 
-
-# Rows of fewer elements have too few whole lines to be written past the caches.
-STREAM_FROM = 1 << 7
-# And parts of rows: what comes next in memory is written much later.
-STREAM_PARTS_FROM = 1 << 10
 
 # The mixture of a single statistic.
 ALONE = np.ones((2, 1))
@@ -69,7 +72,7 @@ class Saved:
     of_pieces: Float64  # mean, var and rstd that normalise each piece (3, P)
     mixture: Float64 | None  # weights of the statistics' means and variances (2, S)
     sample_variance: bool
-    instances: Moments | None  # what sample variances were made of
+    instances: Instances | None  # what sample variances were made of
 
     def __init__(
         self,
@@ -162,7 +165,7 @@ def normalize(
     Parameters
     ----------
     x, y : array of float32 or float64
-        As :func:`~numbanorm._checks.float_array` and :func:`~numbanorm._checks.output_array`
+        As :func:`~numbanorm.core.checks.float_array` and :func:`~numbanorm.core.checks.output_array`
         return them.
     geometry : Geometry
         Made for the shape of x.
@@ -180,7 +183,7 @@ def normalize(
         Whether the variance of an instance (or, where those are single values, of each group)
         is divided by n - 1 instead of n.
     mask : array of bool, optional
-        True where an element counts, as :func:`~numbanorm._checks.bool_mask` returns it.
+        True where an element counts, as :func:`~numbanorm.core.checks.bool_mask` returns it.
     in_place : bool
         Whether y is x.
     """
@@ -213,7 +216,7 @@ def restore(
     mixture: Float64 | None = None,
     center: bool = True,
     sample_variance: bool = False,
-    instances: Moments | None = None,
+    instances: Instances | None = None,
     share: Callable[[Float64], object] | None = None,
 ) -> Saved:
     """Return what :func:`normalize` saved, from x and the statistics that it found.
@@ -243,20 +246,21 @@ def restore(
 
 def _is_streamed(saved: Saved, in_place: bool, y: Array) -> bool:
     """Tell whether y, the view of an output, is written past the caches."""
-    plan, size = saved.plan, cache_size()
+    plan, size = saved.plan, tuning().cache_bytes
     # x, y, dy and dx fill a cache together. Forward and backward must agree: dx may have the memory
     # that y had, and what is in a cache takes twice as long to write past it.
     if size is None or y.nbytes < size // 4:
         return False
     # What is written at once must be a run in memory.
-    run, least = plan.view[-1], STREAM_FROM
+    t = tuning()
+    width, least = plan.view[-1], t.stream_from
     if plan.columns and plan.elements:
         # Blocks share lines, and short runs are mostly parts of lines: those of 196 columns took
         # twice as long past the caches.
-        run, least = plan.tiles.block, 2 * STREAM_FROM
+        width, least = plan.tiles.block, 2 * t.stream_from
     elif plan.columns:
-        run, least = plan.tiles.block, max(least, min(run, STREAM_PARTS_FROM))
-    return run >= least and not in_place
+        width, least = plan.tiles.block, max(least, min(width, t.stream_parts_from))
+    return width >= least and not in_place
 
 
 def _stream(plan: Plan, streamed: bool) -> bool | None:
@@ -278,13 +282,13 @@ def _forward_groups(
     if streamed and plan.elements and plan.span > 1:
         # Each thread needs all of them then: once for all.
         saved.parameters = np.repeat(saved.parameters, plan.span, axis=2)
-    kernel, args = _kernels.forward_elements, [saved.x, saved.mask]
+    kernel, args = rows.forward_elements, [saved.x, saved.mask]
     if not plan.elements:
-        kernel = _kernels.forward_group_columns if plan.columns else _kernels.forward_groups
+        kernel = columns.forward_group_columns if plan.columns else group_rows.forward_groups
         args += [plan.features]
     elif plan.columns:
-        kernel, args = _kernels.forward_element_columns, [saved.x]
-    _threads.run(
+        kernel, args = element_columns.forward_element_columns, [saved.x]
+    run(
         kernel, y.size,
         *args, saved.parameters, saved.eps, saved.center, fixed is None,
         *plan.cut, _stream(plan, streamed), saved.of_groups, y,
@@ -350,7 +354,7 @@ def _with_sample_variance(saved: Saved, parts: Float64) -> Float64:
     count, mean, _, rest, m2 = merge_pieces(parts, saved.plan.instances_of_parts)
     (shape,) = saved.plan.instances.shapes
     n = count.astype(np.int64)
-    saved.instances = Moments(n.reshape(shape), mean.reshape(shape), m2.reshape(shape))
+    saved.instances = Instances(n.reshape(shape), mean.reshape(shape), m2.reshape(shape))
     return np.stack((count, mean, rest, m2 * (count / np.maximum(count - 1, 1))))
 
 
@@ -363,8 +367,8 @@ def _coefficients(saved: Saved, dtype: Any) -> Array:
     plan = saved.plan
     n_pieces = plan.groups.of_piece.shape[1]
     saved.of_pieces, found = np.empty((3, n_pieces)), np.empty((3, n_pieces), dtype)
-    _threads.run(
-        _kernels.coefficients, n_pieces * _kernels.PIECE,
+    run(
+        algebra.coefficients, n_pieces * tuning().piece_work,
         *plan.segments, saved.of_groups, _mixture(saved), saved.eps,
         saved.parameters, saved.of_pieces, found,
     )  # fmt: skip
@@ -373,9 +377,9 @@ def _coefficients(saved: Saved, dtype: Any) -> Array:
 
 def _apply(plan: Plan, x: Array, by: Array, streamed: bool, y: Array) -> None:
     """Write y = (x - m) * s + t; ``by`` has m, s and t of each piece, (3, A, B)."""
-    kernel = _kernels.apply_columns if plan.columns else _kernels.apply_rows
+    kernel = apply.apply_columns if plan.columns else apply.apply_rows
     _, part, block = plan.tiles
-    _threads.run(kernel, y.size, x, part, block, by, _stream(plan, streamed), y)
+    run(kernel, y.size, x, part, block, by, _stream(plan, streamed), y)
 
 
 # Gradients of weight, bias, and of the logits of the means and of the variances.
@@ -445,14 +449,14 @@ Found = tuple[Float64, Float64, Float64 | None]
 def _backward_elements(saved: Saved, dy: Array, streamed: bool, dx: Array) -> Found:
     plan, geometry = saved.plan, saved.geometry
     affine = saved.has_weight or saved.has_bias
-    blocks = np.zeros((2, *(plan.gradient_parts if affine else (TASKS, 0))))
+    blocks = np.zeros((2, *(plan.gradient_parts if affine else (tuning().tasks, 0))))
     args: list[Array | None] = [dy, saved.x]
     if plan.columns:
-        kernel, cut = _kernels.backward_element_columns, plan.cut
+        kernel, cut = element_columns.backward_element_columns, plan.cut
     else:
-        kernel, cut = _kernels.backward_elements, (plan.run,)
+        kernel, cut = rows.backward_elements, (plan.run,)
         args.append(saved.mask)
-    _threads.run(
+    run(
         kernel, dy.size,
         *args, saved.parameters, saved.eps, saved.center, not saved.fixed, affine,
         *cut, _stream(plan, streamed), saved.of_groups, dx, blocks,
@@ -476,14 +480,14 @@ def _sum(blocks: Float64) -> Float64:
 def _backward_groups(saved: Saved, dy: Array, streamed: bool, dx: Array) -> Found:
     plan = saved.plan
     sums = np.empty((2, len(plan.features)))
-    kernel = _kernels.backward_group_columns if plan.columns else _kernels.backward_groups
-    _threads.run(
+    kernel = columns.backward_group_columns if plan.columns else group_rows.backward_groups
+    run(
         kernel, dy.size,
         dy, saved.x, saved.mask, plan.features, saved.parameters, saved.eps, saved.center,
         not saved.fixed, *plan.cut, _stream(plan, streamed), saved.of_groups, dx, sums,
     )  # fmt: skip
     found = np.zeros((2, *plan.weights_shape))
-    _kernels.feature_gradients(plan.features, sums, found)
+    call(algebra.feature_gradients, plan.features, sums, found)
     if plan.affine:
         found = found.reshape(2, *saved.geometry.param_shape)
     return found[0], found[1], None
@@ -492,14 +496,14 @@ def _backward_groups(saved: Saved, dy: Array, streamed: bool, dx: Array) -> Foun
 def _gradient_sums(saved: Saved, dy: Array) -> Float64:
     """Return the sums of dy and of dy * (x - mean) over each piece, (2, P)."""
     plan = saved.plan
-    kernel = _kernels.gradient_sums_columns if plan.columns else _kernels.gradient_sums_rows
+    kernel = reduce.gradient_sums_columns if plan.columns else reduce.gradient_sums_rows
     _, part, block = plan.tiles
     sums, of_pieces = np.empty((2, *plan.parts)), saved.of_pieces.reshape(3, *plan.pieces)
-    _threads.run(kernel, dy.size, dy, saved.x, saved.mask, part, block, of_pieces, sums)
+    run(kernel, dy.size, dy, saved.x, saved.mask, part, block, of_pieces, sums)
     if plan.parts[1] == 1:
         return sums.reshape(2, -1)
     found = np.zeros((2, *plan.pieces))
-    _kernels.add_parts(sums, found)
+    call(algebra.add_parts, sums, found)
     return found.reshape(2, -1)
 
 
@@ -508,8 +512,8 @@ def _backward_pieces(saved: Saved, dy: Array, streamed: bool, dx: Array) -> Foun
     sums, mixture = _gradient_sums(saved, dy), _mixture(saved)
     dstatistics, dmixture = np.zeros((2, groups.total)), np.zeros(mixture.shape)
     found = np.zeros((2, *plan.weights_shape))
-    _threads.run(
-        _kernels.group_gradients, work(groups),
+    run(
+        algebra.group_gradients, work(groups),
         sums, *plan.segments, groups.bounds, saved.of_groups, saved.ddof,
         mixture, saved.parameters, saved.of_pieces, dstatistics, dmixture, found,
     )  # fmt: skip
@@ -519,10 +523,10 @@ def _backward_pieces(saved: Saved, dy: Array, streamed: bool, dx: Array) -> Foun
     by: Array = np.empty((5, n_pieces), dx.dtype)
     own = None
     if saved.instances is not None:
-        count, mean = saved.instances.count, saved.instances.mean
+        count, mean = saved.instances.n, saved.instances.mean
         own = np.stack((np.ravel(count), mean.ravel()))
-    _threads.run(
-        _kernels.gradient_coefficients, n_pieces * _kernels.PIECE,
+    run(
+        algebra.gradient_coefficients, n_pieces * tuning().piece_work,
         *plan.segments, saved.of_groups, dstatistics, saved.center,
         geometry.tracked if saved.fixed else -1, own, saved.parameters, saved.of_pieces, by,
     )  # fmt: skip
@@ -531,9 +535,9 @@ def _backward_pieces(saved: Saved, dy: Array, streamed: bool, dx: Array) -> Foun
         zero = np.zeros_like(by[0])
         _apply(plan, dy, np.stack((zero, by[0], zero)), streamed, dx)
     else:
-        kernel = _kernels.backward_columns if plan.columns else _kernels.backward_rows
+        kernel = apply.backward_columns if plan.columns else apply.backward_rows
         _, part, block = plan.tiles
-        _threads.run(
+        run(
             kernel, dy.size,
             dy, saved.x, saved.mask, part, block, by, _stream(plan, streamed), dx,
         )  # fmt: skip

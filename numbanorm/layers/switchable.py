@@ -6,10 +6,11 @@ from typing import Any, ClassVar, Self
 import numpy as np
 from numpy.typing import DTypeLike
 
-from numbanorm import _checks, functional
-from numbanorm._axes import AllBut, Array, Geometry
-from numbanorm._normalize import Float64
-from numbanorm.norm import Norm, live_array
+from numbanorm import functional
+from numbanorm.core.checks import check_channel_axis, check_count, check_eps, check_over
+from numbanorm.core.geometry import AllBut, Geometry
+from numbanorm.core.types import Array, Float64
+from numbanorm.layers.norm import Norm, live_array
 
 
 class SwitchableNorm(Norm):
@@ -91,15 +92,15 @@ class SwitchableNorm(Norm):
         sample_variance: bool = False,
         dtype: DTypeLike = np.float32,
     ) -> None:
-        self.num_features = _checks.check_count(num_features, "num_features")
-        self.over = _checks.check_over(over, num_groups)
+        self.num_features = check_count(num_features, "num_features")
+        self.over = check_over(over, num_groups)
         if "gn" in self.over and self.num_features % (num_groups or 1):
             raise ValueError(
                 f"num_groups: a divisor of num_features={num_features} is needed, got {num_groups}"
             )
         self.num_groups = num_groups
         self.zero_init = bool(zero_init)
-        self.axis = _checks.check_channel_axis(axis)
+        self.axis = check_channel_axis(axis)
         self.track_running_stats = bool(track_running_stats)
         self.sample_variance = bool(sample_variance)
         super().__init__(
@@ -109,7 +110,7 @@ class SwitchableNorm(Norm):
             feature_axes=self.axis,
             shape=self.num_features,
             bias=bias,
-            eps=_checks.check_eps(eps),
+            eps=check_eps(eps),
             momentum=momentum,
             skip_nonfinite=skip_nonfinite,
             dtype=dtype,

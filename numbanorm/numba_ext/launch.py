@@ -2,17 +2,20 @@
 
 Numba compiles a parallel function four times over on its way, and once more for a serial twin. A
 kernel here is compiled once, and is itself what the threads call: the same machine code for any
-number of threads. It begins with ``begin, end = share(threads, n_tasks)`` and loops over these
-tasks. Called from Python it has itself called for each share, and has no tasks of its own then.
+number of threads. It begins with ``begin, end = thread_range(threads, n_tasks)`` and loops over
+these tasks. Called from Python it has itself called for each share, and has no tasks of its own then.
 """
 
 from typing import Any
 
 import numba
 from llvmlite import ir
-from numba import types
+from numba import prange, types
 from numba.core import cgutils
 from numba.extending import intrinsic
+
+from numbanorm.numba_ext.cache import cached_njit
+from numbanorm.numba_ext.jit import FLAGS, KERNELS
 
 # What Python calls a kernel with: one share, in its own thread.
 SERIAL = 0, -1, 1
@@ -20,9 +23,9 @@ SERIAL = 0, -1, 1
 _THREE = (types.intp,) * 3
 
 
-def in_threads(launch: int, n: int) -> tuple[int, int, int]:
-    """Return what Python calls a kernel with for n shares, by ``_kernels.launch`` at an address."""
-    return launch, -1, n
+def in_threads(launcher: int, n: int) -> tuple[int, int, int]:
+    """Return what Python calls a kernel with for n shares, by ``launch`` at an address."""
+    return launcher, -1, n
 
 
 def _call_address(context: Any, builder: Any, address: Any, args: Any) -> None:
@@ -45,29 +48,39 @@ def call_share(typing_context: Any, function: Any, i: Any, n: Any, args: Any) ->
     return types.none(types.intp, *_THREE), generate
 
 
+@cached_njit(parallel=True, **FLAGS)
+def launch(function: Any, n: Any, args: Any) -> None:
+    """Call the function at this address for shares 0 to n - 1, each in a thread."""
+    for i in prange(n):
+        call_share(function, i, n, args)
+
+
+KERNELS["launch"] = launch
+
+
 @intrinsic
-def share(typing_context: Any, threads: Any, n_tasks: Any) -> Any:
+def thread_range(typing_context: Any, threads: Any, n_tasks: Any) -> Any:
     """Return the first task of a share, and the one after its last.
 
-    ``threads``, the first argument of the kernel, is the address of ``_kernels.launch`` or 0, the
+    ``threads``, the first argument of the kernel, is the address of ``launch`` or 0, the
     number of the share or -1, and how many there are.
     """
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         threads, n_tasks = args
-        launch, i, n = cgutils.unpack_tuple(builder, threads, 3)
+        launcher, i, n = cgutils.unpack_tuple(builder, threads, 3)
         zero, one = ir.Constant(i.type, 0), ir.Constant(i.type, 1)
         bounds = cgutils.alloca_once_value(builder, cgutils.pack_array(builder, [zero, zero]))
         from_python = builder.icmp_signed("<", i, zero)
         with builder.if_else(from_python, likely=False) as (share_out, find_tasks):
             with share_out:
                 function, args = _share_of_kernel(context, builder)
-                serial = builder.icmp_signed("==", launch, zero)
+                serial = builder.icmp_signed("==", launcher, zero)
                 with builder.if_else(serial) as (once, for_each):
                     with once:
                         _call_address(context, builder, function, (zero, n, args))
                     with for_each:
-                        _call_address(context, builder, launch, (function, n, args))
+                        _call_address(context, builder, launcher, (function, n, args))
             with find_tasks:
                 ends = [builder.sdiv(builder.mul(k, n_tasks), n) for k in (i, builder.add(i, one))]
                 builder.store(cgutils.pack_array(builder, ends), bounds)
@@ -105,6 +118,6 @@ def _share_of_kernel(context: Any, builder: Any) -> tuple[Any, Any]:
 if numba.config.DISABLE_JIT:
     # Kernels are Python functions then.
 
-    def share(threads: tuple[int, int, int], n_tasks: int) -> tuple[int, int]:
+    def thread_range(threads: tuple[int, int, int], n_tasks: int) -> tuple[int, int]:
         """Return the first task, and the one after the last."""
         return 0, n_tasks

@@ -13,6 +13,7 @@ import importlib.metadata
 import os
 import sys
 import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,9 @@ import numba
 from numba.core.compiler_lock import global_compiler_lock
 from numba.np.ufunc import parallel as numba_threads
 
-from numbanorm import _kernels, _launch
-from numbanorm._cache import uninterrupted
-
-# Below this many elements it costs more to wake threads than they save.
-PARALLEL_FROM = 1 << 16
+from numbanorm.numba_ext.cache import uninterrupted
+from numbanorm.numba_ext.launch import SERIAL, in_threads, launch
+from numbanorm.tuning import tuning
 
 _num_threads: int | None = 1 if numba.config.NUMBA_NUM_THREADS == 1 else None
 _lock = threading.RLock()
@@ -43,12 +42,37 @@ class _PythonThread(threading.local):
 _here = _PythonThread()
 
 
+# What is told of each call of a kernel instead of calling it, see recording().
+_recorder: Callable[..., None] | None = None
+
+
+@contextlib.contextmanager
+def recording(note: Callable[..., None]) -> Iterator[None]:
+    """Call no kernel: call ``note`` with the kernel and all of its arguments instead."""
+    global _recorder
+    _recorder = note
+    try:
+        yield
+    finally:
+        _recorder = None
+
+
+def call(kernel: Any, *args: object) -> Any:
+    """Call a kernel that has no tasks to share out."""
+    if _recorder is not None:
+        return _recorder(kernel, *args)
+    return kernel(*args)
+
+
 def run(kernel: Any, size: int, *args: object) -> None:
     """Call a kernel, on several threads if its ``size`` elements are worth it."""
     global _only_user, _started
-    n = 1 if size < PARALLEL_FROM else _here.num_threads or _num_threads
+    if _recorder is not None:
+        _recorder(kernel, SERIAL, *args)
+        return
+    n = 1 if size < tuning().parallel_from else _here.num_threads or _num_threads
     if n == 1 or _lost_threads or numba.config.DISABLE_JIT:
-        kernel(_launch.SERIAL, *args)
+        kernel(SERIAL, *args)
         return
     with _lock:
         this_thread = threading.get_ident()
@@ -66,7 +90,7 @@ def run(kernel: Any, size: int, *args: object) -> None:
         if n != before:
             numba_threads._set_num_threads(n)
         try:
-            kernel(_launch.in_threads(_address_of_launch(), n), *args)
+            kernel(in_threads(_address_of_launch(), n), *args)
         finally:
             if n != before:
                 numba_threads._set_num_threads(before)
@@ -75,8 +99,8 @@ def run(kernel: Any, size: int, *args: object) -> None:
 @functools.cache
 def _address_of_launch() -> int:
     signature = (numba.intp,) * 3
-    _kernels.launch.compile(signature)
-    compiled = _kernels.launch.overloads[signature]
+    launch.compile(signature)
+    compiled = launch.overloads[signature]
     return int(compiled.library.get_pointer_to_function(compiled.fndesc.llvm_func_name))
 
 

@@ -1,0 +1,1 @@
+"""From arrays of any shape to kernels and back."""

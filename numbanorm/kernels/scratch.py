@@ -1,0 +1,105 @@
+"""Scratch arrays: copies, repeats and sums of what fits in a cache."""
+
+from numbanorm.numba_ext.jit import inline
+from numbanorm.numba_ext.vectors import load, splat, store, total
+from numbanorm.numba_ext.views import flat_slice
+from numbanorm.tuning import LANES
+
+
+@inline
+def copy_values(values, target):
+    """Write n values to the first n elements of target."""
+    # Numba compiles ``target[:n] = values`` for seconds: it has a message for what cannot be here.
+    for i in range(values.shape[0]):
+        target[i] = values[i]
+
+
+@inline
+def clear(rows):
+    """Write 0 to rows."""
+    elements = flat_slice(rows, 0, rows.size)
+    for i in range(elements.shape[0]):
+        elements[i] = 0
+
+
+@inline
+def three_rows(rows, n):
+    """Return the first n elements of each of three rows."""
+    size = rows.shape[1]
+    return flat_slice(rows, 0, n), flat_slice(rows, size, n), flat_slice(rows, 2 * size, n)
+
+
+@inline
+def repeat_columns(row, n):
+    """Copy the first n columns of a row to the others.
+
+    Where several rows of x are folded into one there are more columns than C: those of each.
+    """
+    for at in range(n, row.shape[0], n):
+        copy_values(flat_slice(row, 0, n), flat_slice(row, at, n))
+
+
+@inline
+def add_folds(sums, n):
+    """Add to the first n columns of a row what the others have of them, see repeat_columns."""
+    for at in range(n, sums.shape[0], n):
+        for c in range(n):
+            sums[c] += sums[at + c]
+
+
+@inline
+def copy_columns(values, c0, c1, row):
+    """Copy columns c0 to c1 of values (C,) to a row (c1 - c0,); see repeat_columns."""
+    n = min(values.shape[0], c1 - c0)
+    copy_values(flat_slice(values, c0, n), flat_slice(row, 0, n))
+    repeat_columns(row, n)
+
+
+@inline
+def copy_coefficients(coef, a, c0, c1, rows):
+    """Copy columns c0 to c1 of row a of each of N arrays (N, A, C) to N rows."""
+    n, n_outer, n_columns = coef.shape
+    for k in range(n):
+        values = flat_slice(coef, (k * n_outer + a) * n_columns, n_columns)
+        copy_columns(values, c0, c1, flat_slice(rows, k * rows.shape[1], c1 - c0))
+
+
+@inline
+def spread(values, span, row):
+    """Write each of values (n,) to ``span`` elements of a row (n * span,) next to each other."""
+    if span == 1:
+        copy_values(values, row)
+    else:
+        for i in range(values.shape[0]):
+            value = splat(values[i])
+            for j in range(0, span, LANES):
+                store(value, row, i * span + j, min(span - j, LANES))
+
+
+@inline
+def sum_values(values):
+    """Return the sum of values (n,)."""
+    n = values.shape[0]
+    whole = n // LANES * LANES
+    sums = load(values, whole, n - whole)
+    for i in range(0, whole, LANES):
+        sums += load(values, i, None)
+    return total(sums)
+
+
+@inline
+def add_up(values, totals):
+    """Write the sums of n / m values (n,) next to each other to totals (m,)."""
+    span = values.shape[0] // max(totals.shape[0], 1)
+    if span == 1:
+        copy_values(values, totals)
+    else:
+        for i in range(totals.shape[0]):
+            totals[i] = sum_values(flat_slice(values, i * span, span))
+
+
+@inline
+def take_features(values, feature, row):
+    """Write the values of features (n,) to a row."""
+    for i in range(feature.shape[0]):
+        row[i] = values[feature[i]]

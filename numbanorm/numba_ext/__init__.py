@@ -1,0 +1,1 @@
+"""The one place that knows Numba's and LLVM's insides."""

@@ -1,0 +1,171 @@
+"""Every threshold of the library: its unit, why it is there, and where it was measured.
+
+None of them changes a result of the same layout by more than rounding, and those that decide how
+sums are cut (``row_part``, ``column_part``, ...) depend on the shape alone, so that the bits are
+those of any number of threads. Where no machine is named, it was an Intel Xeon (AVX-512, 2 cores,
+2 MiB second cache a core); "EPYC" is an AMD EPYC of Zen 4 (1 MiB).
+
+Other values, for a test or for a measurement:
+
+>>> import numbanorm.tuning
+>>> with numbanorm.tuning.use(parallel_from=0):
+...     numbanorm.tuning.tuning().parallel_from
+0
+"""
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+# -- Compiled into the kernels -------------------------------------------------------------------
+
+# Elements of a vector: float64 sums of so many, and what they are made of, fit in 32 registers of
+# AVX-512. A sum is taken in as many lanes, so that this changes bits.
+LANES = 16
+# Elements of a step of a sum over a row: two vectors, as one would wait for itself.
+STEP = 2 * LANES
+# Rows that are added to a vector of columns at a time: the sums stay in registers meanwhile.
+ROWS = 4
+# Prefetch distance of a loop over a row, in lines of 64 bytes: far where x comes from memory, near
+# where it comes from a cache, as an array of at most ``PREFETCH_NEAR_UP_TO`` elements may, and a
+# core's first cache has several rows to hold. Without, two to three times the time on some runs.
+PREFETCH_FAR, PREFETCH_NEAR, PREFETCH_NEAR_UP_TO = 1 << 7, 1 << 5, 1 << 20
+# Elements of four rows that are summed up in their own type before they are added in float64: a
+# vector of float32 has too few of them to lose digits, and they stay in the first cache.
+ELEMENTS = 1024
+# Pieces of a task of the algebra on small arrays.
+PIECES = 1024
+# Rows of a group of fewer elements are summed up as one: each takes some time to begin and to end.
+LONG_ROW = 1 << 8
+# Lines that are written to a buffer before they leave by streaming stores: few, as memory is not
+# read meanwhile, but more where x comes from a cache, as it may for so many elements.
+BUFFER, LONG_BUFFER, LONG_BUFFER_UP_TO = 12, 64, 1 << 22
+
+# -- Of the machine ------------------------------------------------------------------------------
+
+# What Linux says of the caches of a core.
+CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
+# Bytes of a cache that are a core's own. Of a larger one a virtual machine has been told the size
+# (480 MB for two cores of an Intel Xeon), but not who else uses it.
+CACHE_PER_CORE = 16 << 20
+
+
+def cache_bytes() -> int | None:
+    """Return the bytes of the largest cache that the cores have, or None if that is not known."""
+    sizes = []
+    for file in CACHES.glob("index*/size"):
+        try:
+            sizes.append(int(file.read_text().strip().removesuffix("K")) << 10)
+        except (OSError, ValueError):
+            return None
+    return min(max(sizes), CACHE_PER_CORE * (os.cpu_count() or 1)) if sizes else None
+
+
+# -- Chosen for each call ------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class Tuning:
+    """What decides how a call is run: which layout x takes, how it is cut, and what is streamed."""
+
+    parallel_from: int = 1 << 16
+    """Elements from which a call is worth waking threads (10 to 20 us)."""
+    piece_work: int = 4
+    """Elements that a piece of the algebra counts for in ``parallel_from``."""
+
+    cache_bytes: int | None = dataclasses.field(default_factory=cache_bytes)
+    """Bytes of the last cache. An output of a quarter of it is written by streaming stores: x, y,
+    dy and dx fill it together. None: never. 0.55 to 0.8 of the time for 25 MB and more; on an EPYC
+    0.65 on a line, but 1.3 where y begins 16 or 48 bytes after one."""
+    stream_from: int = 1 << 7
+    """Elements of a row below which there are too few whole lines to be streamed."""
+    stream_parts_from: int = 1 << 10
+    """The same for parts of rows: what comes next in memory is written much later."""
+
+    whole_groups: bool = True
+    """Whether groups that fit in a cache are read once and written at once; if not, all is done in
+    pieces."""
+    row_part: int = 1 << 15
+    """Elements of a part of a row: 128 KiB of float32, still in a core's own cache."""
+    column_part: int = 1 << 12
+    """Most rows of a part of a column: a float64 sum of any length is then as exact as that of so
+    many values."""
+    least_rows: int = 1 << 9
+    """Fewest rows of a part: fewer take longer to merge than to sum up."""
+    column_block: int = 1 << 10
+    """Columns of a task."""
+    column_fold: int = 256
+    """Elements of a row that several short ones are folded into: each takes long to begin."""
+    column_width: int = 256
+    """Fewest columns of a task of whole groups: narrow rows are each on a page of their own."""
+
+    cached_group: int = 1 << 16
+    """Elements of a block of columns that is read again from a core's own cache (256 KiB)."""
+    column_run: int = 3 << 7
+    """Columns that are groups of their own and are handled at once: in fewer, rows are short runs
+    of memory. There are fewer where groups are long, unless there are many."""
+    slab: int = 1 << 18
+    """Elements that one task reads twice, the second time from a cache (1 MiB of float32)."""
+    row_run: int = 1 << 14
+    """Elements of rows next to each other that are read in one run where those of a group are
+    apart."""
+    short_row: int = 256
+    """Rows that are apart, shorter than this, and ``many_rows`` or more, are seen as columns."""
+    many_rows: int = 16
+    """See ``short_row``."""
+    tiny_row: int = 128
+    """Rows of a group that are shorter, and ``few_rows`` or more, are seen as one row with a weight
+    for each element, which is read again for each of ``few_samples`` samples or more."""
+    few_rows: int = 2
+    """See ``tiny_row``."""
+    few_samples: int = 3
+    """See ``tiny_row``."""
+    few_groups: int = 16
+    """There are so many groups at least then, and ``many_weights`` weights at most: room for these
+    is to be small beside x."""
+    many_weights: int = 1 << 17
+    """See ``few_groups``."""
+    group_block: int = 1 << 10
+    """Elements of groups that are summed up while those before them are written: few enough for
+    both, and for what is written, to be in a core's first cache."""
+    overlap: int = 1 << 15
+    """Elements of a single larger group that are still in a core's own cache when it is written."""
+    run: int = 1 << 12
+    """Elements of rows of one sample, each with weights of its own, that are handled for all
+    samples in turn: a run of memory, whose weights, and the sums of whose gradients, stay in a
+    core's own cache."""
+    task: int = 1 << 14
+    """Elements of a task: enough to cost nothing beside its start."""
+    long_task: int = 1 << 16
+    """Elements of a task whose sums are added to others', or that has a part of each row only."""
+    tasks: int = 64
+    """Tasks of a call: enough for many cores."""
+
+    recycle_tensors_from: int = 1 << 20
+    """Bytes from which a tensor's memory is recycled: what is smaller malloc has at hand."""
+    recycle_arrays_from: int = 1 << 22
+    """The same for NumPy arrays."""
+    plans_bytes: int = 64 << 20
+    """Bytes of the geometries that are kept for shapes that were seen before."""
+
+
+_current = Tuning()
+
+
+def tuning() -> Tuning:
+    """Return what is in force."""
+    return _current
+
+
+@contextlib.contextmanager
+def use(**changes: Any) -> Iterator[Tuning]:
+    """Have other values in force, in all threads, until the end of a ``with``."""
+    global _current
+    before, _current = _current, dataclasses.replace(_current, **changes)
+    try:
+        yield _current
+    finally:
+        _current = before
