@@ -1,5 +1,7 @@
 """Compile every kernel into the cache: which there are, and several at a time."""
 
+import collections
+import contextlib
 import itertools
 import multiprocessing
 from collections.abc import Iterable, Iterator
@@ -31,14 +33,17 @@ class Task(NamedTuple):
 def tasks() -> list[Task]:
     """Return all kernels with all types of arguments, as layers call them."""
     names = {id(kernel): name for name, kernel in KERNELS.items()}
-    found: dict[tuple[str, type], dict[tuple[Any, ...], None]] = {}
-    found["launch", np.intp] = {(numba.intp,) * 3: None}
+    signatures_of: dict[tuple[str, type], dict[tuple[Any, ...], None]] = {}
+    if "launch" in KERNELS:
+        signatures_of["launch", np.intp] = {(numba.intp,) * 3: None}
 
     def note(kernel: Any, *args: object) -> None:
         name, signature = names[id(kernel)], tuple(map(numba.typeof, args))
         # The algebra is the same for both types of x.
-        if not any(signature in others for (other, _), others in found.items() if other == name):
-            found.setdefault((name, dtype), {})[signature] = None
+        if not any(
+            signature in others for (other, _), others in signatures_of.items() if other == name
+        ):
+            signatures_of.setdefault((name, dtype), {})[signature] = None
         for array in args:
             # Nothing is computed, but a layer goes on with the results.
             if isinstance(array, np.ndarray) and array.flags.writeable:
@@ -48,9 +53,10 @@ def tasks() -> list[Task]:
     for dtype, masked, streamed in itertools.product((np.float32, np.float64), either, either):
         with recording(note), use(cache_bytes=0 if streamed else None, stream_from=0):
             _call_layers(dtype, masked)
-    todo = [Task(name, list(signatures)) for (name, _), signatures in found.items()]
-    # The longest first, so that all processes end at about the same time.
-    return sorted(todo, key=_length, reverse=True)
+    todo = [Task(name, list(signatures)) for (name, _), signatures in signatures_of.items()]
+    # Those of both types of x by turns, the longest first, then those that are the same for both.
+    n_types = collections.Counter(task.kernel for task in todo)
+    return sorted(todo, key=lambda task: (-n_types[task.kernel], -_length(task), task.kernel))
 
 
 def _call_layers(dtype: Any, masked: bool) -> None:
@@ -81,10 +87,16 @@ def _length(task: Task) -> int:
 def warmup() -> int:
     """Compile everything, show how far it is, and return how many kernels there are."""
     todo = tasks()
-    # Numba compiles in one thread at a time, hence processes; not forked, as threads may run.
     n_processes = min(numba.config.NUMBA_DEFAULT_NUM_THREADS, len(todo))
-    with ProcessPoolExecutor(n_processes, multiprocessing.get_context("spawn")) as pool:
-        futures = [pool.submit(task.compile) for task in todo]
+    # Numba compiles in one thread at a time, hence processes; not forked, as threads may run. Each
+    # takes the tasks of one type of x: what several kernels call it then compiles once.
+    spawn = multiprocessing.get_context("spawn")
+    with contextlib.ExitStack() as stack:
+        pools = [stack.enter_context(ProcessPoolExecutor(1, spawn)) for _ in range(n_processes)]
+        futures = [
+            pool.submit(task.compile)
+            for pool, task in zip(itertools.cycle(pools), todo, strict=False)
+        ]
         for future in _progress(as_completed(futures), len(todo)):
             future.result()
     return len(todo)

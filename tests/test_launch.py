@@ -3,12 +3,15 @@
 import gc
 import sys
 
+import numba
 import numpy as np
 import pytest
+from children import run
 from numba import njit
 
 from numbanorm.numba_ext import cache, jit, launch
 from numbanorm.numba_ext import threads as numba_threads
+from numbanorm.numba_ext.lines import allocate, release
 
 
 @njit(**jit.FLAGS)
@@ -29,24 +32,74 @@ def test_each_task_is_done_once(n_tasks, n_threads):
     if n_threads is None:
         threads = launch.SERIAL
     else:
-        threads = launch.in_threads(numba_threads._address_of_launch(), n_threads)
+        threads = in_threads(n_threads)
     fill(threads, None, 2.0, x, (1, 0.5), True, done, times)
     np.testing.assert_array_equal(times, 1)
     np.testing.assert_allclose(done, x[:, 1:].sum(1) * 2 + 0.5, atol=1e-12)
 
 
 @njit(**jit.FLAGS)
-def fail(threads, done):
+def fail(threads, bad, n, done):
     begin, end = launch.thread_range(threads, done.shape[0])
     for task in range(begin, end):
-        if task == 3:
-            raise ValueError("task 3")
-        done[task] = 1
+        if bad[task]:
+            raise ValueError("a bad task")
+        row = allocate(None, n[task], done.dtype)
+        row[0] = done[task] + 1
+        done[task] = row[0]
+        release((row,))
 
 
-def test_exception():
-    with pytest.raises(ValueError, match="task 3"):
-        fail(launch.SERIAL, np.zeros(10))
+def in_threads(n):
+    return launch.in_threads(numba_threads.address_of_launch(), n)
+
+
+@pytest.mark.parametrize("n_threads", [None, 1, 2, 3, 8])
+@pytest.mark.parametrize("kind", [ValueError, MemoryError])
+@pytest.mark.parametrize("tasks", [[3], [0], [9], [1, 4, 8], list(range(10))], ids=str)
+def test_exception(tasks, kind, n_threads):
+    threads = launch.SERIAL if n_threads is None else in_threads(n_threads)
+    good, bad = np.zeros(10, np.bool_), np.zeros(10, np.bool_)
+    few, n = np.ones(10, np.int64), np.ones(10, np.int64)
+    done = np.zeros(10)
+    if kind is ValueError:
+        bad[tasks] = True
+    else:
+        n[tasks] = 1 << 58
+    arrays = good, bad, few, n, done
+    before = [sys.getrefcount(array) for array in arrays]
+    message = {ValueError: "a bad task", MemoryError: "no memory for a kernel"}[kind]
+    for _ in range(3):
+        with pytest.raises(kind, match=message) as raised:
+            fail(threads, bad, n, done)
+        assert type(raised.value) is kind
+        del raised
+        assert (done[tasks] == 0).all()
+        assert (done[: tasks[0]] > 0).all() or n_threads not in (None, 1)
+        # The next call is as if there had been none.
+        done[:] = 0
+        fail(threads, good, few, done)
+        np.testing.assert_array_equal(done, 1)
+        done[:] = 0
+    assert [sys.getrefcount(array) for array in arrays] == before
+
+
+@pytest.mark.parametrize("layer", ["tbb", "omp", "workqueue"])
+def test_exception_on_each_threading_layer(layer):
+    # A process has one.
+    if run(raise_in_threads, NUMBA_THREADING_LAYER=layer) == "cannot be loaded\n":
+        assert layer != "workqueue"
+        pytest.skip(f"Numba cannot load {layer}")
+
+
+def raise_in_threads():
+    try:
+        numba.get_num_threads()
+    except ValueError:
+        print("cannot be loaded")
+        return
+    for kind in (ValueError, MemoryError):
+        test_exception([3], kind, 4)
 
 
 @pytest.mark.parametrize("enabled", [True, False])
@@ -80,7 +133,7 @@ def test_arguments_are_owned_as_before():
     before = sys.getrefcount(x), sys.getrefcount(kept)
     for _ in range(100):
         keep(launch.SERIAL, x, kept)
-        keep(launch.in_threads(numba_threads._address_of_launch(), 2), x, kept)
+        keep(in_threads(2), x, kept)
     assert (sys.getrefcount(x), sys.getrefcount(kept)) == before
     np.testing.assert_array_equal(kept, x)
 

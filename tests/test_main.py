@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from unittest import mock
 
@@ -20,6 +21,7 @@ from numbanorm import warmup
 from numbanorm.__main__ import main
 from numbanorm.numba_ext import cache
 from numbanorm.numba_ext.jit import KERNELS
+from numbanorm.numba_ext.threads import recording
 from numbanorm.tuning import use
 
 
@@ -101,7 +103,7 @@ def file_names():
     for name, signatures in warmup.tasks():
         kernel = KERNELS[name]
         for signature in signatures:
-            names.add(kernel._cache._file_name(signature, kernel.targetctx.codegen()))
+            names.add(kernel._cache.file_name(signature, kernel.targetctx))
     return names
 
 
@@ -127,6 +129,16 @@ def warm_up_a_few():
         sys.argv = ["python -m numbanorm", "warmup"]
         assert main() == 0
         print(json.dumps(sorted(file_names())))
+
+
+def test_other_threads_go_on_while_calls_are_recorded():
+    x, recorded = np.arange(6.0).reshape(2, 3), []
+    with recording(lambda *args: recorded.append(args)), ThreadPoolExecutor() as pool:
+        mean = pool.submit(nn.moments, x, 1).result().mean
+        assert recorded == []
+        nn.moments(x, 1)
+        assert recorded != []
+    np.testing.assert_array_equal(mean, [1, 4])
 
 
 def test_nothing_is_left_to_compile(warm):

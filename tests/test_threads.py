@@ -15,7 +15,7 @@ COUNTS = sorted({1, 2, 3, 4, MOST} & set(range(1, MOST + 1)))
 # Enough for every chunk and every thread to have something to do, and nothing even.
 BIG = {
     "BatchNorm2d": (9, 4, 57, 61),
-    "BatchNorm2d-live": (301, 4, 9, 11),
+    "BatchNorm2d-untracked": (301, 4, 9, 11),
     "BatchNorm2d-last": (21, 57, 61, 4),
     "BatchNorm1d": (20011, 5),
     "BatchNorm1d-ncl": (2, 3, 40009),

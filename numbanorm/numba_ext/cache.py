@@ -2,7 +2,7 @@
 
 Numba's own cache keeps an index for each function. Two processes that fill one at once can mix up
 its entries; a damaged file, a full disk or a folder that cannot be written to raises. Here the
-name of a file says what it is for, and a checksum says that it is whole and of this source. What
+name of a file says what it is for and of which source, and a checksum says that it is whole. What
 cannot be read is compiled; what cannot be written is compiled again by the next process.
 """
 
@@ -10,38 +10,29 @@ import contextlib
 import functools
 import gc
 import hashlib
+import inspect
+import opcode
 import os
-import pickle
 import signal
 import sys
 import tempfile
 import threading
+import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from types import CodeType
 from typing import Any, TypeVar
 
 import numba
-from numba.core.codegen import JITCodeLibrary
-from numba.core.compiler import Compiler, CompileResult
-from numba.core.serialize import dumps
-from numba.core.sigutils import normalize_signature
-from numba.misc.appdirs import AppDirs
+
+from numbanorm.numba_ext import private
 
 # What Numba compiles differently, see its reference of environment variables.
 _SETTINGS = ("BOUNDSCHECK", "DEBUGINFO_DEFAULT", "LOOP_VECTORIZE", "OPT", "SLP_VECTORIZE")
-
-try:
-    # Read while it is imported, and not again: it may be edited while the process runs.
-    _SOURCE = b"".join(
-        file.read_bytes()
-        for folder in ("kernels", "numba_ext", "")
-        for file in sorted((Path(__file__).parents[1] / folder).glob("*.py"))
-        if folder or file.stem == "tuning"
-    )
-except OSError:
-    # Nothing says which source a file is of, so that none must fit.
-    _SOURCE = os.urandom(32)
+# Seconds after which a file of another source makes room: there may be several copies of the
+# library that share a folder, each with files of its own.
+_OLD = 30 * 86400
 
 _has_warned = False
 
@@ -55,47 +46,21 @@ def cached_njit(**flags: Any) -> Callable[[Callable[..., Any]], Any]:
         kernel = numba.njit(**flags)(function)
         if kernel is function:  # NUMBA_DISABLE_JIT is set
             return kernel
-        # As numba.njit(cache=True) does, with a cache of its own.
-        kernel._cache = KernelCache(function.__qualname__)
+        if not hasattr(kernel, "_cache"):
+            private.lose("disk", "numba.core.dispatcher.Dispatcher._cache is missing")
+        if private.has("disk"):
+            # As numba.njit(cache=True) does, with a cache of its own.
+            kernel._cache = KernelCache(function)
         kernel.compile = uninterrupted(_uncollected(kernel.compile))
         return kernel
 
     return compiled
 
 
-class _InlinedLibrary(JITCodeLibrary):
-    """The code of a function that is only linked into others, and is compiled with them.
-
-    Numba would make machine code of it that nobody calls. It is optimised all the same before it is
-    linked: kernels with short rows take a twentieth longer else.
-    """
-
-    def _finalize_final_module(self) -> None:
-        self._finalized = True
-
-    @property
-    def codegen(self) -> Any:
-        """What keeps the environments of functions that Python calls: this is none."""
-        return self
-
-    def set_env(self, name: str, environment: Any) -> None:
-        """Do nothing."""
-
-
-class InlinedCompiler(Compiler):
-    """Compiles what only kernels call: ``pipeline_class`` of ``numba.njit``."""
-
-    def __init__(self, typing_context: Any, target_context: Any, library: Any, *rest: Any) -> None:
-        if library is None:
-            library = _InlinedLibrary(target_context.codegen(), "inlined")
-            library.enable_object_caching()
-        super().__init__(typing_context, target_context, library, *rest)
-
-
 def _uncollected(function: Callable[..., T]) -> Callable[..., T]:
     """Return a function during which Python looks for no garbage.
 
-    Numba makes so many objects, which live on, that a tenth of the time went into that.
+    Numba makes many objects that live on: looking for garbage took 10 % of the compile time.
     """
 
     @functools.wraps(function)
@@ -138,13 +103,18 @@ def uninterrupted(function: Callable[..., T]) -> Callable[..., T]:
 def folders() -> list[Path]:
     """Return where compiled kernels are looked for, and written to the first that takes them."""
     package = Path(__file__).resolve().parents[1]
-    # Several copies of the library may share a folder.
-    name = f"{package.name}-{hashlib.sha256(os.fsencode(package)).hexdigest()[:16]}"
     if numba.config.CACHE_DIR:
-        return [Path(numba.config.CACHE_DIR, name)]
-    user = Path(AppDirs("numba", False).user_cache_dir, name)
+        return [Path(numba.config.CACHE_DIR, package.name)]
     # Without a home, the path starts with a tilde.
-    return [package / "__pycache__", *([user] if user.is_absolute() else [])]
+    return [package / "__pycache__", *(f for f in [_user_folder(package.name)] if f.is_absolute())]
+
+
+def _user_folder(name: str) -> Path:
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA") or "~", name, "Cache")
+    if sys.platform == "darwin":
+        return Path("~/Library/Caches", name).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", name).expanduser()
 
 
 def is_writable(folder: Path) -> bool:
@@ -157,11 +127,99 @@ def is_writable(folder: Path) -> bool:
     return True
 
 
+# -- What a kernel is compiled from --------------------------------------------------------------
+
+
+def _digest_of_source(module: str) -> bytes:
+    """Return a digest of a module and of all that it imports of the package.
+
+    It is that of the code as it is imported: comments and docstrings are not part of it.
+    """
+    digests: dict[str, bytes] = {}
+    todo = [module]
+    while todo:
+        name = todo.pop()
+        if name not in digests:
+            digests[name], imports = _code_of_module(name)
+            todo += imports
+    content = b"".join(name.encode() + digest for name, digest in sorted(digests.items()))
+    return hashlib.sha256(content).digest()
+
+
+@functools.cache
+def _code_of_module(name: str) -> tuple[bytes, list[str]]:
+    """Return a digest of a module's own code, and what it imports of its package."""
+    try:
+        # A module may be there as source, compiled, in a zip file, ...
+        module: Any = sys.modules[name]
+        code = module.__spec__.loader.get_code(name)
+    except (AttributeError, ImportError, OSError, SyntaxError):
+        code = None
+    if code is None:
+        # Nothing says which source a kernel is of, so that no file must fit.
+        return os.urandom(32), []
+    package = name.partition(".")[0]
+    names = set(_names_of(code))
+    modules = {other for other in names if other.partition(".")[0] == package} - {package}
+    # from a import b: b may be a module of a.
+    inner = {f"{a}.{b}" for a in {package, *modules} & names for b in names}
+    imports = [other for other in modules | inner if other in sys.modules]
+    return hashlib.sha256(repr(_meaning(code)).encode()).digest(), imports
+
+
+def _codes(code: CodeType) -> Iterable[CodeType]:
+    return (value for value in code.co_consts if isinstance(value, CodeType))
+
+
+def _names_of(code: CodeType) -> Iterable[str]:
+    yield from code.co_names
+    for inner in _codes(code):
+        yield from _names_of(inner)
+
+
+def _meaning(code: CodeType) -> Any:
+    """Return what code does, whatever its lines and docstrings are."""
+    constants, instructions = list(code.co_consts), bytearray(code.co_code)
+    if code.co_flags & inspect.CO_OPTIMIZED:
+        # The docstring of a function is the first constant.
+        if constants and isinstance(constants[0], str) and not code.co_name.startswith("<"):
+            constants[0] = None
+    else:
+        # Those of modules and classes are stored, and so is a line number from Python 3.13 on.
+        for name in {"__doc__", "__firstlineno__"} & set(code.co_names):
+            store = bytes([opcode.opmap["STORE_NAME"], code.co_names.index(name)])
+            places = range(2, len(instructions), 2)
+            at = next((k for k in places if instructions[k : k + 2] == store), None)
+            if at is not None:
+                if instructions[at - 2] == opcode.opmap["LOAD_CONST"]:
+                    constants[instructions[at - 1]] = None
+                instructions[at - 1] = 0
+    return (
+        code.co_name, code.co_flags, code.co_argcount, code.co_posonlyargcount,
+        code.co_kwonlyargcount, bytes(instructions), code.co_exceptiontable, code.co_names,
+        code.co_varnames, code.co_freevars, code.co_cellvars, [_constant(c) for c in constants],
+    )  # fmt: skip
+
+
+def _constant(value: Any) -> Any:
+    if isinstance(value, CodeType):
+        return _meaning(value)
+    if isinstance(value, tuple):
+        return tuple(map(_constant, value))
+    # The order of a set changes from process to process.
+    return sorted(map(repr, value)) if isinstance(value, frozenset) else value
+
+
+# -- Files ---------------------------------------------------------------------------------------
+
+
 class KernelCache:
     """What Numba asks of a cache, for one kernel."""
 
-    def __init__(self, kernel: str) -> None:
-        self._kernel = kernel
+    def __init__(self, function: Any) -> None:
+        self._kernel = function.__qualname__
+        # Now, and not once a file is needed: the source may be edited while the process runs.
+        self._source = _digest_of_source(function.__module__)
 
     @property
     def cache_path(self) -> str:
@@ -170,31 +228,49 @@ class KernelCache:
 
     def load_overload(self, signature: Any, target_context: Any) -> Any:
         """Return the compiled kernel for this signature, or None."""
-        target_context.refresh()
-        content = _read(self._file_name(signature, target_context.codegen()))
-        if content is None:
+        if not private.has("disk"):
             return None
-        return CompileResult._rebuild(target_context, *pickle.loads(content))
+        try:
+            content = _read(self.file_name(signature, target_context))
+            if content is not None:
+                return private.unpack_compiled(target_context, content)
+        except Exception as error:
+            private.lose("disk", repr(error))
+            return None
+        lost = private.lost()
+        private.run_self_tests()
+        if private.lost() == lost:
+            return None
+        return self.load_overload(signature, target_context)
 
     def save_overload(self, signature: Any, compiled: Any) -> None:
         """Keep a compiled kernel, unless addresses of this process are part of it."""
-        if not compiled.library.has_dynamic_globals:
-            name = self._file_name(signature, compiled.codegen)
-            _write(name, dumps(compiled._reduce()))
+        if not private.has("disk"):
+            return
+        try:
+            content = private.pack_compiled(compiled)
+            name = self.file_name(signature, compiled.target_context)
+        except Exception as error:
+            private.lose("disk", repr(error))
+            return
+        if content is not None:
+            _write(name, content)
 
     def flush(self) -> None:
-        """Do nothing; files of another source count as damaged."""
+        """Do nothing."""
 
-    def _file_name(self, signature: Any, codegen: Any) -> str:
-        types, _ = normalize_signature(signature)
+    def file_name(self, signature: Any, target_context: Any) -> str:
+        """Return the name of the file for this signature."""
+        types = getattr(signature, "args", signature)
         settings = [getattr(numba.config, name, None) for name in _SETTINGS]
-        machine = codegen.magic_tuple(), sys.implementation.cache_tag, numba.__version__
-        key = repr((self._kernel, types, settings, machine))
-        return f"{self._kernel}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.nbc"
+        versions = sys.implementation.cache_tag, numba.__version__, private.lost()
+        key = repr((self._kernel, types, settings, private.machine(target_context), versions))
+        digest = hashlib.sha256(key.encode()).hexdigest()[:16]
+        return f"{self._kernel}-{digest}-{self._source.hex()[:16]}.nbc"
 
 
 def _checksum(content: bytes) -> bytes:
-    return hashlib.sha256(_SOURCE + content).digest()
+    return hashlib.sha256(content).digest()
 
 
 def _read(name: str) -> bytes | None:
@@ -216,6 +292,7 @@ def _write(name: str, content: bytes) -> None:
             folder.mkdir(parents=True, exist_ok=True)
             unfinished.write_bytes(_checksum(content) + content)
             unfinished.replace(folder / name)
+            _make_room(folder, name)
             return
         except OSError as error:
             problems.append(f"{folder}: {error.strerror}")
@@ -231,3 +308,11 @@ def _write(name: str, content: bytes) -> None:
             RuntimeWarning,
             stacklevel=2,
         )
+
+
+def _make_room(folder: Path, name: str) -> None:
+    """Remove old files of the same kernel, of another source."""
+    for file in folder.glob(f"{name.rpartition('-')[0]}-*.nbc"):
+        with contextlib.suppress(OSError):
+            if file.name != name and file.stat().st_mtime < time.time() - _OLD:
+                file.unlink()

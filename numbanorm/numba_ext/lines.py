@@ -1,10 +1,10 @@
-"""Lines of memory: rows that begin where a line does, and stores of whole lines around the caches.
+"""Lines of memory: rows that begin where a line does, and streaming (non-temporal) stores.
 
 A vector that is in two lines takes twice as long to load or to store.
 
 An ordinary store first reads the line that it writes to, so that writing takes twice the traffic
-of reading, and drives out what is still needed. A non-temporal store of a whole line does neither:
-that is how to write y where a cache cannot hold x and y together.
+of reading, and evicts what is still needed from the caches. A streaming store of a whole line does
+neither: that is how to write y where a cache cannot hold x and y together.
 """
 
 from typing import Any
@@ -13,11 +13,10 @@ import numba
 import numpy as np
 from llvmlite import ir
 from numba import types
-from numba.core import cgutils
-from numba.core.typing.npydecl import parse_dtype
 from numba.extending import intrinsic
 
-from numbanorm.numba_ext.views import address_of, field, is_none, make_view
+from numbanorm.numba_ext.private import declare, unpack
+from numbanorm.numba_ext.views import address_of, field, is_none, make_view, size_of
 
 # Bytes of a line.
 LINE = 64
@@ -38,16 +37,15 @@ def line_size(typing_context: Any, array: Any) -> Any:
 def allocate(typing_context: Any, n_rows: Any, n: Any, dtype: Any) -> Any:
     """Return memory until it is released: rows, (n_rows, n or some more), or (n,) if that is None.
 
-    They begin where lines do. What is to be released stands where other arrays have an owner, to
-    which Numba would count references, but not in kernels.
+    They begin where lines do. ``parent``, the Python object of other arrays, is what to release.
     """
-    element = parse_dtype(dtype)
+    element = dtype.dtype
     one_row = is_none(n_rows)
     rows = types.Array(element, 1 if one_row else 2, "C")
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         n_rows, n, _ = args
-        size = context.get_abi_sizeof(context.get_data_type(element))
+        size = size_of(element)
 
         def number(value: int) -> Any:
             return ir.Constant(n.type, value)
@@ -55,14 +53,12 @@ def allocate(typing_context: Any, n_rows: Any, n: Any, dtype: Any) -> Any:
         in_line = LINE // size
         n_lines = builder.udiv(builder.add(n, number(in_line - 1)), number(in_line))
         n_all = n_lines if one_row else builder.mul(n_rows, n_lines)
-        # What comes may begin anywhere in a line.
+        # A line more, as malloc's memory may begin anywhere in one.
         n_bytes = builder.mul(builder.add(n_all, number(1)), number(LINE))
         byte = ir.IntType(8).as_pointer()
-        function = cgutils.get_or_insert_function(
-            builder.module, ir.FunctionType(byte, [n.type]), "NRT_Allocate"
-        )
-        owner = builder.call(function, [n_bytes])
-        with builder.if_then(cgutils.is_null(builder, owner), likely=False):
+        owner = builder.call(declare(builder, "PyMem_RawMalloc", byte, n.type), [n_bytes])
+        missing = builder.icmp_unsigned("==", owner, ir.Constant(byte, None))
+        with builder.if_then(missing, likely=False):
             context.call_conv.return_user_exc(builder, MemoryError, ("no memory for a kernel",))
         first = builder.add(builder.ptrtoint(owner, n.type), number(LINE - 1))
         pointer = context.get_data_type(element).as_pointer()
@@ -72,7 +68,7 @@ def allocate(typing_context: Any, n_rows: Any, n: Any, dtype: Any) -> Any:
             width = builder.mul(n_lines, number(in_line))
             shape, strides = [n_rows, width], [builder.mul(width, number(size)), number(size)]
         view = make_view(context, builder, rows, data, shape, strides, number(size))
-        return context.data_model_manager[rows].set(builder, view, owner, "meminfo")
+        return context.data_model_manager[rows].set(builder, view, owner, "parent")
 
     return rows(types.none if one_row else types.intp, types.intp, dtype), generate
 
@@ -83,12 +79,10 @@ def release(typing_context: Any, arrays: Any) -> Any:
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         byte = ir.IntType(8).as_pointer()
-        function = cgutils.get_or_insert_function(
-            builder.module, ir.FunctionType(ir.VoidType(), [byte]), "NRT_Free"
-        )
-        values = cgutils.unpack_tuple(builder, args[0], len(arrays))
+        function = declare(builder, "PyMem_RawFree", ir.VoidType(), byte)
+        values = unpack(builder, args[0], len(arrays))
         for array_type, array in zip(arrays, values, strict=True):
-            builder.call(function, [field(context, builder, array_type, array, "meminfo")])
+            builder.call(function, [field(context, builder, array_type, array, "parent")])
         return context.get_dummy_value()
 
     return types.none(arrays), generate
@@ -108,28 +102,24 @@ def to_next_line(typing_context: Any, array: Any, i: Any) -> Any:
 
 
 @intrinsic
-def store_line(typing_context: Any, target: Any, i: Any, source: Any, j: Any) -> Any:
-    """Copy a line from source[j] to target[i], which is where a line of memory begins."""
+def stream(typing_context: Any, vector: Any, target: Any, i: Any) -> Any:
+    """Store a whole vector to target[i], where a line begins, by a streaming store."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        element = context.get_value_type(target.dtype)
-        line = ir.VectorType(element, LINE * 8 // target.dtype.bitwidth).as_pointer()
-        places = []
-        for array_type, array, index in ((source, args[2], args[3]), (target, args[0], args[1])):
-            place = address_of(context, builder, array_type, array, index)
-            places.append(builder.bitcast(place, line))
-        values = builder.load(places[0], align=target.dtype.bitwidth // 8)
-        store = builder.store(values, places[1], align=LINE)
+        values, array, index = args
+        place = address_of(context, builder, target, array, index)
+        place = builder.bitcast(place, values.type.as_pointer())
+        store = builder.store(values, place, align=LINE)
         one = ir.Constant(ir.IntType(32), 1)
         store.set_metadata("nontemporal", builder.module.add_metadata([one]))
         return context.get_dummy_value()
 
-    return types.void(target, types.intp, source, types.intp), generate
+    return types.void(vector, target, types.intp), generate
 
 
 @intrinsic
 def fence(typing_context: Any) -> Any:
-    """Have other threads see what was stored: non-temporal stores wait for nobody."""
+    """Have other threads see what was stored: streaming stores are not in order with others."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         builder.fence("seq_cst")
@@ -159,10 +149,9 @@ if numba.config.DISABLE_JIT:
         """Return how many elements there are from array[i] to where a line begins."""
         return int(-(array.ctypes.data // array.itemsize + i) % line_size(array))
 
-    def store_line(target: Any, i: int, source: Any, j: int) -> None:
-        """Copy a line from source[j] to target[i]."""
-        n = LINE // target.itemsize
-        target[i : i + n] = source[j : j + n]
+    def stream(vector: Any, target: Any, i: int) -> None:
+        """Store a vector to target[i]."""
+        target[i : i + len(vector)] = vector
 
     def fence() -> None:
         """Do nothing: there is one thread."""

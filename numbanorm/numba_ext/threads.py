@@ -14,15 +14,15 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numba
-from numba.core.compiler_lock import global_compiler_lock
-from numba.np.ufunc import parallel as numba_threads
 
+from numbanorm.numba_ext import private
 from numbanorm.numba_ext.cache import uninterrupted
-from numbanorm.numba_ext.launch import SERIAL, in_threads, launch
+from numbanorm.numba_ext.launch import SERIAL, in_threads, launch, one_share
 from numbanorm.tuning import tuning
 
 _num_threads: int | None = 1 if numba.config.NUMBA_NUM_THREADS == 1 else None
@@ -37,40 +37,41 @@ _started = False
 class _PythonThread(threading.local):
     # What thread_count() says in this Python thread.
     num_threads: int | None = None
+    # What is told of each call of a kernel instead of calling it, see recording().
+    recorder: Callable[..., None] | None = None
 
 
-_here = _PythonThread()
-
-
-# What is told of each call of a kernel instead of calling it, see recording().
-_recorder: Callable[..., None] | None = None
+_per_thread = _PythonThread()
+# Those of all threads: a list is asked faster than what a thread has for its own.
+_recorders: list[Callable[..., None]] = []
 
 
 @contextlib.contextmanager
 def recording(note: Callable[..., None]) -> Iterator[None]:
-    """Call no kernel: call ``note`` with the kernel and all of its arguments instead."""
-    global _recorder
-    _recorder = note
+    """Call no kernel in this Python thread: ``note`` is called with each and its arguments."""
+    _per_thread.recorder = note
+    _recorders.append(note)
     try:
         yield
     finally:
-        _recorder = None
+        _recorders.remove(note)
+        _per_thread.recorder = None
 
 
 def call(kernel: Any, *args: object) -> Any:
     """Call a kernel that has no tasks to share out."""
-    if _recorder is not None:
-        return _recorder(kernel, *args)
+    if _recorders and _per_thread.recorder is not None:
+        return _per_thread.recorder(kernel, *args)
     return kernel(*args)
 
 
 def run(kernel: Any, size: int, *args: object) -> None:
     """Call a kernel, on several threads if its ``size`` elements are worth it."""
     global _only_user, _started
-    if _recorder is not None:
-        _recorder(kernel, SERIAL, *args)
+    if _recorders and _per_thread.recorder is not None:
+        _per_thread.recorder(kernel, SERIAL, *args)
         return
-    n = 1 if size < tuning().parallel_from else _here.num_threads or _num_threads
+    n = 1 if size < tuning().parallel_from else _per_thread.num_threads or _num_threads
     if n == 1 or _lost_threads or numba.config.DISABLE_JIT:
         kernel(SERIAL, *args)
         return
@@ -85,23 +86,36 @@ def run(kernel: Any, size: int, *args: object) -> None:
             _only_user = None
         # Numba keeps one count per Python thread; the caller's is left as it was. A Ctrl-C in
         # numba.get_num_threads() would leave a lock behind that all other threads wait for.
-        before = numba_threads._get_num_threads()
+        count = _thread_count()
+        before = count.get()
         n = n or before
         if n != before:
-            numba_threads._set_num_threads(n)
+            count.set(n)
         try:
-            kernel(in_threads(_address_of_launch(), n), *args)
+            if private.has("launch"):
+                kernel(in_threads(address_of_launch(), n), *args)
+            else:
+                _run_in_python_threads(kernel, n, args)
         finally:
             if n != before:
-                numba_threads._set_num_threads(before)
+                count.set(before)
+
+
+def _run_in_python_threads(kernel: Any, n: int, args: Any) -> None:
+    with ThreadPoolExecutor(n) as pool:
+        for share in [pool.submit(kernel, one_share(i, n), *args) for i in range(n)]:
+            share.result()
 
 
 @functools.cache
-def _address_of_launch() -> int:
-    signature = (numba.intp,) * 3
-    launch.compile(signature)
-    compiled = launch.overloads[signature]
-    return int(compiled.library.get_pointer_to_function(compiled.fndesc.llvm_func_name))
+def address_of_launch() -> int:
+    """Return where the machine code of ``launch`` begins."""
+    return private.address_of_compiled(launch, private.THREE)
+
+
+@functools.cache
+def _thread_count() -> private.ThreadCount:
+    return private.ThreadCount()
 
 
 class thread_count:
@@ -111,10 +125,12 @@ class thread_count:
         self.n = min(n, numba.config.NUMBA_NUM_THREADS)
 
     def __enter__(self) -> None:
-        self.before, _here.num_threads = _here.num_threads, self.n
+        """Begin."""
+        self.before, _per_thread.num_threads = _per_thread.num_threads, self.n
 
     def __exit__(self, *_: object) -> None:
-        _here.num_threads = self.before
+        """Have the count as before."""
+        _per_thread.num_threads = self.before
 
 
 def set_num_threads(n: int) -> None:
@@ -171,7 +187,7 @@ def get_num_threads() -> int:
         return _num_threads
     if threading_layer() is None:
         return int(numba.config.NUMBA_NUM_THREADS)
-    return int(numba_threads._get_num_threads())
+    return int(_thread_count().get())
 
 
 def threading_layer() -> str | None:
@@ -209,7 +225,12 @@ def prefer_openmp() -> None:
 
 
 # A thread that compiles or starts Numba's threads has locks that nobody would release in a child.
-_fork_locks = _lock, global_compiler_lock
+_fork_locks: list[Any] = [lock for lock in (_lock, private.compiler_lock()) if lock is not None]
+
+
+def hold_while_forking(lock: threading.Lock) -> None:
+    """Have no thread hold a lock while the process forks: nobody would release it in a child."""
+    _fork_locks.append(lock)
 
 
 def _before_fork() -> None:

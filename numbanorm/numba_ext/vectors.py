@@ -7,8 +7,8 @@ loop several times over for that, and takes long to do so. Here a loop says what
   stored for each row, which takes longer than to read x from a cache; and a load waits for an
   earlier store whose address may be the same, of which a core compares the last 12 bits: how long
   is a matter of where the arrays happen to lie.
-- It can ask for memory ahead of what it calculates with. Left alone, a core sometimes sees a
-  pattern in what it reads, and sometimes not, which takes twice to three times as long.
+- It can prefetch. The hardware's own prefetcher sometimes sees a pattern in what is read, and
+  sometimes not, which takes two to three times as long.
 """
 
 import operator
@@ -18,12 +18,11 @@ import numba
 import numpy as np
 from llvmlite import ir
 from numba import types
-from numba.core import cgutils
-from numba.core.typing.templates import AbstractTemplate, infer_global, signature
-from numba.extending import intrinsic, lower_builtin, models, register_model
+from numba.extending import intrinsic, lower_builtin, models, register_model, type_callable
 
 from numbanorm.numba_ext.lines import LINE
-from numbanorm.numba_ext.views import address_of, is_none, no_value
+from numbanorm.numba_ext.private import declare
+from numbanorm.numba_ext.views import address_of, is_none, no_value, size_of
 from numbanorm.tuning import LANES
 
 
@@ -45,16 +44,17 @@ class _VectorModel(models.PrimitiveModel):
         super().__init__(data_model_manager, vector, ir.VectorType(element, LANES))
 
 
-def _define(function: Any, takes: Any, generate: Any, found: Any = None) -> None:
-    """Let two vectors have an operator, for elements of some types; it may make others."""
+def _define(function: Any, takes: Any, generate: Any, result: Any = None) -> None:
+    """Define an operator of two vectors, for elements of some types; it may make another type."""
 
-    @infer_global(function)
-    class _Typing(AbstractTemplate):
-        def generic(self, args: Any, kws: Any) -> Any:
-            if len(args) == 2 and isinstance(args[0], Vector) and args[0] == args[1]:
-                if isinstance(args[0].dtype, takes):
-                    return signature(args[0] if found is None else Vector(found), *args)
+    @type_callable(function)
+    def find_type(context: Any) -> Any:
+        def find(a: Any, b: Any) -> Any:
+            if isinstance(a, Vector) and a == b and isinstance(a.dtype, takes):
+                return a if result is None else Vector(result)
             return None
+
+        return find
 
     @lower_builtin(function, Vector, Vector)
     def lower(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -76,16 +76,11 @@ _define(
 _define(operator.or_, types.Boolean, lambda builder, a, b: builder.or_(a, b))
 
 
-def _size(dtype: Any) -> int:
-    """Return the bytes of an element in memory."""
-    return 1 if dtype == types.boolean else int(dtype.bitwidth // 8)
-
-
 def _splat(builder: Any, value: Any) -> Any:
-    nothing = ir.Constant(ir.VectorType(value.type, LANES), ir.Undefined)
-    first = builder.insert_element(nothing, value, ir.IntType(32)(0))
+    undefined = ir.Constant(ir.VectorType(value.type, LANES), ir.Undefined)
+    first = builder.insert_element(undefined, value, ir.IntType(32)(0))
     return builder.shuffle_vector(
-        first, nothing, ir.Constant(ir.VectorType(ir.IntType(32), LANES), None)
+        first, undefined, ir.Constant(ir.VectorType(ir.IntType(32), LANES), None)
     )
 
 
@@ -104,17 +99,15 @@ def _first(builder: Any, n: Any) -> Any:
 def _masked(builder: Any, name: str, dtype: Any, result: Any, *args: Any) -> Any:
     """Call llvm.masked.load or store."""
     suffix = f"v{LANES}{'i8' if dtype == types.boolean else f'f{dtype.bitwidth}'}"
-    function = cgutils.get_or_insert_function(
-        builder.module,
-        ir.FunctionType(result, [arg.type for arg in args]),
-        f"llvm.masked.{name}.{suffix}.p0{suffix}",
+    function = declare(
+        builder, f"llvm.masked.{name}.{suffix}.p0{suffix}", result, *(arg.type for arg in args)
     )
     return builder.call(function, args)
 
 
 @intrinsic
 def load(typing_context: Any, array: Any, i: Any, n: Any) -> Any:
-    """Return the elements from array[i] on: all, or if n is not None its first n, and 0.
+    """Return a vector from array[i] on; if n is not None, its first n elements and zeros.
 
     Of a number it is a vector of that, and None of None.
     """
@@ -129,7 +122,7 @@ def load(typing_context: Any, array: Any, i: Any, n: Any) -> Any:
         vector = ir.VectorType(context.get_data_type(array.dtype), LANES)
         place = address_of(context, builder, array, array_value, i)
         place = builder.bitcast(place, vector.as_pointer())
-        align = _size(array.dtype)
+        align = size_of(array.dtype)
         if is_none(n):
             values = builder.load(place, align=align)
         else:
@@ -160,15 +153,16 @@ def is_finite(typing_context: Any, vector: Any) -> Any:
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         (values,) = args
-        nothing = builder.fsub(values, values)
-        return builder.fcmp_ordered("ord", nothing, nothing)
+        # 0, or NaN of what is not finite.
+        difference = builder.fsub(values, values)
+        return builder.fcmp_ordered("ord", difference, difference)
 
     return Vector(types.boolean)(vector), generate
 
 
 @intrinsic
 def where(typing_context: Any, condition: Any, a: Any, b: Any) -> Any:
-    """Return the elements of a where a vector of booleans is True, else those of b."""
+    """Return a where a vector of booleans is True, else b, element by element."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.select(*args)
@@ -229,6 +223,21 @@ def narrow(typing_context: Any, vector: Any, array: Any) -> Any:
 
 
 @intrinsic
+def multiply_add(typing_context: Any, a: Any, b: Any, c: Any) -> Any:
+    """Return a * b + c, rounded once where the CPU has an instruction for it: always alike there.
+
+    An operator may be rounded together with another one or not, as the compiler likes.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        vector = args[0].type
+        name = f"llvm.fmuladd.v{LANES}f{a.dtype.bitwidth}"
+        return builder.call(declare(builder, name, vector, *[vector] * 3), args)
+
+    return a(a, a, a), generate
+
+
+@intrinsic
 def store(typing_context: Any, vector: Any, array: Any, i: Any, n: Any) -> Any:
     """Write a vector to array[i] and after it: all of it, or if n is not None its first n."""
 
@@ -236,7 +245,7 @@ def store(typing_context: Any, vector: Any, array: Any, i: Any, n: Any) -> Any:
         values, array_value, i, n_value = args
         place = address_of(context, builder, array, array_value, i)
         place = builder.bitcast(place, values.type.as_pointer())
-        align = _size(array.dtype)
+        align = size_of(array.dtype)
         if is_none(n):
             builder.store(values, place, align=align)
         else:
@@ -251,12 +260,12 @@ def store(typing_context: Any, vector: Any, array: Any, i: Any, n: Any) -> Any:
 
 @intrinsic
 def prefetch(typing_context: Any, array: Any, i: Any) -> Any:
-    """Ask memory for a vector at array[i], which may be outside; without an array do nothing."""
+    """Prefetch a vector at array[i], which may be outside; without an array do nothing."""
     if not isinstance(array, types.Array):
         return types.void(array, i), no_value
 
-    # What a core asks for on its own it sometimes asks for too late, where rows are wide or there
-    # are several arrays: as long as half of the time.
+    # The hardware's own prefetcher is at times too late where rows are wide or arrays several: that
+    # costs up to half of the time.
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         byte, word = ir.IntType(8).as_pointer(), ir.IntType(32)
@@ -264,7 +273,7 @@ def prefetch(typing_context: Any, array: Any, i: Any) -> Any:
             "llvm.prefetch", [byte], ir.FunctionType(ir.VoidType(), [byte, word, word, word])
         )
         first = builder.bitcast(address_of(context, builder, array, *args), byte)
-        for k in range(0, LANES * _size(array.dtype), LINE):
+        for k in range(0, LANES * size_of(array.dtype), LINE):
             line = builder.gep(first, [ir.Constant(args[1].type, k)])
             # To read it, into all caches, as data.
             builder.call(prefetch, [line, word(0), word(3), word(1)])
@@ -277,7 +286,7 @@ if numba.config.DISABLE_JIT:
     # Kernels are Python functions then, and vectors arrays.
 
     def load(array: Any, i: int, n: int | None) -> Any:
-        """Return a copy of some elements, and 0; or a vector of a number, or None."""
+        """Return a copy of some elements, and zeros; or a vector of a number, or None."""
         if array is None or np.ndim(array) == 0:
             return None if array is None else np.full(LANES, array)
         vector = np.zeros(LANES, array.dtype)
@@ -297,7 +306,7 @@ if numba.config.DISABLE_JIT:
         return np.isfinite(vector)
 
     def where(condition: Any, a: Any, b: Any) -> Any:
-        """Return some elements of a, and the others of b."""
+        """Return a where the condition is True, else b."""
         return np.where(condition, a, b)
 
     def splat(value: Any) -> Any:
@@ -315,6 +324,10 @@ if numba.config.DISABLE_JIT:
     def narrow(vector: Any, array: Any) -> Any:
         """Return a vector in the type of an array."""
         return vector.astype(array.dtype)
+
+    def multiply_add(a: Any, b: Any, c: Any) -> Any:
+        """Return a * b + c."""
+        return a * b + c
 
     def prefetch(array: Any, i: int) -> None:
         """Do nothing: it is for speed alone."""

@@ -8,8 +8,9 @@ from typing import Any
 import numba
 from llvmlite import ir
 from numba import types
-from numba.core import cgutils
 from numba.extending import intrinsic
+
+from numbanorm.numba_ext.private import pack, unpack
 
 
 def field(context: Any, builder: Any, array_type: Any, array: Any, name: str) -> Any:
@@ -20,6 +21,11 @@ def field(context: Any, builder: Any, array_type: Any, array: Any, name: str) ->
 def address_of(context: Any, builder: Any, array_type: Any, array: Any, i: Any) -> Any:
     """Return the address of the i-th element in memory."""
     return builder.gep(field(context, builder, array_type, array, "data"), [i])
+
+
+def size_of(dtype: Any) -> int:
+    """Return the bytes of an element in memory."""
+    return 1 if dtype == types.boolean else int(dtype.bitwidth // 8)
 
 
 def is_none(value: Any) -> bool:
@@ -44,8 +50,8 @@ def make_view(
         "nitems": n_items,
         "itemsize": itemsize,
         "data": data,
-        "shape": cgutils.pack_array(builder, shape),
-        "strides": cgutils.pack_array(builder, strides),
+        "shape": pack(builder, shape),
+        "strides": pack(builder, strides),
     }
     view = ir.Constant(model.get_value_type(), None)
     for name, value in fields.items():
@@ -57,54 +63,56 @@ def make_view(
 def flat_slice(typing_context: Any, array: Any, i: Any, n: Any) -> Any:
     """Return n elements of an array from the i-th in memory on, (n,); None of None.
 
-    Slices take long to compile.
+    Numba's own slices take long to compile.
     """
     if is_none(array):
         return types.none(array, i, n), no_value
-    seen = types.Array(array.dtype, 1, "C", readonly=not array.mutable)
+    view_type = types.Array(array.dtype, 1, "C", readonly=not array.mutable)
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        whole, i, n = args
-        itemsize = field(context, builder, array, whole, "itemsize")
-        first = address_of(context, builder, array, whole, i)
-        return make_view(context, builder, seen, first, [n], [itemsize], itemsize)
+        array_value, i, n = args
+        itemsize = field(context, builder, array, array_value, "itemsize")
+        first = address_of(context, builder, array, array_value, i)
+        return make_view(context, builder, view_type, first, [n], [itemsize], itemsize)
 
-    return seen(array, types.intp, types.intp), generate
+    return view_type(array, types.intp, types.intp), generate
 
 
 @intrinsic(prefer_literal=True)
 def unstack(typing_context: Any, array: Any, n: Any) -> Any:
     """Return the first n arrays along the first axis of one (n or more, ...).
 
-    ``n`` is a literal; of None each is None. A kernel takes one array for several, as each takes a
-    call some time.
+    ``n`` is a literal; of None each is None. A kernel takes one array for several, as each array
+    argument adds to the time of a call.
     """
-    number = n.literal_value
+    n_arrays = n.literal_value
     if is_none(array):
 
         def generate_nothing(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            return context.make_tuple(builder, signature.return_type, [args[0]] * number)
+            return context.make_tuple(builder, signature.return_type, [args[0]] * n_arrays)
 
-        return types.UniTuple(array, number)(array, n), generate_nothing
-    seen = types.Array(array.dtype, array.ndim - 1, "C", readonly=not array.mutable)
+        return types.UniTuple(array, n_arrays)(array, n), generate_nothing
+    view_type = types.Array(array.dtype, array.ndim - 1, "C", readonly=not array.mutable)
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         data, itemsize, shape, strides = (
             field(context, builder, array, args[0], name)
             for name in ("data", "itemsize", "shape", "strides")
         )
-        shape = cgutils.unpack_tuple(builder, shape, array.ndim)[1:]
-        step, *strides = cgutils.unpack_tuple(builder, strides, array.ndim)
-        places = [
-            cgutils.pointer_add(builder, data, builder.mul(step, step.type(k)))
-            for k in range(number)
-        ]
+        shape = unpack(builder, shape, array.ndim)[1:]
+        step, *strides = unpack(builder, strides, array.ndim)
+        places = []
+        for k in range(n_arrays):
+            first = builder.bitcast(data, ir.IntType(8).as_pointer())
+            place = builder.gep(first, [builder.mul(step, step.type(k))])
+            places.append(builder.bitcast(place, data.type))
         arrays = [
-            make_view(context, builder, seen, place, shape, strides, itemsize) for place in places
+            make_view(context, builder, view_type, place, shape, strides, itemsize)
+            for place in places
         ]
         return context.make_tuple(builder, signature.return_type, arrays)
 
-    return types.UniTuple(seen, number)(array, n), generate
+    return types.UniTuple(view_type, n_arrays)(array, n), generate
 
 
 if numba.config.DISABLE_JIT:

@@ -1,0 +1,358 @@
+"""Every private name of Numba that the library uses, and what is done without it.
+
+A feature that lacks one of its names, or fails its own test, is lost: there is one warning, and a
+slower road is taken. Kernels on disk are kept apart by what their process had lost.
+
+What ``numba.extending`` hands to an intrinsic (``context``, ``builder``) is Numba's interface for
+extensions, and LLVM's instructions are llvmlite's: those are used elsewhere in this room, too.
+"""
+
+import importlib
+import operator
+import pickle
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import numba
+from llvmlite import ir
+from numba import types
+
+# By feature: what is worse without it.
+WITHOUT = {
+    "launch": "a call on several threads takes longer to begin",
+    "inlining": "kernels take longer to compile",
+    "disk": "every process compiles its kernels anew",
+    "count": "a call on several threads takes longer to begin",
+    "lock": "a child that is forked while another thread compiles may wait for ever",
+    "_nrt": "kernels count references, and rows that are short take twice as long",
+    "forceinline": "kernels take longer",
+    "no_cfunc_wrapper": "kernels take longer to compile",
+    "no_cpython_wrapper": "kernels take longer to compile",
+}
+
+# By feature: where its names are.
+NAMES = {
+    "launch": [
+        "numba.core.base:BaseContext.get_arg_packer",
+        "numba.core.callconv:CPUCallConv.call_function",
+        "numba.core.callconv:CPUCallConv.get_function_type",
+        "numba.core.callconv:CPUCallConv.return_native_none",
+        "numba.core.callconv:CPUCallConv.return_status_propagate",
+        "numba.core.codegen:JITCodeLibrary.get_pointer_to_function",
+    ],
+    "inlining": [
+        "numba.core.codegen:JITCodeLibrary._finalize_final_module",
+        "numba.core.compiler:Compiler",
+    ],
+    "disk": [
+        "numba.core.codegen:CodeLibrary.has_dynamic_globals",
+        "numba.core.codegen:JITCPUCodegen.magic_tuple",
+        "numba.core.compiler:CompileResult._rebuild",
+        "numba.core.compiler:CompileResult._reduce",
+        "numba.core.serialize:dumps",
+    ],
+    # Numba defines them when its threads start.
+    "count": [
+        "numba.np.ufunc.parallel:_get_num_threads",
+        "numba.np.ufunc.parallel:_set_num_threads",
+    ],
+    "lock": ["numba.core.compiler_lock:global_compiler_lock.acquire"],
+    "_nrt": ["numba.core.cpu:CPUTargetOptions._nrt"],
+    "forceinline": ["numba.core.cpu:CPUTargetOptions.forceinline"],
+    "no_cfunc_wrapper": ["numba.core.cpu:CPUTargetOptions.no_cfunc_wrapper"],
+    "no_cpython_wrapper": ["numba.core.cpu:CPUTargetOptions.no_cpython_wrapper"],
+}
+
+_lost: set[str] = set()
+
+
+def lost() -> list[str]:
+    """Return the features that there are not."""
+    return sorted(_lost)
+
+
+def has(feature: str) -> bool:
+    """Tell whether there is a feature."""
+    return feature not in _lost
+
+
+def lose(feature: str, problem: object) -> None:
+    """Go on without a feature, and say so once."""
+    if feature not in _lost:
+        _lost.add(feature)
+        warnings.warn(
+            f"numbanorm goes on without a part of Numba {numba.__version__} that it knows "
+            f"otherwise ({problem}): {WITHOUT[feature]}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+
+def _find(name: str) -> Any:
+    module, _, attributes = name.partition(":")
+    return operator.attrgetter(attributes)(importlib.import_module(module))
+
+
+def _names(feature: str) -> list[Any]:
+    """Return the objects that a feature's names stand for; it is lost where one is missing."""
+    objects = []
+    for name in NAMES[feature]:
+        try:
+            objects.append(_find(name))
+        except (ImportError, AttributeError):
+            lose(feature, f"{name.replace(':', '.')} is missing")
+            return []
+    return objects
+
+
+for _feature in NAMES:
+    if _feature != "count":
+        _names(_feature)
+
+
+_self_tests: dict[str, Callable[[], bool]] = {}
+
+
+def self_test(feature: str) -> Callable[[Callable[[], bool]], Callable[[], bool]]:
+    """Have a function tell whether a feature works, before the first kernel is compiled.
+
+    What is on disk was compiled by a process in which it did.
+    """
+
+    def register(test: Callable[[], bool]) -> Callable[[], bool]:
+        _self_tests[feature] = test
+        return test
+
+    return register
+
+
+def run_self_tests() -> None:
+    """Test every feature, the first time."""
+    while _self_tests:
+        feature, test = _self_tests.popitem()
+        if not has(feature):
+            continue
+        try:
+            works, problem = test(), f"the self-test of {feature}"
+        except Exception as error:
+            works, problem = False, f"the self-test of {feature}: {error!r}"
+        if not works:
+            lose(feature, problem)
+
+
+# -- Flags ---------------------------------------------------------------------------------------
+
+
+def known(**flags: Any) -> dict[str, Any]:
+    """Return those flags of ``numba.njit`` that this Numba knows."""
+    return {name: value for name, value in flags.items() if has(name)}
+
+
+# -- Helpers of LLVM -----------------------------------------------------------------------------
+
+
+def pack(builder: Any, values: Any, aggregate: Any = None) -> Any:
+    """Return an array of values, or another aggregate."""
+    packed = ir.Constant(aggregate or ir.ArrayType(values[0].type, len(values)), ir.Undefined)
+    for k, value in enumerate(values):
+        packed = builder.insert_value(packed, value, k)
+    return packed
+
+
+def unpack(builder: Any, aggregate: Any, n: int) -> list[Any]:
+    """Return the values of an aggregate."""
+    return [builder.extract_value(aggregate, k) for k in range(n)]
+
+
+def on_stack(builder: Any, value: Any) -> Any:
+    """Return where a value is in memory. Loops do not take more of the stack each time."""
+    with builder.goto_entry_block():
+        place = builder.alloca(value.type)
+    builder.store(value, place)
+    return place
+
+
+def declare(builder: Any, name: str, result: Any, *args: Any) -> Any:
+    """Return a function that is defined elsewhere."""
+    known = builder.module.globals.get(name)
+    return known or ir.Function(builder.module, ir.FunctionType(result, args), name)
+
+
+# -- Launch --------------------------------------------------------------------------------------
+
+THREE = (types.intp,) * 3
+
+
+def call_address(context: Any, builder: Any, address: Any, args: Any) -> None:
+    """Call a compiled function of three integers; its exception becomes that of the caller."""
+    function_type = context.call_conv.get_function_type(types.none, THREE)
+    function = builder.inttoptr(address, function_type.as_pointer())
+    status, _ = context.call_conv.call_function(builder, function, types.none, THREE, args)
+    with builder.if_then(status.is_error, likely=False):
+        context.call_conv.return_status_propagate(builder, status)
+
+
+class Share:
+    """What calls the kernel that is being built for a share of its tasks, from any thread.
+
+    A function of three integers: which share, of how many, and the address of the arguments. An
+    exception cannot leave a thread of Numba's: the first is kept beside the arguments.
+    """
+
+    def __init__(self, context: Any, builder: Any) -> None:
+        self._builder = builder
+        kernel, argument_types = builder.function, context.fndesc.argtypes
+        packer = context.get_arg_packer(argument_types)
+        # Before its own arguments a compiled function has two, for its result and its exception.
+        args = packer.from_arguments(builder, kernel.args[2:])
+        status, exception = ir.IntType(32), kernel.args[1].type.pointee
+        layout = ir.LiteralStructType([*(arg.type for arg in args), status, exception])
+        self._n = len(args)
+        given = [*args, ir.Constant(status, 0), ir.Constant(exception, None)]
+        self._place = on_stack(builder, pack(builder, given, layout))
+        function_type = context.call_conv.get_function_type(types.none, THREE)
+        function = ir.Function(builder.module, function_type, f"{kernel.name}.share")
+        function.linkage = "internal"
+        function.attributes.add("noinline")  # the kernel would be there twice
+
+        inner = ir.IRBuilder(function.append_basic_block())
+        _, _, i, n, address = function.args
+        place = inner.inttoptr(address, layout.as_pointer())
+        values = unpack(inner, inner.load(place), self._n)
+        values[0] = pack(inner, [ir.Constant(i.type, 0), i, n])
+        result, _ = context.call_conv.call_function(
+            inner, kernel, types.none, argument_types, values
+        )
+        with inner.if_then(result.is_error, likely=False):
+            nothing = ir.Constant(status, 0)
+            old = inner.cmpxchg(
+                self._field(inner, place, 0), nothing, result.code, "monotonic", "monotonic"
+            )
+            with inner.if_then(inner.extract_value(old, 1)):
+                inner.store(result.excinfoptr, self._field(inner, place, 1))
+        context.call_conv.return_native_none(inner)
+        integer = i.type
+        self.function = builder.ptrtoint(function, integer)
+        self.args = builder.ptrtoint(self._place, integer)
+
+    def _field(self, builder: Any, place: Any, k: int) -> Any:
+        word = ir.IntType(32)
+        return builder.gep(place, [word(0), word(self._n + k)])
+
+    def raise_first(self) -> None:
+        """Leave the kernel with the first exception of a share, if there is one."""
+        builder = self._builder
+        status = builder.load(self._field(builder, self._place, 0))
+        failed = builder.icmp_signed("!=", status, ir.Constant(status.type, 0))
+        with builder.if_then(failed, likely=False):
+            exception = builder.load(self._field(builder, self._place, 1))
+            builder.store(exception, builder.function.args[1])
+            builder.ret(status)
+
+
+def address_of_compiled(kernel: Any, signature: Any) -> int:
+    """Return where the machine code of a compiled function begins."""
+    kernel.compile(signature)
+    compiled = kernel.overloads[signature]
+    address = compiled.library.get_pointer_to_function(compiled.fndesc.llvm_func_name)
+    if not address:
+        raise RuntimeError("there is no machine code")
+    return int(address)
+
+
+# -- Inlining ------------------------------------------------------------------------------------
+
+
+def _inlined_compiler() -> type:
+    from numba.core.codegen import JITCodeLibrary
+    from numba.core.compiler import Compiler
+
+    class InlinedLibrary(JITCodeLibrary):
+        """The code of a function that is only linked into others, and is compiled with them.
+
+        Numba would make machine code of it that nobody calls. It is optimised all the same before
+        it is linked: without, kernels are 5 % slower for short rows.
+        """
+
+        def _finalize_final_module(self) -> None:
+            self._finalized = True
+
+        @property
+        def codegen(self) -> Any:
+            """What keeps the environments of functions that Python calls: this is none."""
+            return self
+
+        def set_env(self, name: str, environment: Any) -> None:
+            """Do nothing."""
+
+    class InlinedCompiler(Compiler):
+        """Compiles what only kernels call."""
+
+        def __init__(self, typing: Any, target: Any, library: Any, *rest: Any) -> None:
+            if library is None and has("inlining"):
+                library = InlinedLibrary(target.codegen(), "inlined")
+                library.enable_object_caching()
+            super().__init__(typing, target, library, *rest)
+
+    return InlinedCompiler
+
+
+def inlined() -> dict[str, Any]:
+    """Return flags of ``numba.njit`` for what only kernels call."""
+    flags = known(no_cpython_wrapper=True)
+    return {"pipeline_class": _inlined_compiler(), **flags} if has("inlining") else flags
+
+
+# -- On disk -------------------------------------------------------------------------------------
+
+
+def machine(context: Any) -> Any:
+    """Return what says for which processor code is compiled."""
+    return context.codegen().magic_tuple()
+
+
+def pack_compiled(compiled: Any) -> bytes | None:
+    """Return a compiled function as bytes, or None if addresses of this process are part of it."""
+    from numba.core.serialize import dumps
+
+    return None if compiled.library.has_dynamic_globals else dumps(compiled._reduce())
+
+
+def unpack_compiled(context: Any, content: bytes) -> Any:
+    """Return a compiled function from bytes."""
+    from numba.core.compiler import CompileResult
+
+    context.refresh()
+    return CompileResult._rebuild(context, *pickle.loads(content))
+
+
+# -- Threads and locks ---------------------------------------------------------------------------
+
+
+class ThreadCount:
+    """How many threads the next parallel call of this Python thread runs on; Numba's have started.
+
+    Numba's own functions start them, if need be, under a lock that a Ctrl-C would leave behind.
+    """
+
+    def __init__(self) -> None:
+        self.get, self.set = numba.get_num_threads, numba.set_num_threads
+        names = _names("count")
+        if names:
+            get, set_ = names
+            try:
+                before = get()
+                set_(before)
+                same = before == numba.get_num_threads()
+            except TypeError:
+                same = False
+            if same:
+                self.get, self.set = get, set_
+            else:
+                lose("count", f"{NAMES['count'][0].replace(':', '.')} says something else")
+
+
+def compiler_lock() -> Any:
+    """Return what a thread has that compiles, or None."""
+    return _find("numba.core.compiler_lock:global_compiler_lock") if has("lock") else None
