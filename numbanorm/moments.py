@@ -8,7 +8,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from numbanorm.core.checks import bool_mask, float_array
 from numbanorm.core.geometry import geometry, memory_order, normalize_axes
-from numbanorm.core.pieces import merge_pieces, piece_moments
+from numbanorm.core.layouts import find_layout
+from numbanorm.core.layouts.pieces import Pieces
 from numbanorm.core.types import Float64
 from numbanorm.kernels import algebra
 from numbanorm.numba_ext.threads import call
@@ -157,7 +158,7 @@ class Moments:
                     f"moments: all of one shape are needed, got {shape} and {one.mean.shape}"
                 )
             parts = np.empty((4, 1, 1, one.mean.size))
-            for part, values in zip(parts, (one.count, one.mean, one._rest, one.m2), strict=True):
+            for part, values in zip(parts, (one.count, one.mean, one.m2, one._rest), strict=True):
                 part.reshape(shape)[...] = values
             call(algebra.merge, parts, merged)
             total = total + one.count
@@ -167,7 +168,7 @@ class Moments:
 
     @classmethod
     def _of(
-        cls, count: int | NDArray[np.int64], mean: Float64, rest: Float64, m2: Float64
+        cls, count: int | NDArray[np.int64], mean: Float64, m2: Float64, rest: Float64
     ) -> "Moments":
         new = cls(count, mean, m2)
         new._rest = rest
@@ -224,12 +225,15 @@ def moments(
     reduced = everything if axes is None else normalize_axes(axes, array.ndim)
     counts = bool_mask(mask, array.shape)
     order = memory_order(array, array.shape) or everything
-    plan = geometry(array.shape, (reduced,), ()).plan(order, affine=False, fused=False)
-    counts_view = None if counts is None else plan.to_view(counts)
-    parts = piece_moments(plan, plan.to_view(array), counts_view)
-    (shape,) = plan.groups.shapes
-    if not keepdims:
-        shape = tuple(n for axis, n in enumerate(shape) if axis not in reduced)
-    count, mean, _, rest, m2 = merge_pieces(parts, plan.groups_of_parts).reshape(5, *shape)
+    layout = find_layout(geometry(array.shape, (reduced,), ()), order, False, whole_groups=False)
+    assert isinstance(layout, Pieces)
+    parts = layout.reduce(layout.to_view(array), None if counts is None else layout.to_view(counts))
+    merged = layout.merge(parts, layout.groups, layout.part_segments)
+    shape = tuple(
+        1 if axis in reduced else n
+        for axis, n in enumerate(array.shape)
+        if keepdims or axis not in reduced
+    )
+    count, mean, _, m2, rest = merged.reshape(5, *shape)
     size = math.prod(array.shape[axis] for axis in reduced)
-    return Moments._of(size if counts is None else count.astype(np.int64), mean, rest, m2)
+    return Moments._of(size if counts is None else count.astype(np.int64), mean, m2, rest)

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from numbanorm.core.normalize import Saved, Statistic
+from numbanorm.core.layouts import Saved, Statistic
 from numbanorm.core.running import ddof_of_running
 from numbanorm.core.types import Float64
 from numbanorm.moments import Moments
@@ -39,7 +39,10 @@ class Pool:
     def add(self, saved: Saved) -> None:
         """Add the tracked statistic of one forward."""
         self.add_statistic(
-            saved.batch, saved.geometry.running_shape, ddof_of_running(saved), saved.ddof
+            saved.batch,
+            saved.layout.geometry.running_shape,
+            ddof_of_running(saved),
+            saved.layout.ddof(saved.sample_variance),
         )
 
     @np.errstate(all="ignore")

@@ -31,18 +31,15 @@ STEP = 2 * LANES
 ROWS = 4
 # Prefetch distance of a loop over a row, in lines of 64 bytes: far where x comes from memory, near
 # where it comes from a cache, as an array of at most ``PREFETCH_NEAR_UP_TO`` elements may, and a
-# core's first cache has several rows to hold. Without, two to three times the time on some runs.
+# core's first cache has several rows to hold. Without it some runs took two to three times as long.
 PREFETCH_FAR, PREFETCH_NEAR, PREFETCH_NEAR_UP_TO = 1 << 7, 1 << 5, 1 << 20
 # Elements of four rows that are summed up in their own type before they are added in float64: a
 # vector of float32 has too few of them to lose digits, and they stay in the first cache.
 ELEMENTS = 1024
 # Pieces of a task of the algebra on small arrays.
 PIECES = 1024
-# Rows of a group of fewer elements are summed up as one: each takes some time to begin and to end.
+# Rows of a group of fewer elements are summed up as one: a row takes some time to begin and end.
 LONG_ROW = 1 << 8
-# Lines that are written to a buffer before they leave by streaming stores: few, as memory is not
-# read meanwhile, but more where x comes from a cache, as it may for so many elements.
-BUFFER, LONG_BUFFER, LONG_BUFFER_UP_TO = 12, 64, 1 << 22
 
 # -- Of the machine ------------------------------------------------------------------------------
 
@@ -78,12 +75,12 @@ class Tuning:
 
     cache_bytes: int | None = dataclasses.field(default_factory=cache_bytes)
     """Bytes of the last cache. An output of a quarter of it is written by streaming stores: x, y,
-    dy and dx fill it together. None: never. 0.55 to 0.8 of the time for 25 MB and more; on an EPYC
-    0.65 on a line, but 1.3 where y begins 16 or 48 bytes after one."""
+    dy and dx fill it together. None: never. 20 to 45 % faster for 25 MB and more; on an EPYC 35 %,
+    where y begins on a line."""
     stream_from: int = 1 << 7
     """Elements of a row below which there are too few whole lines to be streamed."""
     stream_parts_from: int = 1 << 10
-    """The same for parts of rows: what comes next in memory is written much later."""
+    """The same for parts of rows: the rest of the line at their end is written much later."""
 
     whole_groups: bool = True
     """Whether groups that fit in a cache are read once and written at once; if not, all is done in
@@ -110,29 +107,30 @@ class Tuning:
     slab: int = 1 << 18
     """Elements that one task reads twice, the second time from a cache (1 MiB of float32)."""
     row_run: int = 1 << 14
-    """Elements of rows next to each other that are read in one run where those of a group are
-    apart."""
+    """Elements of rows next to each other that are read in one run where the rows of groups are
+    interleaved."""
     short_row: int = 256
-    """Rows that are apart, shorter than this, and ``many_rows`` or more, are seen as columns."""
+    """Interleaved rows, shorter than this, and ``many_rows`` or more, are seen as columns."""
     many_rows: int = 16
     """See ``short_row``."""
     tiny_row: int = 128
     """Rows of a group that are shorter, and ``few_rows`` or more, are seen as one row with a weight
-    for each element, which is read again for each of ``few_samples`` samples or more."""
+    for each element; the weights are read again for each of ``few_samples`` samples or more."""
     few_rows: int = 2
     """See ``tiny_row``."""
     few_samples: int = 3
     """See ``tiny_row``."""
     few_groups: int = 16
-    """There are so many groups at least then, and ``many_weights`` weights at most: room for these
-    is to be small beside x."""
+    """Fewest groups for that, and ``many_weights`` the most weights: these are to take little room
+    beside x."""
     many_weights: int = 1 << 17
     """See ``few_groups``."""
     group_block: int = 1 << 10
-    """Elements of groups that are summed up while those before them are written: few enough for
-    both, and for what is written, to be in a core's first cache."""
+    """Elements of a block of groups that is reduced while the block before it is written: few
+    enough for both, and for what is written, to be in a core's first cache."""
     overlap: int = 1 << 15
-    """Elements of a single larger group that are still in a core's own cache when it is written."""
+    """Elements of a block up to which the next block is reduced while it is written: with more, it
+    has left a core's own cache by then."""
     run: int = 1 << 12
     """Elements of rows of one sample, each with weights of its own, that are handled for all
     samples in turn: a run of memory, whose weights, and the sums of whose gradients, stay in a
@@ -148,24 +146,25 @@ class Tuning:
     """Bytes from which a tensor's memory is recycled: what is smaller malloc has at hand."""
     recycle_arrays_from: int = 1 << 22
     """The same for NumPy arrays."""
-    plans_bytes: int = 64 << 20
-    """Bytes of the geometries that are kept for shapes that were seen before."""
+    layouts_bytes: int = 16 << 20
+    """Bytes of the layouts that are kept for shapes that were seen before, 5 to 100 KB each."""
 
 
-_current = Tuning()
+# The last one is in force.
+_stack = [Tuning()]
 
 
 def tuning() -> Tuning:
     """Return what is in force."""
-    return _current
+    return _stack[-1]
 
 
 @contextlib.contextmanager
 def use(**changes: Any) -> Iterator[Tuning]:
     """Have other values in force, in all threads, until the end of a ``with``."""
-    global _current
-    before, _current = _current, dataclasses.replace(_current, **changes)
+    changed = dataclasses.replace(tuning(), **changes)
+    _stack.append(changed)
     try:
-        yield _current
+        yield changed
     finally:
-        _current = before
+        _stack.remove(changed)  # another thread's may be above it

@@ -11,6 +11,7 @@ from numpy.typing import ArrayLike, DTypeLike
 from numbanorm.core.geometry import axis_tuple
 from numbanorm.core.types import Array
 
+NATIVE = np.dtype(np.float32), np.dtype(np.float64)
 STATISTICS = ("in", "ln", "bn", "gn")
 
 
@@ -24,6 +25,8 @@ def as_array(value: ArrayLike, name: str) -> Array:
 
 def float_array(x: ArrayLike, name: str) -> Array:
     """Return x as an aligned native array of float32 or float64, or say what would do."""
+    if type(x) is np.ndarray and x.dtype in NATIVE and x.flags.aligned:
+        return x  # nothing is to be found out: that takes as long as a small kernel
     if isinstance(x, np.ma.MaskedArray):
         raise TypeError(f"{name}: a masked array was given; pass {name}.data and mask=~{name}.mask")
     array = as_array(x, name)
@@ -145,12 +148,12 @@ def check_shape(shape: int | Iterable[int], name: str) -> tuple[int, ...]:
 def check_dtype(dtype: DTypeLike) -> np.dtype[Any]:
     """Return the type of parameters; float32 or float64."""
     try:
-        found = np.dtype(dtype)
+        result = np.dtype(dtype)
     except TypeError:
-        found = None
-    if found is None or dtype is None or found not in (np.float32, np.float64):
+        result = None
+    if result is None or dtype is None or result not in (np.float32, np.float64):
         raise TypeError(f"dtype: float32 or float64 is needed, got {dtype!r}")
-    return found
+    return result
 
 
 def parameter(value: ArrayLike | None, name: str, shape: tuple[int, ...]) -> Array | None:
@@ -167,10 +170,10 @@ def parameter(value: ArrayLike | None, name: str, shape: tuple[int, ...]) -> Arr
 
 def check_channel_axis(axis: int) -> int:
     """Return a channel axis as an int; axis 0 is the batch."""
-    (found,) = axis_tuple((axis,), "axis")
-    if found == 0:
+    (channel,) = axis_tuple((axis,), "axis")
+    if channel == 0:
         raise ValueError("axis: axis 0 is the batch, so that 1 or -1 would do, got 0")
-    return found
+    return channel
 
 
 def check_over(over: Iterable[str], num_groups: int | None) -> tuple[str, ...]:

@@ -1,10 +1,11 @@
 """Memory of outputs, used again once nobody else has it: fresh pages take as long as a kernel.
 
-Kept is never more than was in use at one time, and nothing once a layer is gone.
+Kept is never more than was in use at one time, and nothing once the last layer is gone.
 """
 
-import math
+import functools
 import sys
+import weakref
 from abc import ABC, abstractmethod
 from typing import Any, Generic, TypeVar
 
@@ -46,7 +47,23 @@ class Recycler(Generic[AMemory]):
     """
 
     def __init__(self) -> None:
+        self._layers: dict[int, weakref.ref[Any]] = {}
         self.clear()
+
+    def used_by(self, layer: object) -> None:
+        """Keep memory until this layer is gone, too.
+
+        A layer counts from its first output, however it was made: by its class, by copying, or by
+        taking another class.
+        """
+        if id(layer) not in self._layers:
+            gone = functools.partial(self._note_gone, id(layer))
+            self._layers[id(layer)] = weakref.ref(layer, gone)
+
+    def _note_gone(self, layer_id: int, _: object) -> None:
+        self._layers.pop(layer_id, None)
+        if not self._layers:
+            self.clear()
 
     def clear(self) -> None:
         """Keep nothing any more."""
@@ -55,16 +72,13 @@ class Recycler(Generic[AMemory]):
         self._kept: list[AMemory] = []
 
     def find(self, n_bytes: int, kind: object = None) -> AMemory | None:
-        """Return the smallest memory that is free and will do."""
-        found, limit, kept = None, math.inf, self._kept
+        """Return memory of exactly this size that is free: an output holds no more than its own."""
+        kept = self._kept
         # First what was used last, as a cache may still have it, then what may be free for longest.
         for memory in (*kept[-1:], *kept):
-            fits = n_bytes <= memory.n_bytes < limit and memory.kind == kind
-            if fits and memory.is_free():
-                found, limit = memory, memory.n_bytes
-                if limit == n_bytes:
-                    break
-        return found
+            if memory.n_bytes == n_bytes and memory.kind == kind and memory.is_free():
+                return memory
+        return None
 
     def use(self, memory: AMemory) -> None:
         """Note that an output has this memory; let go what no output has had for long."""
@@ -115,16 +129,17 @@ class _Bytes(Memory):
 class _Arrays(Recycler[_Bytes]):
     _start = 0
 
-    def empty(self, like: Array) -> Array:
-        """Return an array of the shape and type of another one, in C order."""
+    def empty_for(self, layer: object, like: Array) -> Array:
+        """Return an array of the shape and type of another one, in C order, for a layer."""
         shape, dtype, n_bytes = like.shape, like.dtype, like.nbytes
         if n_bytes < tuning().recycle_arrays_from:
             return np.empty(shape, dtype)
+        self.used_by(layer)
         found = self.find(n_bytes)
         array = None if found is None else found.lend(shape, dtype)
         if found is None or array is None:
-            # Each starts elsewhere in a page: no more of an address is compared where a load might
-            # read what was stored before it.
+            # Each starts elsewhere in a page: a load waits for an earlier store if the last 12 bits
+            # of the two addresses are the same.
             self._start = (self._start + PAGE // 4) % PAGE
             new = _Bytes(n_bytes, self._start)
             array = new.lend(shape, dtype)

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from numbanorm.core.normalize import Saved
+from numbanorm.core.layouts import Saved
 from numbanorm.core.types import Array
 from numbanorm.kernels import algebra
 from numbanorm.numba_ext.threads import call
@@ -24,8 +24,8 @@ def track(
     """
     flat = [_flat(array) for array in (running_mean, running_var)]
     skipped = call(
-        algebra.track, *saved.tracked, ddof_of_running(saved), saved.ddof, momentum,
-        skip_nonfinite, *flat, n_batches,
+        algebra.track, *saved.layout.tracked(saved.statistics.groups), ddof_of_running(saved),
+        saved.layout.ddof(saved.sample_variance), momentum, skip_nonfinite, *flat, n_batches,
     )  # fmt: skip
     for array, values in zip((running_mean, running_var), flat, strict=True):
         if values is not array:
@@ -47,4 +47,4 @@ def is_finite(saved: Saved) -> bool:
 def ddof_of_running(saved: Saved) -> int:
     """Return what is taken off n in a running variance."""
     # The variance that sample variances of instances make is stored as it is.
-    return 0 if saved.instances is not None else 1
+    return 0 if saved.statistics.instances is not None else 1

@@ -1,7 +1,7 @@
 """Every compiled kernel.
 
-A kernel's first argument, ``threads``, says which share of its tasks a call does, or that the
-tasks are to be shared out between threads, see :mod:`numbanorm.numba_ext.launch`.
+A kernel's first argument, ``threads``, says which share of its tasks a call does, or that all are
+to be shared out between threads, see :mod:`numbanorm.numba_ext.launch`.
 
 Kernels see arrays of two to four axes and never an axis argument:
 
@@ -22,14 +22,14 @@ Statistics are taken around the first element of a piece and accumulated in floa
 pass. The shift bounds the cancellation (it is an element of the data, so m2 >= (x0 - mean)**2)
 and makes constant data exact at any offset; sums in float64 still run at the speed of memory.
 
-A long axis L is cut into parts, whose length depends on the shape alone, and each part has a
-place of its own in the result: the bits do not depend on the number of threads.
+A long axis L is cut into parts, whose length depends on the shape alone, and each part has an entry
+of its own in the result: the bits do not depend on the number of threads.
 
-Where a mask may be None, what is made of it by ``flat_slice`` and ``load`` is None, too. A
-coefficient is a number, or a row of numbers: ``load`` makes a vector of either.
+``flat_slice`` and ``load`` of None are None, as a mask may be. A coefficient is a number, or a row
+of numbers: ``load`` makes a vector of either.
 
-Several numbers of each piece, or of each group, are the rows of one array: a call takes some time
-for each of its arrays. See :func:`numbanorm.numba_ext.views.unstack`.
+Several numbers of each piece, or of each group, are the rows of one array, as each array argument
+adds to the time of a call. See :func:`numbanorm.numba_ext.views.unstack`.
 
 ``streamed`` says whether the output is written by streaming (non-temporal) stores, see
 :mod:`numbanorm.numba_ext.lines`.

@@ -1,89 +1,122 @@
-"""Rows of x, dy and mask, and the terms of sums that are read from them."""
+"""The one place that reads x, dy and mask, and writes y and dx.
+
+Vectors that are read or written have the *arithmetic* type of an array, whatever type it is stored
+in. Scratch, coefficients and weights have that type, or float64.
+"""
+
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from numbanorm.numba_ext.jit import inline
-from numbanorm.numba_ext.vectors import is_finite, leading, load, prefetch, splat, where, widen
+from numbanorm.numba_ext.jit import by_type, inline
+from numbanorm.numba_ext.lines import stream, to_next_line
+from numbanorm.numba_ext.vectors import load, prefetch, store, widen
 from numbanorm.numba_ext.views import flat_slice
+from numbanorm.tuning import LANES
+
+# The arithmetic type of what is stored.
+ARITHMETIC = {np.dtype(np.float32): np.float32, np.dtype(np.float64): np.float64}
+
+
+@by_type
+def arithmetic(array):
+    """Return the type that elements of an array are calculated with."""
+    dtype = ARITHMETIC[np.dtype(str(array.dtype))]
+    return lambda array: dtype
+
+
+class Row(NamedTuple):
+    """Elements next to each other: dy, x and mask (n,), of which dy and mask may be None."""
+
+    dy: Any
+    x: Any
+    mask: Any
 
 
 @inline
 def take_row(dy, x, mask, at, n):
-    """Return a row of n elements, from ``at`` on."""
-    return flat_slice(dy, at, n), flat_slice(x, at, n), flat_slice(mask, at, n)
+    """Return the row of n elements that begins at element ``at`` in memory."""
+    return Row(flat_slice(dy, at, n), flat_slice(x, at, n), flat_slice(mask, at, n))
 
 
 @inline
-def prefetch_row(row, i):
-    """Ask memory for a vector of a row, which may be outside."""
-    prefetch(row[0], i)
-    prefetch(row[1], i)
-    prefetch(row[2], i)
+def read_x(row, i, n):
+    """Return a vector of x from i on; if n is not None, its first n elements and zeros."""
+    return load(row.x, i, n)
 
 
 @inline
-def first_value(xs, counts):
-    """Return the first element of xs (n,) that counts, or 0; counts (n,) may be None."""
-    for i in range(xs.shape[0]):
-        if counts is None or counts[i]:
-            return np.float64(xs[i])
+def read_dy(row, i, n):
+    """Return dy from i on, see read_x."""
+    return load(row.dy, i, n)
+
+
+@inline
+def read_mask(row, i, n):
+    """Return the mask from i on, or None if there is none; see read_x."""
+    return load(row.mask, i, n)
+
+
+@inline
+def read_wide(row, i, n):
+    """Return x from i on in float64, see read_x."""
+    return widen(read_x(row, i, n))
+
+
+@inline
+def read_one(x, i):
+    """Return x[i] in float64, x (N,)."""
+    return np.float64(x[i])
+
+
+@inline
+def first_value(x, mask):
+    """Return the first element of x (n,) that counts, or 0, in float64; mask (n,) may be None."""
+    for i in range(x.shape[0]):
+        if mask is None or mask[i]:
+            return read_one(x, i)
     return 0.0
 
 
 @inline
-def enters_sums(x, counts):
-    """Tell which elements of vectors enter the sums of backward.
-
-    A masked-out element is normalised too, so that its dy counts, unless there is nothing finite to
-    normalise: what stands there must not turn the sums into NaN.
-    """
-    return counts | is_finite(x)
+def prefetch_row(row, i):
+    """Prefetch a vector of a row from i on, which may be outside of it."""
+    prefetch(row.dy, i)
+    prefetch(row.x, i)
+    prefetch(row.mask, i)
 
 
 @inline
-def shifted_terms(xs, counts, i, n, center):
-    """Return vectors of 1, x - center and its square for n elements from i on, and of 0.
+def prefetch_parts(y, place, n):
+    """Prefetch the line in which the next row ends, after a row of n elements at ``place``.
 
-    An element counts where counts is True, or is None; see load about n.
+    A store to a part of a line waits for that line, and later stores wait behind it.
     """
-    # x is read in any case: a load that depends on the mask is not fetched ahead.
-    d, zero, one = widen(load(xs, i, n)) - center, splat(0.0), splat(1.0)
-    if counts is None:
-        if n is None:
-            return one, d, d * d
-        n_valid = leading(n)
+    prefetch(y, place + 2 * n)
+
+
+@inline
+def write(vector, y, i, n):
+    """Write a vector to y[i] and after it: all of it, or if n is not None its first n elements."""
+    store(vector, y, i, n)
+
+
+@inline
+def write_aligned(streamed, vector, y, i):
+    """Write a whole vector to y[i]: if ``streamed``, by a streaming store where a line begins."""
+    if streamed:
+        stream(vector, y, i)
     else:
-        n_valid = load(counts, i, n)
-    d = where(n_valid, d, zero)
-    return where(n_valid, one, zero), d, d * d
+        store(vector, y, i, None)
 
 
 @inline
-def gradient_terms(dys, xs, counts, i, n, center):
-    """Return vectors of dy and x - center from i on, and 0 where they do not enter the sums.
-
-    ``counts`` is the mask or None; see load about n.
-    """
-    dy, x = load(dys, i, n), load(xs, i, n)
-    w, d = widen(dy), widen(x) - center
-    if counts is not None:
-        enters = enters_sums(x, load(counts, i, n))
-        w, d = where(enters, w, splat(0.0)), where(enters, d, splat(0.0))
-    return w, d
+def elements_to_line(streamed, y, i, n):
+    """Return how many of n elements from y[i] on precede a line; 0 unless ``streamed``."""
+    return min(to_next_line(y, i), n) if streamed else 0
 
 
 @inline
-def terms(dys, xs, counts, i, n, center):
-    """Return vectors of 1, w and w * (x - center) for n elements from i on, and of 0.
-
-    w is dy, or x - center if dys is None: the three are a row.
-    """
-    if dys is None:
-        return shifted_terms(xs, counts, i, n, center)
-    w, d = gradient_terms(dys, xs, counts, i, n, center)
-    return w, w, w * d
-
-
-@inline
-def plus_three(v, w):
-    return v[0] + w[0], v[1] + w[1], v[2] + w[2]
+def vectors_end(begin, n):
+    """Return where the last whole vector ends, of vectors from ``begin`` on in n elements."""
+    return n - (n - begin) % LANES

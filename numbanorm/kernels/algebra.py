@@ -28,26 +28,24 @@ from numbanorm.tuning import LANES, PIECES
 
 
 @kernel
-def merge(moments, merged):
-    """Merge an axis of count, mean, rest, m2: (4, A, K, B) -> (4, A, B), which start at 0."""
-    count, mean, rest, m2 = unstack(moments, 4)
-    merged_count, merged_mean, merged_rest, merged_m2 = unstack(merged, 4)
-    for a in range(count.shape[0]):
-        for k in range(count.shape[1]):
-            for b in range(count.shape[2]):
-                (
-                    merged_count[a, b], merged_mean[a, b], merged_rest[a, b], merged_m2[a, b]
-                ) = merge_pair(
-                    merged_count[a, b], merged_mean[a, b], merged_rest[a, b], merged_m2[a, b],
-                    count[a, k, b], mean[a, k, b], rest[a, k, b], m2[a, k, b],
+def merge(parts, merged):
+    """Merge an axis of count, mean, m2, rest: (4, A, K, B) -> (4, A, B), which start at 0."""
+    n, mean, m2, rest = unstack(merged, 4)
+    part_n, part_mean, part_m2, part_rest = unstack(parts, 4)
+    for a in range(parts.shape[1]):
+        for k in range(parts.shape[2]):
+            for b in range(parts.shape[3]):
+                n[a, b], mean[a, b], m2[a, b], rest[a, b] = merge_pair(
+                    n[a, b], mean[a, b], m2[a, b], rest[a, b],
+                    part_n[a, k, b], part_mean[a, k, b], part_m2[a, k, b], part_rest[a, k, b],
                 )  # fmt: skip
 
 
 @inline
-def _of_segment(values, group, i, n):
-    """Return what n pieces of a segment, from its piece i on, have of values of groups, and 0.
+def _gather(values, group, i, n):
+    """Return the group's value for each of n pieces of a segment, from piece i on, and zeros.
 
-    ``group`` is that of its first piece, and the step to the next one's.
+    ``group`` is the group of the segment's first piece, and the step from one piece to the next.
     """
     first, step = group
     if step == 0:
@@ -56,8 +54,8 @@ def _of_segment(values, group, i, n):
 
 
 @inline
-def _add_to_segment(vector, values, group, i, n):
-    """Add what n pieces of a segment have, and 0, to values of their groups."""
+def _scatter_add(vector, values, group, i, n):
+    """Add a value of each of n pieces of a segment, and zeros, to the values of their groups."""
     first, step = group
     if step == 0:
         values[first] += total(vector)
@@ -67,8 +65,8 @@ def _add_to_segment(vector, values, group, i, n):
 
 @inline
 def _copy_segments(moments, firsts, n, group_mean, group_rest, group_m2):
-    """Copy pieces (4, P), each of which is a group of a statistic."""
-    count, mean, rest, m2 = unstack(moments, 4)
+    """Copy the moments of pieces (4, P), each of which is a group of its own."""
+    count, mean, m2, rest = unstack(moments, 4)
     length = len(count) // max(len(firsts), 1)
     for j in range(len(firsts)):
         at, to = j * length, firsts[j]
@@ -82,10 +80,10 @@ def _copy_segments(moments, firsts, n, group_mean, group_rest, group_m2):
 def _add_means(moments, firsts, step, n, group_mean, group_rest):
     """Add counts and means of pieces to the groups of a statistic, all of which are 0.
 
-    The means are taken around one of them, which is written to group_rest; as in a piece, the shift
-    bounds the cancellation.
+    The sums are taken around a shift, the mean of one of the pieces, which is written to
+    group_rest: as in a piece, it bounds the cancellation.
     """
-    (count, mean, rest), zero = unstack(moments, 3), splat(0.0)
+    (count, mean, _, rest), zero = unstack(moments, 4), splat(0.0)
     length = len(count) // max(len(firsts), 1)
     for j in range(len(firsts)):
         first, at, group = firsts[j], j * length, (firsts[j], step)
@@ -96,43 +94,43 @@ def _add_means(moments, firsts, step, n, group_mean, group_rest):
         for i in range(0, length, LANES):
             n_valid = min(LANES, length - i)
             counts, means = load(count, at + i, n_valid), load(mean, at + i, n_valid)
-            around = _of_segment(group_rest, group, i, n_valid)
+            shift = _gather(group_rest, group, i, n_valid)
             if step != 0:
-                around = where(load(n, first + i, n_valid) > zero, around, means)
-                store(around, group_rest, first + i, n_valid)
-            d = (means - around) + load(rest, at + i, n_valid)
+                shift = where(load(n, first + i, n_valid) > zero, shift, means)
+                store(shift, group_rest, first + i, n_valid)
+            d = (means - shift) + load(rest, at + i, n_valid)
             sums = where(counts > zero, counts * d, zero)
-            _add_to_segment(counts, n, group, i, n_valid)
-            _add_to_segment(sums, group_mean, group, i, n_valid)
+            _scatter_add(counts, n, group, i, n_valid)
+            _scatter_add(sums, group_mean, group, i, n_valid)
 
 
 @inline
 def _add_squares(moments, firsts, step, group_mean, group_rest, group_m2):
-    """Add the squares in pieces, and those of their means, around the mean of their group."""
-    (count, mean, rest, m2), zero = unstack(moments, 4), splat(0.0)
+    """Add m2 of pieces, and the squares of their means around the group's, to group_m2."""
+    (count, mean, m2, rest), zero = unstack(moments, 4), splat(0.0)
     length = len(count) // max(len(firsts), 1)
     for j in range(len(firsts)):
         at, group = j * length, (firsts[j], step)
         for i in range(0, length, LANES):
             n_valid = min(LANES, length - i)
             counts, means = load(count, at + i, n_valid), load(mean, at + i, n_valid)
-            around = _of_segment(group_rest, group, i, n_valid)
-            middle = _of_segment(group_mean, group, i, n_valid)
-            d = ((means - around) + load(rest, at + i, n_valid)) - middle
+            shift = _gather(group_rest, group, i, n_valid)
+            shifted_mean = _gather(group_mean, group, i, n_valid)
+            d = ((means - shift) + load(rest, at + i, n_valid)) - shifted_mean
             squares = load(m2, at + i, n_valid) + counts * d * d
-            _add_to_segment(where(counts > zero, squares, zero), group_m2, group, i, n_valid)
+            _scatter_add(where(counts > zero, squares, zero), group_m2, group, i, n_valid)
 
 
 @kernel
 def merge_pieces(threads, moments, first, step, bounds, center, ddof, merged):
-    """Merge count, mean, rest, m2 (4, P) into count, mean, variance, rest, m2 of groups (5, G).
+    """Merge count, mean, m2, rest (4, P) into count, mean, variance, m2, rest of groups (5, G).
 
     As Chan et al. 1983, eq. 2.1, for many at once. If not ``center``, the variance is the mean
     square, and the mean is 0.
     """
     n_pieces, n_segments = moments.shape[1], first.shape[1]
     begin, end = thread_range(threads, first.shape[0])
-    n, group_mean, var, group_rest, group_m2 = unstack(merged, 5)
+    n, group_mean, var, group_m2, group_rest = unstack(merged, 5)
     for k in range(begin, end):
         firsts = flat_slice(first, k * n_segments, n_segments)
         lo, n_groups = bounds[k], bounds[k + 1] - bounds[k]
@@ -161,7 +159,7 @@ def merge_pieces(threads, moments, first, step, bounds, center, ddof, merged):
 
 @inline
 def _pieces_of_task(task, n_pieces, first):
-    """Return the segment of a task, its length, and from where to where the task's pieces are."""
+    """Return the segment of a task, its first piece, and the task's range of pieces in it."""
     length = n_pieces // max(first.shape[1], 1)
     n_parts = (length + PIECES - 1) // PIECES
     j, lo = task // n_parts, task % n_parts * PIECES
@@ -170,41 +168,41 @@ def _pieces_of_task(task, n_pieces, first):
 
 @inline
 def _n_tasks(n_pieces, first):
-    """Return how many tasks some pieces are: segments, or parts of them."""
+    """Return the number of tasks, which are segments or parts of them."""
     length = n_pieces // max(first.shape[1], 1)
     return first.shape[1] * ((length + PIECES - 1) // PIECES)
 
 
 @kernel
-def coefficients(threads, first, step, statistics, mixture, eps, parameters, pieces, coef):
-    """Mix statistics; write what normalises pieces, and m, s and t (3, P), see scale_shift.
+def coefficients(threads, first, step, group_stats, mixture, eps, parameters, piece_stats, coef):
+    """Mix statistics; write mean, var and rstd (3, P) of pieces, and m, s and t of ScaleShift.
 
     ``parameters`` (2, F) are weight and bias of each feature.
     """
     n_pieces, n_statistics = coef.shape[1], mixture.shape[1]
     begin, end = thread_range(threads, _n_tasks(n_pieces, first))
-    n, mean, var = unstack(statistics, 3)
+    n, mean, var = unstack(group_stats, 3)
     p, q = unstack(mixture, 2)
     weight, bias = unstack(parameters, 2)
-    piece_mean, piece_var, rstd = unstack(pieces, 3)
+    piece_mean, piece_var, rstd = unstack(piece_stats, 3)
     m, s, t = unstack(coef, 3)
     for task in range(begin, end):
         j, at, lo, hi = _pieces_of_task(task, n_pieces, first)
         for i in range(lo, hi, LANES):
             n_valid, group = min(LANES, hi - i), (first[0, j], step[0])
-            n_elements = _of_segment(n, group, i, n_valid)
+            n_elements = _gather(n, group, i, n_valid)
             mean_0, var_0 = (
-                _of_segment(mean, group, i, n_valid),
-                _of_segment(var, group, i, n_valid),
+                _gather(mean, group, i, n_valid),
+                _gather(var, group, i, n_valid),
             )
             mu, v = mean_0, var_0
-            # Softmax weights need not sum to 1 in floating point: mix the differences. Without +=,
-            # as where kernels are Python functions vectors are arrays.
+            # Softmax weights need not sum to 1 in floating point: mix the differences. Not by +=,
+            # which changes mean_0 where kernels are Python functions and vectors are arrays.
             for k in range(1, n_statistics):
                 group = first[k, j], step[k]
-                n_elements += _of_segment(n, group, i, n_valid)
-                mu = mu + splat(p[k]) * (_of_segment(mean, group, i, n_valid) - mean_0)
-                v = v + splat(q[k]) * (_of_segment(var, group, i, n_valid) - var_0)
+                n_elements += _gather(n, group, i, n_valid)
+                mu = mu + splat(p[k]) * (_gather(mean, group, i, n_valid) - mean_0)
+                v = v + splat(q[k]) * (_gather(var, group, i, n_valid) - var_0)
             store(mu, piece_mean, at + i, n_valid)
             store(v, piece_var, at + i, n_valid)
             store(n_elements, rstd, at + i, n_valid)
@@ -216,7 +214,7 @@ def coefficients(threads, first, step, statistics, mixture, eps, parameters, pie
             n_valid = min(LANES, hi - i)
             store_scale_shift(
                 load(piece_mean, at + i, n_valid), load(rstd, at + i, n_valid),
-                _of_segment(weight, feature, i, n_valid), _of_segment(bias, feature, i, n_valid),
+                _gather(weight, feature, i, n_valid), _gather(bias, feature, i, n_valid),
                 m, s, t, at + i, n_valid,
             )  # fmt: skip
 
@@ -230,28 +228,28 @@ def add_parts(parts, sums):
         for k in range(a * n_parts, (a + 1) * n_parts):
             for i in range(0, n_columns, LANES):
                 n_valid, to = min(LANES, n_columns - i), a * n_columns + i
-                own = load(values, k * n_columns + i, n_valid)
-                store(load(sums, to, n_valid) + own, sums, to, n_valid)
+                part = load(values, k * n_columns + i, n_valid)
+                store(load(sums, to, n_valid) + part, sums, to, n_valid)
 
 
 @kernel
 def group_gradients(
-    threads, sums, first, step, bounds, statistics, ddof, mixture, parameters, pieces,
-    dstatistics, dmixture, dparameters,
+    threads, sums, first, step, bounds, group_stats, ddof, mixture, parameters, piece_stats,
+    dgroup_stats, dmixture, dparameters,
 ):  # fmt: skip
     """Sum gradients of groups (2, G), logits (2, S) and features (2, F), which start at 0.
 
-    ``sums`` (2, P) are those of dy and dy * (x - mean) over each piece. The gradients of the mean
-    and of the variance of a group are divided by the number that those were divided by.
+    ``sums`` (2, P) are those of dy and dy * (x - mean) over each piece. The gradients of a group's
+    mean and variance are divided as these were: by n, and by n - ddof.
     """
     n_statistics, n_segments = mixture.shape[1], first.shape[1]
     begin, end = thread_range(threads, n_statistics)
     s0, s1 = unstack(sums, 2)
-    n, mean, var = unstack(statistics, 3)
+    n, mean, var = unstack(group_stats, 3)
     p, q = unstack(mixture, 2)
     (weight,) = unstack(parameters, 1)
-    piece_mean, piece_var, rstd = unstack(pieces, 3)
-    dmean, dvar = unstack(dstatistics, 2)
+    piece_mean, piece_var, rstd = unstack(piece_stats, 3)
+    dmean, dvar = unstack(dgroup_stats, 2)
     dp, dq = unstack(dmixture, 2)
     dweight, dbias = unstack(dparameters, 2)
     length = len(s0) // max(n_segments, 1)
@@ -265,42 +263,52 @@ def group_gradients(
                 sum_0, sum_1 = load(s0, at + i, n_valid), load(s1, at + i, n_valid)
                 root = load(rstd, at + i, n_valid)
                 if k == 0:
-                    _add_to_segment(sum_0, dbias, feature, i, n_valid)
-                    _add_to_segment(root * sum_1, dweight, feature, i, n_valid)
-                scale = root * _of_segment(weight, feature, i, n_valid)
+                    _scatter_add(sum_0, dbias, feature, i, n_valid)
+                    _scatter_add(root * sum_1, dweight, feature, i, n_valid)
+                scale = root * _gather(weight, feature, i, n_valid)
                 dmu = splat(-p[k]) * scale * sum_0
                 dv = splat(-0.5 * q[k]) * scale * root * root * sum_1
-                _add_to_segment(dmu, dmean, group, i, n_valid)
-                _add_to_segment(dv, dvar, group, i, n_valid)
-                # Of the softmax, with the mixture itself taken off each.
+                _scatter_add(dmu, dmean, group, i, n_valid)
+                _scatter_add(dv, dvar, group, i, n_valid)
+                # Backward of the softmax: the gradient of each weight times (statistic - mixture).
                 mu, v = load(piece_mean, at + i, n_valid), load(piece_var, at + i, n_valid)
-                sum_p += dmu * (_of_segment(mean, group, i, n_valid) - mu)
-                sum_q += dv * (_of_segment(var, group, i, n_valid) - v)
+                sum_p += dmu * (_gather(mean, group, i, n_valid) - mu)
+                sum_q += dv * (_gather(var, group, i, n_valid) - v)
         dp[k], dq[k] = total(sum_p), total(sum_q)
         for g in range(bounds[k], bounds[k + 1], LANES):
             n_valid = min(LANES, bounds[k + 1] - g)
             count = load(n, g, n_valid)
-            of_var = not_below_one(count - splat(np.float64(ddof)))
+            divisor = not_below_one(count - splat(np.float64(ddof)))
             store(load(dmean, g, n_valid) / not_below_one(count), dmean, g, n_valid)
-            store(load(dvar, g, n_valid) / of_var, dvar, g, n_valid)
+            store(load(dvar, g, n_valid) / divisor, dvar, g, n_valid)
 
 
 @kernel
 def gradient_coefficients(
-    threads, first, step, statistics, dstatistics, center, fixed, own, parameters, pieces, coef
+    threads,
+    first,
+    step,
+    group_stats,
+    dgroup_stats,
+    center,
+    given,
+    instances,
+    parameters,
+    piece_stats,
+    coef,
 ):
-    """Write a, r, m, b, c (5, P), see input_gradient, from what group_gradients found.
+    """Write a, r, m, b, c (5, P), the fields of Gradient, from the sums of group_gradients.
 
-    The groups of statistic ``fixed`` do not come from x. ``own`` (2, I) are count and mean of each
-    instance where those have sample variances, else None.
+    The groups of statistic ``given`` do not come from x. ``instances`` (2, I) are count and mean of
+    each instance where those have sample variances, else None.
     """
     n_pieces, n_statistics = coef.shape[1], first.shape[0] - 2
     begin, end = thread_range(threads, _n_tasks(n_pieces, first))
-    _, mean, _ = unstack(statistics, 3)
-    dmean, dvar = unstack(dstatistics, 2)
-    own_n, own_mean = unstack(own, 2)
+    _, mean, _ = unstack(group_stats, 3)
+    dmean, dvar = unstack(dgroup_stats, 2)
+    instance_counts, instance_means = unstack(instances, 2)
     (weight,) = unstack(parameters, 1)
-    piece_mean, _, rstd = unstack(pieces, 3)
+    piece_mean, _, rstd = unstack(piece_stats, 3)
     a, r, m, b, c = unstack(coef, 5)
     zero, one = splat(0.0), splat(1.0)
     for task in range(begin, end):
@@ -310,49 +318,51 @@ def gradient_coefficients(
         for i in range(lo, hi, LANES):
             n_valid = min(LANES, hi - i)
             mu, root = load(piece_mean, at + i, n_valid), load(rstd, at + i, n_valid)
-            # The mean of the means that x is compared with, by their slopes, so that x - m and c
-            # are small. The mixture may be far away, where a part of it is fixed.
+            # m is the mean of the statistics' means, weighted by their slopes, so that x - m and c
+            # are small. The mixture itself may be far from x, where one statistic is given.
             slopes, shift = splat(0.0), splat(0.0)
             for k in range(n_statistics):
-                if k != fixed:
+                if k != given:
                     group = first[k, j], step[k]
-                    slope = _of_segment(dvar, group, i, n_valid)
+                    slope = _gather(dvar, group, i, n_valid)
                     slope = where(slope > zero, slope, zero - slope)
-                    if own is None:
-                        around = _of_segment(mean, group, i, n_valid)
+                    if instances is None:
+                        mean_k = _gather(mean, group, i, n_valid)
                     else:
-                        around = _of_segment(own_mean, instance, i, n_valid)
+                        mean_k = _gather(instance_means, instance, i, n_valid)
                     slopes += slope
-                    shift += slope * (around - mu)
-            some = slopes > zero
-            middle = narrow(mu + where(some, shift, zero) / where(some, slopes, one), m)
-            rounded = widen(middle)
+                    shift += slope * (mean_k - mu)
+            has_slope = slopes > zero
+            narrowed = narrow(mu + where(has_slope, shift, zero) / where(has_slope, slopes, one), m)
+            rounded = widen(narrowed)
             slope, offset = splat(0.0), splat(0.0)
             for k in range(n_statistics):
-                if k == fixed:
+                if k == given:
                     continue
                 group = first[k, j], step[k]
                 if center:
-                    offset += _of_segment(dmean, group, i, n_valid)
-                dsquare = splat(2.0) * _of_segment(dvar, group, i, n_valid)
-                group_mean = _of_segment(mean, group, i, n_valid)
-                if own is None:
+                    offset += _gather(dmean, group, i, n_valid)
+                dsquare = splat(2.0) * _gather(dvar, group, i, n_valid)
+                group_mean = _gather(mean, group, i, n_valid)
+                if instances is None:
                     slope += dsquare
                     offset += dsquare * (rounded - group_mean)
                 else:
-                    # var is the mean of factor * (x - own mean)**2 + (own mean - mean)**2.
-                    n_own = _of_segment(own_n, instance, i, n_valid)
-                    mean_own = _of_segment(own_mean, instance, i, n_valid)
-                    factor = n_own / not_below_one(n_own - one)
+                    # var is the mean of factor * (x - mean_i)**2 + (mean_i - mean)**2, i: instance.
+                    n_instance = _gather(instance_counts, instance, i, n_valid)
+                    instance_mean = _gather(instance_means, instance, i, n_valid)
+                    factor = n_instance / not_below_one(n_instance - one)
                     slope += dsquare * factor
-                    offset += dsquare * (factor * (rounded - mean_own) + (mean_own - group_mean))
-            # r only keeps b and c in range: any number does where rstd is 0.
+                    offset += dsquare * (
+                        factor * (rounded - instance_mean) + (instance_mean - group_mean)
+                    )
+            # r keeps b and c in range: where rstd is 0, any number will do.
             scale = where(root > zero, root, one)
             slope, offset = slope / scale, offset / scale
-            direct = root * _of_segment(weight, feature, i, n_valid)
+            direct = root * _gather(weight, feature, i, n_valid)
             store(narrow(direct, a), a, at + i, n_valid)
             store(narrow(scale, r), r, at + i, n_valid)
-            store(middle, m, at + i, n_valid)
+            store(narrowed, m, at + i, n_valid)
             store(narrow(slope, b), b, at + i, n_valid)
             store(narrow(offset, c), c, at + i, n_valid)
 
@@ -368,7 +378,7 @@ def feature_gradients(feature, sums, dparameters):
 
 @kernel
 def track(
-    statistics, first, last, ddof, batch_ddof, momentum, skip_nonfinite,
+    group_stats, first, last, ddof, batch_ddof, momentum, skip_nonfinite,
     running_mean, running_var, n_batches,
 ):  # fmt: skip
     """Move running statistics (R,) towards those of N samples, groups ``first`` to ``last``.
@@ -376,7 +386,7 @@ def track(
     Count a batch more, and return whether the statistics are left alone, as something is not
     finite. A variance was divided by n - batch_ddof, a running one is by n - ddof.
     """
-    n, mean, var = unstack(statistics, 3)
+    n, mean, var = unstack(group_stats, 3)
     n_batches[()] += 1
     if skip_nonfinite:
         for g in range(first, last):
@@ -391,7 +401,7 @@ def track(
                 mean_sum += mean[g]
                 var_sum += var[g] * (max(n[g] - batch_ddof, 1.0) / max(n[g] - ddof, 1.0))
         if n_samples > 0:
-            rest = 1.0 - momentum
-            running_mean[i] = rest * running_mean[i] + momentum * (mean_sum / n_samples)
-            running_var[i] = rest * running_var[i] + momentum * (var_sum / n_samples)
+            decay = 1.0 - momentum
+            running_mean[i] = decay * running_mean[i] + momentum * (mean_sum / n_samples)
+            running_var[i] = decay * running_var[i] + momentum * (var_sum / n_samples)
     return False

@@ -1,40 +1,77 @@
-"""Groups that are columns with a weight for each row, forward and backward."""
+"""Groups that are columns with a weight for each row: (A, D, B), as LayerNorm over channels."""
 
 import numpy as np
 
-from numbanorm.kernels.access import take_row
-from numbanorm.kernels.columns import column_block
+from numbanorm.kernels.access import (
+    Row,
+    arithmetic,
+    elements_to_line,
+    read_dy,
+    read_one,
+    read_x,
+    take_row,
+    vectors_end,
+    write,
+    write_aligned,
+)
 from numbanorm.kernels.formulas import (
+    ElementAffine,
+    ElementGradient,
     column_coefficients,
-    element_gradient,
     scale_shift,
     unshift,
     write_rstds,
     write_statistics,
 )
+from numbanorm.kernels.modes import ColumnTiles, Mode
+from numbanorm.kernels.outputs import output, write_row
 from numbanorm.kernels.reduce import add_to_columns, add_to_vector
-from numbanorm.kernels.rows import normalize_vector
 from numbanorm.kernels.scratch import three_rows
-from numbanorm.kernels.stream import buffer_size, write_buffered_row, write_vectors
-from numbanorm.numba_ext.jit import inline, kernel
+from numbanorm.numba_ext.jit import if_none, inline, kernel
 from numbanorm.numba_ext.launch import thread_range
 from numbanorm.numba_ext.lines import allocate, fence, release, to_next_line
-from numbanorm.numba_ext.vectors import leading, load, splat, store, total
+from numbanorm.numba_ext.vectors import load, prefetch, splat, total
 from numbanorm.numba_ext.views import flat_slice, unstack
 from numbanorm.tuning import LANES, ROWS
 
+# Software pipelining, with streaming stores: while a row of one block of columns is written, some
+# vectors of ROWS rows of the next block are reduced. The row that is written goes through a buffer,
+# as the sums over it must not depend on where lines of memory begin.
+
 
 @inline
-def _begin_columns(values, place, n_rows, center, s0, s1):
-    """Write values from ``place`` on, unless there are no rows, to center (n,), and 0 to sums."""
+def _begin_columns(x, place, n_rows, center, s0, s1):
+    """Write 0 to the sums, and a row at ``place`` to center (n,), or 0 if there are no rows.
+
+    The row is the first of x (N,); in backward x are the means (A * B,).
+    """
     for c in range(center.shape[0]):
-        center[c] = values[place + c] if n_rows > 0 else 0.0
+        center[c] = read_one(x, place + c) if n_rows > 0 else 0.0
         s0[c], s1[c] = 0.0, 0.0
 
 
 @inline
-def _block_of_lines(unit, early, n_columns, width):
-    """Return the outer index and the columns of a unit of work, where ``early`` a line begins."""
+def _stream_row(buffer, n, y, at, distance):
+    """Write a row (n,) to y (N,) from ``at`` on: whole vectors by streaming stores.
+
+    A store to a part of a line waits for that line, and later stores wait behind it: the lines in
+    which the row ``distance`` ahead begins and ends are prefetched.
+    """
+    start, head = np.intp(0), elements_to_line(True, y, at, n)
+    if head > 0:
+        prefetch(y, at + distance)
+        write(load(buffer, start, head), y, at, head)
+    end = vectors_end(head, n)
+    for i in range(head, end, LANES):
+        write_aligned(True, load(buffer, i, None), y, at + i)
+    if end < n:
+        prefetch(y, at + end + distance)
+        write(load(buffer, end, n - end), y, at + end, n - end)
+
+
+@inline
+def _block(unit, early, n_columns, width):
+    """Return outer index and columns of a block; the first of a row has ``early`` more."""
     n_blocks = max((n_columns - early + width - 1) // width, 1)
     a = unit // n_blocks
     c0 = (unit - a * n_blocks) * width
@@ -42,219 +79,212 @@ def _block_of_lines(unit, early, n_columns, width):
 
 
 @inline
-def _vectors_beside(i, length, n):
-    """Return which vectors of n columns are summed up beside row i, from ... to.
-
-    They are those of ROWS rows, of which a share is added beside each of as many rows.
-    """
-    q, n_vectors = i % ROWS, n // LANES
-    if i - q + ROWS > length:
-        return 0, 0
-    return q * n_vectors // ROWS, (q + 1) * n_vectors // ROWS
-
-
-@inline
-def _add_rest(dy, x, weight, a, c0, c1, center, s0, s1):
-    """Add what is not summed up beside rows: columns and rows that are too few for it."""
+def _add_tail(dy, x, weight, a, c0, c1, center, s0, s1):
+    """Add what _reduce_while_writing leaves: columns and rows after the last vector of ROWS."""
     length, n = x.shape[1], c1 - c0
-    whole, whole_rows = n // LANES * LANES, length // ROWS * ROWS
-    for lo, hi, c in ((0, whole_rows, whole), (whole_rows, length, 0)):
-        rest = n - c
+    n_vector, n_rows = n // LANES * LANES, length // ROWS * ROWS
+    for lo, hi, c in ((0, n_rows, n_vector), (n_rows, length, 0)):
+        n_tail = n - c
         add_to_columns(
-            dy, x, None, weight, a, lo, hi, c0 + c, c1,
-            flat_slice(center, c, rest), flat_slice(s0, c, rest), flat_slice(s1, c, rest),
+            dy, x, None, weight, a, lo, hi, c0 + c, c1, flat_slice(center, c, n_tail),
+            flat_slice(s0, c, n_tail), flat_slice(s1, c, n_tail),
         )  # fmt: skip
 
 
-@inline
-def _columns_beside(
-    dys, xs, weight, i, step, next_row, first, last, center, s0, s1, write, totals, row, n, coef, ys
-):
-    """Add vectors of ROWS rows from ``coming`` on to their sums, while a row (n,) is written.
+def _add_nothing(totals, row, i, n, coef):
+    return totals
 
-    ``write`` is the function that writes a vector of the row, and adds to ``totals``, which are
-    returned.
+
+def _add_dy(totals, row, i, n, coef):
+    dy, x = read_dy(row, i, n), read_x(row, i, n)
+    x_hat = scale_shift(x, load(coef.m, i, n), load(coef.rstd, i, n), load(coef.t, i, n))
+    return totals[0] + dy * x_hat, totals[1] + dy
+
+
+_add_gradients = if_none(_add_nothing, _add_dy)
+
+
+@inline
+def _write_vector(totals, row, i, n, coef, target):
+    """Write a vector of a row to target[i]; return ``totals`` with dy * x_hat and dy of it added.
+
+    They are accumulated in the type of the elements: each of a vector's many lanes gets too few of
+    them for float32 to lose digits.
     """
+    # Before it is written: dx may be dy.
+    totals = _add_gradients(totals, row, i, n, coef)
+    write(output(row, i, n, coef, i), target, i, n)
+    return totals
+
+
+@inline
+def _write_whole_row(totals, row, n, coef, target):
+    """Write a row of n elements; return totals as _write_vector does."""
+    end = n // LANES * LANES
+    for i in range(0, end, LANES):
+        totals = _write_vector(totals, row, i, None, coef, target)
+    if end < n:
+        totals = _write_vector(totals, row, end, n - end, coef, target)
+    return totals
+
+
+@inline
+def _reduce_while_writing(data, weight, i, length, step, at, n_next, sums, totals, row, n, coef, y):
+    """Write row i (n,) of a block to y, and meanwhile reduce some vectors of the next block.
+
+    ``data`` is all of dy and x; the next block has ``n_next`` columns, and the first of its rows
+    begins at ``at``. ``sums`` are its center, s0 and s1; totals are as in _write_vector.
+    """
+    # While ROWS rows are written, as many of the next block are reduced: a share with each.
+    q, n_vectors = i % ROWS, n_next // LANES
+    first, last = q * n_vectors // ROWS, (q + 1) * n_vectors // ROWS
+    if i - q + ROWS > length:
+        first, last = 0, 0
+    at += (i - q) * step
     n_steps = n // (ROWS * LANES)
     for k in range(max(last - first, n_steps)):
         if first + k < last:
             c = (first + k) * LANES
-            at = next_row + c
-            add_to_vector(
-                dys, xs, None, weight, i, ROWS, at, step, at + ROWS * step, step, c, None,
-                center, s0, s1,
-            )  # fmt: skip
+            upcoming = at + c + ROWS * step
+            add_to_vector(data, weight, i - q, ROWS, at + c, step, upcoming, step, c, None, *sums)
         if k < n_steps:
             for j in range(k * ROWS * LANES, (k + 1) * ROWS * LANES, LANES):
-                totals = write(totals, row, j, None, coef, ys)
+                totals = _write_vector(totals, row, j, None, coef, y)
     for j in range(n_steps * ROWS * LANES, n, LANES):
-        totals = write(totals, row, j, min(LANES, n - j), coef, ys)
-    return totals
-
-
-@inline
-def _normalize_column_vector(totals, row, i, n, coef, ys):
-    """Write a vector as normalize_vector does, with nothing to add up."""
-    normalize_vector(row, i, n, coef, ys, i)
+        totals = _write_vector(totals, row, j, min(LANES, n - j), coef, y)
     return totals
 
 
 @kernel
-def forward_element_columns(
-    threads, x, parameters, eps, center, use_batch_stats, width, streamed, statistics, y
-):
+def forward_element_columns(threads, x, parameters, mode, tiles, streamed, group_stats, y):
     """Normalise columns: x, y (A, D, B), weight and bias (2, D).
 
-    ``statistics`` (3, A * B) are taken and written if ``use_batch_stats``, else read. If ``streamed``, which
-    is True or None, a block of columns is summed up while the one before it is written.
+    ``group_stats`` (3, A * B) are taken and written if ``mode.use_batch_stats``, else read. A block
+    has ``tiles.width`` columns. If ``streamed``, the next block is reduced while one is written.
     """
+    mode, tiles = Mode(*mode), ColumnTiles(*tiles)
     n_outer, length, n_columns = x.shape
-    # A store to a part of a line waits for the line, and what is stored later waits, too: blocks
-    # end where lines do. A column's sums do not depend on its block.
-    early = np.intp(0) if streamed is None else to_next_line(y, 0)
-    n_blocks = max((n_columns - early + width - 1) // width, 1)
-    begin, end = thread_range(threads, n_outer * n_blocks)
-    (weight, bias), (count, mean, var) = unstack(parameters, 2), unstack(statistics, 3)
-    most = width + LANES
-    sums, rstd = allocate(3, most, mean.dtype), allocate(None, most, mean.dtype)
-    rows = allocate(3, most, y.dtype)
-    buffer = allocate(None, buffer_size(most, streamed, y), y.dtype)
-    xs, ys, is_summed = flat_slice(x, 0, x.size), flat_slice(y, 0, y.size), False
+    use_batch_stats, width = mode.use_batch_stats, tiles.width
+    # Blocks end where lines do: a store to a part of a line waits for that line, and later stores
+    # wait behind it. A column's sums do not depend on its block.
+    early = np.intp(0) if not streamed else to_next_line(y, 0)
+    begin, end = thread_range(threads, n_outer * max((n_columns - early + width - 1) // width, 1))
+    (weight, bias), (count, mean, var) = unstack(parameters, 2), unstack(group_stats, 3)
+    size = width + LANES
+    sums, rstd = allocate(3, size, np.float64), allocate(None, size, np.float64)
+    rows, buffer = allocate(3, size, arithmetic(x)), allocate(None, size, arithmetic(x))
+    xs, ys, is_reduced = flat_slice(x, 0, x.size), flat_slice(y, 0, y.size), False
+    data = take_row(None, x, None, 0, x.size)
     for unit in range(begin, end):
-        a, c0, c1 = _block_of_lines(unit, early, n_columns, width)
+        a, c0, c1 = _block(unit, early, n_columns, width)
         n, first, place = c1 - c0, a * n_columns + c0, a * length * n_columns + c0
         s1, s2, shift = three_rows(sums, n)
         groups = flat_slice(count, first, n), flat_slice(mean, first, n), flat_slice(var, first, n)
         if use_batch_stats:
-            if not is_summed:
+            if not is_reduced:
                 _begin_columns(xs, place, length, shift, s1, s2)
                 add_to_columns(None, x, None, None, a, 0, length, c0, c1, shift, s1, s2)
             for c in range(n):
-                mu, _, m2 = unshift(length, shift[c], s1[c], s2[c])
-                write_statistics(c, length, mu, m2, center, *groups)
-        write_rstds(groups[0], groups[2], eps, rstd)
+                mu, m2, _ = unshift(length, shift[c], s1[c], s2[c])
+                write_statistics(c, length, mu, m2, mode.center, *groups)
+        write_rstds(groups[0], groups[2], mode.eps, rstd)
         m, r, t = three_rows(rows, n)
         column_coefficients(groups[1], rstd, m, r, t)
-        is_summed = streamed is not None and use_batch_stats and unit + 1 < end
-        if is_summed:
-            a, c0, c1 = _block_of_lines(unit + 1, early, n_columns, width)
-        n_next, next_row = c1 - c0 if is_summed else 0, a * length * n_columns + c0
+        is_reduced = streamed and use_batch_stats and unit + 1 < end
+        if is_reduced:
+            a, c0, c1 = _block(unit + 1, early, n_columns, width)
+        n_next, next_at = c1 - c0 if is_reduced else 0, a * length * n_columns + c0
         s1, s2, shift = three_rows(sums, n_next)
-        _begin_columns(xs, next_row, length, shift, s1, s2)
+        _begin_columns(xs, next_at, length, shift, s1, s2)
         for i in range(length):
-            coef, row = (weight[i], bias[i], m, r, t), take_row(None, x, None, place, n)
-            if streamed is None:
-                # The block is in a cache since its sums were taken.
-                nothing_asked, start = (None, None, None), np.intp(0)
-                write_vectors(normalize_vector, row, nothing_asked, start, n, coef, ys, place)
+            coef, row = (
+                ElementAffine(weight[i], bias[i], m, r, t),
+                take_row(None, x, None, place, n),
+            )
+            if not streamed:
+                # The block is in a cache since it was reduced.
+                write_row(streamed, row, n, coef, ys, place, take_row(None, x, None, place, 0))
             else:
-                lo, hi = _vectors_beside(i, length, n_next)
-                from_row = i // ROWS * ROWS
-                _columns_beside(
-                    None, xs, None, 0, n_columns, next_row + from_row * n_columns, lo, hi, shift,
-                    s1, s2, _normalize_column_vector, None, row, n, coef, buffer,
+                _reduce_while_writing(
+                    data, None, i, length, n_columns, next_at, n_next, (shift, s1, s2), None, row,
+                    n, coef, buffer,
                 )  # fmt: skip
-                write_buffered_row(buffer, n, ys, place, ROWS * n_columns)
+                _stream_row(buffer, n, ys, place, ROWS * n_columns)
             place += n_columns
-        if is_summed:
-            _add_rest(None, x, None, a, c0, c1, shift, s1, s2)
-    if streamed is not None:
+        if is_reduced:
+            _add_tail(None, x, None, a, c0, c1, shift, s1, s2)
+    if streamed:
         fence()
     release((sums, rstd, rows, buffer))
 
 
-@inline
-def _backward_column_vector(totals, row, i, n, coef, dxs):
-    """Write dx of a vector to dxs[i]; add to vectors of the sums of dy * x_hat and of dy.
-
-    They are added up in the type of the elements, see _add_four_rows.
-    If not ``use_batch_stats``, which is the last of a row, the statistics do not come from x.
-    """
-    (dys, xs, use_batch_stats), (weight, m, r, t, c0, c1) = row, coef
-    dy, x = load(dys, i, n), load(xs, i, n)
-    m, r, t = load(m, i, n), load(r, i, n), load(t, i, n)
-    c0, c1 = load(c0, i, n), load(c1, i, n)
-    dx = element_gradient(dy, x, leading(use_batch_stats * LANES), splat(weight), m, r, t, c0, c1)
-    store(dx, dxs, i, n)
-    return totals[0] + dy * scale_shift(x, m, r, t), totals[1] + dy
-
-
-@inline
-def _backward_column_row(totals, row, n, coef, dxs):
-    """Write the gradient of a row of n elements; add to totals as _backward_column_vector does."""
-    whole = n // LANES * LANES
-    for i in range(0, whole, LANES):
-        totals = _backward_column_vector(totals, row, i, None, coef, dxs)
-    if whole < n:
-        totals = _backward_column_vector(totals, row, whole, n - whole, coef, dxs)
-    return totals
-
-
 @kernel
 def backward_element_columns(
-    threads, dy, x, parameters, eps, center, use_batch_stats, affine, width, streamed,
-    statistics, dx, dparameters,
-):  # fmt: skip
+    threads, dy, x, parameters, mode, tiles, streamed, group_stats, dx, dparameters
+):
     """Write dx and parameter gradients of columns: dy, x, dx (A, D, B), weight first in (2, D).
 
-    ``statistics`` (3, A * B) are those of forward; dweight and dbias (2, T, D), a row for each
-    of T tasks, start at 0 and are left alone unless ``affine``. See forward_element_columns about
+    ``group_stats`` (3, A * B) are those of forward; dweight and dbias (2, T, D), a row for each
+    of T tasks, start at 0, and are left alone if they are empty. See forward_element_columns about
     ``streamed``.
     """
+    mode, tiles = Mode(*mode), ColumnTiles(*tiles)
     n_outer, length, n_columns = x.shape
-    n_tasks = dparameters.shape[1]
+    n_tasks, width, affine = dparameters.shape[1], tiles.width, dparameters.shape[2] > 0
     # Blocks do not end where lines do: a row's sums depend on them, and must not on dx's address.
     n_units = n_outer * ((n_columns + width - 1) // width)
     task, last_task = thread_range(threads, n_tasks)
     begin, end = task * n_units // n_tasks, last_task * n_units // n_tasks
     (weight,), (dweight, dbias) = unstack(parameters, 1), unstack(dparameters, 2)
-    count, mean, var = unstack(statistics, 3)
-    sums, rstd = allocate(3, width, mean.dtype), allocate(None, width, mean.dtype)
-    rows = allocate(5, width, dx.dtype)
-    buffer = allocate(None, buffer_size(width, streamed, dx), dx.dtype)
+    count, mean, var = unstack(group_stats, 3)
+    sums, rstd = allocate(3, width, np.float64), allocate(None, width, np.float64)
+    rows, buffer = allocate(5, width, arithmetic(x)), allocate(None, width + LANES, arithmetic(x))
+    # Where the statistics do not come from x, nothing counts in them.
+    counts = allocate(None, width, np.bool_)
+    for c in range(width):
+        counts[c] = mode.use_batch_stats
     m, r, t, g0, g1 = unstack(rows, 5)
-    dys, xs, dxs = flat_slice(dy, 0, dy.size), flat_slice(x, 0, x.size), flat_slice(dx, 0, dx.size)
-    is_summed, zero = False, dx.dtype.type(0.0)
+    dxs, is_reduced, zero = flat_slice(dx, 0, dx.size), False, arithmetic(x)(0.0)
+    data = take_row(dy, x, None, 0, x.size)
     for unit in range(begin, end):
         while (task + 1) * n_units // n_tasks <= unit:
             task += 1
-        a, c0, c1 = column_block(unit, n_columns, width)
+        a, c0, c1 = _block(unit, np.intp(0), n_columns, width)
         n, first, place = c1 - c0, a * n_columns + c0, a * length * n_columns + c0
         s0, s1, means = three_rows(sums, n)
-        if not is_summed:
+        if not is_reduced:
             _begin_columns(mean, first, length, means, s0, s1)
             add_to_columns(dy, x, None, weight, a, 0, length, c0, c1, means, s0, s1)
-        write_rstds(flat_slice(count, first, n), flat_slice(var, first, n), eps, rstd)
+        write_rstds(flat_slice(count, first, n), flat_slice(var, first, n), mode.eps, rstd)
         column_coefficients(means, rstd, m, r, t)
         for c in range(n):
             n_all = max(count[first + c], 1.0)
-            g0[c] = s0[c] / n_all if center else 0.0
+            g0[c] = s0[c] / n_all if mode.center else 0.0
             g1[c] = s1[c] * rstd[c] / n_all
-        is_summed = streamed is not None and unit + 1 < end
-        if is_summed:
-            a, c0, c1 = column_block(unit + 1, n_columns, width)
-        n_next, next_row = c1 - c0 if is_summed else 0, a * length * n_columns + c0
+        is_reduced = streamed and unit + 1 < end
+        if is_reduced:
+            a, c0, c1 = _block(unit + 1, np.intp(0), n_columns, width)
+        n_next, next_at = c1 - c0 if is_reduced else 0, a * length * n_columns + c0
         s0, s1, means = three_rows(sums, n_next)
         _begin_columns(mean, a * n_columns + c0, length, means, s0, s1)
         for i in range(length):
-            row = flat_slice(dy, place, n), flat_slice(x, place, n), use_batch_stats
-            coef, totals = (weight[i], m, r, t, g0, g1), (splat(zero), splat(zero))
-            if streamed is None:
-                totals = _backward_column_row(totals, row, n, coef, flat_slice(dx, place, n))
+            row = Row(flat_slice(dy, place, n), flat_slice(x, place, n), flat_slice(counts, 0, n))
+            coef, totals = ElementGradient(weight[i], m, r, t, g0, g1), (splat(zero), splat(zero))
+            if not streamed:
+                target = flat_slice(dx, place, n)
+                totals = _write_whole_row(totals, row, n, coef, target)
             else:
-                lo, hi = _vectors_beside(i, length, n_next)
-                from_row = i // ROWS * ROWS
-                totals = _columns_beside(
-                    dys, xs, weight, from_row, n_columns, next_row + from_row * n_columns, lo, hi,
-                    means, s0, s1, _backward_column_vector, totals, row, n, coef, buffer,
+                totals = _reduce_while_writing(
+                    data, weight, i, length, n_columns, next_at, n_next, (means, s0, s1), totals,
+                    row, n, coef, buffer,
                 )  # fmt: skip
-                write_buffered_row(buffer, n, dxs, place, ROWS * n_columns)
+                _stream_row(buffer, n, dxs, place, ROWS * n_columns)
             if affine:
                 dweight[task, i] += total(totals[0])
                 dbias[task, i] += total(totals[1])
             place += n_columns
-        if is_summed:
-            _add_rest(dy, x, weight, a, c0, c1, means, s0, s1)
-    if streamed is not None:
+        if is_reduced:
+            _add_tail(dy, x, weight, a, c0, c1, means, s0, s1)
+    if streamed:
         fence()
-    release((sums, rstd, rows, buffer))
+    release((sums, rstd, rows, buffer, counts))

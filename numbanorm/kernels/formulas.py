@@ -1,11 +1,27 @@
-"""The mathematics: moments, coefficients and gradients, for numbers and for vectors."""
+"""The mathematics on one page: moments, coefficients, outputs and gradients.
+
+A comment above each vector loop has its formula for a single number.
+"""
+
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from numbanorm.numba_ext.jit import inline, inline_contract
-from numbanorm.numba_ext.vectors import load, narrow, splat, store, where, widen
-from numbanorm.numba_ext.views import flat_slice
+from numbanorm.numba_ext.vectors import (
+    is_finite,
+    leading,
+    load,
+    multiply_add,
+    narrow,
+    splat,
+    store,
+    where,
+    widen,
+)
 from numbanorm.tuning import LANES
+
+# -- Moments ---------------------------------------------------------------------------------------
 
 
 @inline
@@ -13,53 +29,62 @@ def two_sum(a, b):
     """Return a + b in float64, and what that rounds away (Knuth); 0 if it is not finite."""
     s = a + b
     t = s - a
-    rest = (a - (s - t)) + (b - t)
-    return s, rest if np.isfinite(s) else 0.0
+    error = (a - (s - t)) + (b - t)
+    return s, error if np.isfinite(s) else 0.0
 
 
 @inline
 def unshift(n, shift, s1, s2):
-    """Return mean, its rest and m2 from sums around shift (Chan et al. 1983, eq. 1.7).
+    """Return mean, m2 and the mean's rest from sums around shift (Chan et al. 1983, eq. 1.7).
 
-    All of them are 0 where there is nothing, and shift is.
+    All are 0 for an empty group, whose shift is 0.
     """
     r = s1 / max(n, 1)
     m2 = s2 - s1 * r
     mean, rest = two_sum(shift, r)
     # Not max(): a NaN must stay.
-    return mean, rest, 0.0 if m2 < 0.0 else m2
+    return mean, 0.0 if m2 < 0.0 else m2, rest
 
 
 @inline
-def unshift_all(n, mean, rest, m2):
-    """Write mean, its rest and m2 where shift, s1 and s2 are, see unshift: rows (P,)."""
+def unshift_all(n, mean, m2, rest):
+    """Replace shift, s2 and s1 in mean, m2 and rest (P,) by what unshift makes of them."""
     for i in range(n.shape[0]):
-        mean[i], rest[i], m2[i] = unshift(n[i], mean[i], rest[i], m2[i])
+        mean[i], m2[i], rest[i] = unshift(n[i], mean[i], rest[i], m2[i])
 
 
 @inline
-def merge_pair(n_a, mean_a, rest_a, m2_a, n_b, mean_b, rest_b, m2_b):
-    """Return count, mean, its rest and m2 of a and b together (Chan et al. 1983, eq. 2.1).
+def merge_pair(n_a, mean_a, m2_a, rest_a, n_b, mean_b, m2_b, rest_b):
+    """Return count, mean, m2 and the mean's rest of a and b together (Chan et al. 1983, eq. 2.1).
 
     A mean has two parts, as deviations may be as small as what its rounding takes away.
     """
     if n_a == 0:
-        return n_b, mean_b, rest_b, m2_b
+        return n_b, mean_b, m2_b, rest_b
     if n_b == 0:
-        return n_a, mean_a, rest_a, m2_a
+        return n_a, mean_a, m2_a, rest_a
     n = n_a + n_b
-    thread_range = n_b / n
+    fraction = n_b / n
     delta = (mean_b - mean_a) + (rest_b - rest_a)
-    mean, rest = two_sum(mean_a, delta * thread_range)
+    mean, rest = two_sum(mean_a, delta * fraction)
     mean, rest = two_sum(mean, rest + rest_a)
-    return n, mean, rest, m2_a + m2_b + delta * delta * (n_a * thread_range)
+    return n, mean, m2_a + m2_b + delta * delta * (n_a * fraction), rest
 
 
 @inline
 def not_below_one(vector):
-    """Return 1 where an element is less, or NaN."""
+    """Return the larger of 1 and each element; 1 for NaN."""
     one = splat(1.0)
     return where(vector > one, vector, one)
+
+
+@inline
+def write_statistics(g, n, mu, m2, center, count, mean, var):
+    """Write statistics of group g; if not ``center``, var is the mean square, and the mean 0."""
+    v = m2 / max(n, 1)
+    count[g] = n
+    mean[g] = mu if center else 0.0
+    var[g] = v if center else v + mu * mu
 
 
 @inline_contract
@@ -78,36 +103,111 @@ def write_rstds(count, var, eps, rstd):
     invert_roots(var, eps, rstd)
 
 
-@inline
-def write_rstds_of_runs(count, var, eps, first, last, step, k, run, rstd):
-    """Write what write_rstds does, of ``run`` groups from k on of samples ``first`` to ``last``.
+# -- Outputs: a record of coefficients says by its type which formula is meant. Each coefficient is
+# -- a number for a whole row, or a row of numbers.
 
-    Those of a sample are ``step`` groups; all of them are a single run.
+
+class ScaleShift(NamedTuple):
+    """y = (x - m) * s + t, with the mean rounded to the type of x for m: exact at any offset."""
+
+    m: Any
+    s: Any
+    t: Any
+
+
+class ElementAffine(NamedTuple):
+    """y = x_hat * weight + bias, x_hat = (x - m) * rstd + t, with weights for each element."""
+
+    weight: Any
+    bias: Any
+    m: Any
+    rstd: Any
+    t: Any
+
+
+class Scale(NamedTuple):
+    """dx = a * dy, where the statistics do not come from x."""
+
+    a: Any
+
+
+class ElementScale(NamedTuple):
+    """dx = rstd * (dy * weight), where the statistics do not come from x."""
+
+    weight: Any
+    rstd: Any
+
+
+class Gradient(NamedTuple):
+    """dx = a * dy + r * ((x - m) * b + c).
+
+    r is not multiplied into b and c: at abs(x) = 1e30 the products would underflow in float32.
     """
-    n = (last - first) * run if run == step else run
-    for at in range(0, (last - first) * run, max(n, 1)):
-        i = first * step + k + at // run * step
-        write_rstds(flat_slice(count, i, n), flat_slice(var, i, n), eps, flat_slice(rstd, at, n))
+
+    a: Any
+    r: Any
+    m: Any
+    b: Any
+    c: Any
+
+
+class ElementGradient(NamedTuple):
+    """dx = rstd * (dy * weight - c0 - x_hat * c1), x_hat = (x - m) * rstd + t."""
+
+    weight: Any
+    m: Any
+    rstd: Any
+    t: Any
+    c0: Any
+    c1: Any
 
 
 @inline
-def write_statistics(g, n, mu, m2, center, count, mean, var):
-    """Write those of group g; if not ``center``, var is the mean square, and the mean is 0."""
-    v = m2 / max(n, 1)
-    count[g] = n
-    mean[g] = mu if center else 0.0
-    var[g] = v if center else v + mu * mu
-
-
-@inline_contract
 def scale_shift(x, m, s, t):
-    """Subtract m, the mean rounded to x's type, before anything else: exact at any offset."""
-    return (x - m) * s + t
+    """Subtract m before anything else: exact at any offset."""
+    # (x - m) * s + t
+    return multiply_add(x - m, s, t)
+
+
+@inline
+def element_affine(x, weight, bias, m, rstd, t):
+    """Return what ElementAffine says."""
+    # ((x - m) * rstd + t) * weight + bias
+    return multiply_add(scale_shift(x, m, rstd, t), weight, bias)
+
+
+@inline
+def gradient(dy, x, counts, a, r, m, b, c):
+    """Return what Gradient says; the second term only where x counted in the statistics."""
+    # a * dy + r * ((x - m) * b + c)
+    direct = a * dy
+    full = direct + r * ((x - m) * b + c)
+    return full if counts is None else where(counts, full, direct)
+
+
+@inline
+def element_gradient(dy, x, counts, weight, m, rstd, t, c0, c1):
+    """Return what ElementGradient says; c0 and c1 only where x counted in the statistics."""
+    # rstd * (dy * weight - c0 - ((x - m) * rstd + t) * c1)
+    g = dy * weight
+    full = rstd * (g - c0 - scale_shift(x, m, rstd, t) * c1)
+    return full if counts is None else where(counts, full, rstd * g)
+
+
+# -- Coefficients ----------------------------------------------------------------------------------
+
+
+@inline
+def round_coefficients(mean, scale, offset, dtype):
+    """Return m, s and t of ScaleShift in a type, for numbers."""
+    m = dtype(mean)
+    return m, dtype(scale), dtype((np.float64(m) - mean) * scale + offset)
 
 
 @inline
 def store_scale_shift(mean, rstd, weight, bias, m, s, t, i, n):
-    """Write m, s and t, see scale_shift, from vectors of float64."""
+    """Write m, s and t of ScaleShift from vectors of float64."""
+    # s = rstd * weight; t = (m - mean) * s + bias
     scale, rounded = rstd * weight, narrow(mean, m)
     store(rounded, m, i, n)
     store(narrow(scale, s), s, i, n)
@@ -115,39 +215,12 @@ def store_scale_shift(mean, rstd, weight, bias, m, s, t, i, n):
 
 
 @inline
-def round_coefficients(mean, scale, offset, like):
-    """Return m, s and t, see scale_shift, in the type of an array."""
-    m = like.dtype.type(mean)
-    return m, like.dtype.type(scale), like.dtype.type((np.float64(m) - mean) * scale + offset)
-
-
-@inline_contract
-def input_gradient(dy, x, counts, a, r, m, b, c):
-    """Return dx; only what counted in the statistics has a share in their gradient."""
-    # r stays apart from b and c: at |x| = 1e30 their products would underflow in float32.
-    direct = a * dy
-    whole = direct + r * ((x - m) * b + c)
-    if counts is None:
-        return whole
-    return where(counts, whole, direct)
-
-
-@inline_contract
-def element_gradient(dy, x, counts, weight, m, rstd, t, c0, c1):
-    """Return dx = rstd * (dy * weight - c0 - x_hat * c1)."""
-    g = dy * weight
-    whole = rstd * (g - c0 - scale_shift(x, m, rstd, t) * c1)
-    if counts is None:
-        return whole
-    return where(counts, whole, rstd * g)
-
-
-@inline
 def group_coefficients(count, mean, rstd, g0, g1, center, r, m, b, c):
-    """Write r, m, b, c, see input_gradient, of n groups, to the first n elements of each.
+    """Write r, m, b, c of Gradient for n groups to the first n elements of each.
 
-    Their sums of dy * weight are g0, and g1 those of dy * weight * (x - mean).
+    g0 and g1 are the groups' sums of dy * weight and of dy * weight * (x - mean).
     """
+    # b = -rstd**2 * g1 / n; c = b * (m - mean) - g0 / n
     for g in range(0, len(count), LANES):
         n_valid = min(LANES, len(count) - g)
         n, mu, scale = (
@@ -169,13 +242,46 @@ def group_coefficients(count, mean, rstd, g0, g1, center, r, m, b, c):
 @inline_contract
 def column_coefficients(mean, rstd, m, r, t):
     """Write what round_coefficients returns for each of n columns to m, r, t (n,)."""
+    # r = rstd; t = (m - mean) * rstd
     for c in range(mean.shape[0]):
         m[c] = mean[c]
         r[c] = rstd[c]
         t[c] = (np.float64(m[c]) - mean[c]) * rstd[c]
 
 
-@inline_contract
-def apply_weight(dys, weight, rstd, dxs):
-    for i in range(dys.shape[0]):
-        dxs[i] = rstd * (dys[i] * weight[i])
+# -- Terms of the sums of backward -----------------------------------------------------------------
+
+
+@inline
+def enters_sums(x, counts):
+    """Tell which elements of vectors enter the sums of backward.
+
+    A masked-out element is normalised too, so that its dy enters, unless its x is not finite: that
+    must not turn the sums into NaN.
+    """
+    return counts | is_finite(x)
+
+
+@inline
+def moment_terms(x, counts, n, center):
+    """Return vectors of 1, x - center and its square, and of 0 where an element does not count."""
+    # x is read in any case: a load that depends on the mask is not prefetched.
+    d, zero, one = x - center, splat(0.0), splat(1.0)
+    if counts is None:
+        if n is None:
+            return one, d, d * d
+        valid = leading(n)
+    else:
+        valid = counts
+    d = where(valid, d, zero)
+    return where(valid, one, zero), d, d * d
+
+
+@inline
+def gradient_terms(dy, x, counts, center):
+    """Return vectors of dy and x - center in float64, and of 0 where they do not enter the sums."""
+    w, d = widen(dy), widen(x) - center
+    if counts is not None:
+        enters = enters_sums(x, counts)
+        w, d = where(enters, w, splat(0.0)), where(enters, d, splat(0.0))
+    return w, d

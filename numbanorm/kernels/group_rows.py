@@ -1,191 +1,174 @@
-"""Groups of a few rows, each with a weight, forward and backward in one kernel each."""
+"""Groups of a few rows, each row with a weight: (A, R, B, L), reduced and written in one kernel."""
 
-from numbanorm.kernels.access import first_value, take_row
-from numbanorm.kernels.apply import apply_vector, backward_vector, scale_vector
+from typing import NamedTuple
+
+import numpy as np
+
+from numbanorm.kernels.access import arithmetic, first_value, take_row
 from numbanorm.kernels.formulas import (
+    Gradient,
+    Scale,
+    ScaleShift,
     group_coefficients,
     round_coefficients,
     unshift_all,
     write_rstds,
     write_statistics,
 )
-from numbanorm.kernels.overlap import prefetch_distance, reduce_while_writing
-from numbanorm.kernels.stream import (
-    buffer_size,
-    close_stream,
-    lines_at_once,
-    open_stream,
-    write_run,
-)
-from numbanorm.numba_ext.jit import inline, kernel
+from numbanorm.kernels.modes import GroupTiles, Mode
+from numbanorm.kernels.outputs import write_row_called
+from numbanorm.kernels.pipeline import prefetch_distance, reduce_while_writing
+from numbanorm.numba_ext.jit import if_none, inline, kernel
 from numbanorm.numba_ext.launch import thread_range
-from numbanorm.numba_ext.lines import allocate, release
+from numbanorm.numba_ext.lines import allocate, fence, release
 from numbanorm.numba_ext.views import flat_slice, unstack
 from numbanorm.tuning import LONG_ROW, PREFETCH_FAR
 
 
-@inline
-def _next_groups(first, end, shape, block):
-    """Return how many groups come next, where their rows start, and how these follow.
+class Block(NamedTuple):
+    """``n`` groups: row j of run i is row ``start + i * step + j``.
 
-    Row j of run i is row ``start + i * step + j``, for ``n_runs`` runs of ``n_in_run`` rows. A run
-    has the rows of one group where B is 1, else a row of each group.
+    There are ``n_runs`` runs of ``n_in_run`` rows. A run has the rows of one group where B is 1,
+    else a row of each group.
     """
+
+    n: int
+    start: int
+    step: int
+    n_runs: int
+    n_in_run: int
+
+
+@inline
+def _next_block(first, end, shape, size):
+    """Return the next groups, up to ``size`` of them, before group ``end``."""
     n_rows, n_inner = shape[1:3]
     if n_inner == 1:
-        n_here = min(block, end - first)
-        return n_here, first * n_rows, n_rows, n_here, n_rows
+        n = min(size, end - first)
+        return Block(n, first * n_rows, n_rows, n, n_rows)
     a, b = first // n_inner, first % n_inner
-    n_here = min(block, end - first, n_inner - b)
-    return n_here, a * n_rows * n_inner + b, n_inner, n_rows, n_here
+    n = min(size, end - first, n_inner - b)
+    return Block(n, a * n_rows * n_inner + b, n_inner, n_rows, n)
 
 
 @inline
-def _row_of_block(block, i, j, length):
-    """Return the number of row j of run i of a block, see _next_groups, and its length or 0."""
-    _, start, step, n_runs, n_in_run = block
-    return start + i * step + j, length if i < n_runs and j < n_in_run else 0
+def _row_of(block, i, j, length):
+    """Return the index of row j of run i of a block, and its length, or 0 if there is none."""
+    is_row = i < block.n_runs and j < block.n_in_run
+    return block.start + i * block.step + j, length if is_row else 0
+
+
+def _scale_shift(dy, mean, scale, offset, group_coef, dtype):
+    return ScaleShift(*round_coefficients(mean, scale, offset, dtype))
+
+
+def _gradient(dy, mean, scale, offset, group_coef, dtype):
+    return Gradient(dtype(scale), *group_coef)
+
+
+_coefficients = if_none(_scale_shift, _gradient)
 
 
 @kernel
-def forward_groups(
-    threads, x, mask, feature, parameters, eps, center, use_batch_stats, block, overlap, streamed,
-    statistics, y,
-):  # fmt: skip
-    """Normalise groups of R rows: x, mask or None, y (A, R, B, L), weight and bias (2, F).
+def group_rows(
+    threads, dy, x, mask, feature, parameters, mode, tiles, streamed, group_stats, y, sums
+):
+    """Normalise groups of R rows; with dy write dx, and the sums of dy and dy * x_hat of each row.
 
-    ``feature`` (A * R * B,) says which weight a row has; ``statistics`` (3, A * B) are taken and
-    written if ``use_batch_stats``, else read. Up to ``block`` groups are handled at once, and those that come
-    next ``overlap`` them or after them. ``streamed`` is True or None.
+    dy or None, x, mask or None, y or dx (A, R, B, L); ``feature`` (A * R * B,) says which weight
+    and bias (2, F) a row has. ``group_stats`` (3, A * B) are taken and written in forward if
+    ``mode.use_batch_stats``, else read. Up to ``tiles.block`` groups are a block: the next one is
+    reduced while one is written if ``tiles.overlap``, else after that. ``sums`` are
+    (2, A * R * B), or None without dy.
     """
+    mode, tiles = Mode(*mode), GroupTiles(*tiles)
     n_rows, n_inner, length = x.shape[1:]
     first, end = thread_range(threads, x.shape[0] * n_inner)
-    (weight, bias), (count, mean, var) = unstack(parameters, 2), unstack(statistics, 3)
-    interleaved = n_inner > 1
-    own = allocate(5, block, mean.dtype)
-    buffer = allocate(None, buffer_size(lines_at_once(y), streamed, y), y.dtype)
-    rstd, shift, n, s1, s2 = unstack(own, 5)
-    stream, out = open_stream(buffer), flat_slice(y, 0, y.size)
-    # Twice as far as elsewhere: one array is read, and no weights of elements are to be held.
-    overlap, distance = (
-        overlap and use_batch_stats,
-        prefetch_distance(streamed, 2 * PREFETCH_FAR, y),
-    )
+    (weight, bias), (count, mean, var) = unstack(parameters, 2), unstack(group_stats, 3)
+    out, size = flat_slice(y, 0, y.size), tiles.block
+    use_batch_stats = mode.use_batch_stats
+    interleaved, overlap = n_inner > 1, tiles.overlap and use_batch_stats
+    scratch, rounded = allocate(5, size, np.float64), allocate(4, size, arithmetic(x))
+    (rstd, n, center, s0, s1), (r, m, b, c) = unstack(scratch, 5), unstack(rounded, 4)
+    if dy is None:
+        # Twice as far as elsewhere: one array is read.
+        distance = prefetch_distance(streamed, 2 * PREFETCH_FAR, y)
+    else:
+        distance = prefetch_distance(streamed, PREFETCH_FAR, y)
     # A thread's groups are next to each other: the longer a run is, the faster it is read.
-    nothing = 0, 0, 0, 0, 0
-    written, first_written = nothing, first
-    while first < end or written[0] > 0:
-        summed = nothing
-        if first < end and (overlap or written[0] == 0):
-            summed = _next_groups(first, end, x.shape, block)
-        for g in range(summed[0]):
-            n[g], s1[g], s2[g] = 0.0, 0.0, 0.0
-        for i in range(max(summed[3], written[3])):
-            for j in range(max(summed[4], written[4])):
+    written, first_written = Block(0, 0, 0, 0, 0), first
+    while first < end or written.n > 0:
+        reduced = Block(0, 0, 0, 0, 0)
+        if first < end and (overlap or written.n == 0):
+            reduced = _next_block(first, end, x.shape, size)
+        for g in range(reduced.n):
+            n[g], s0[g], s1[g] = 0.0, 0.0, 0.0
+        for i in range(max(reduced.n_runs, written.n_runs)):
+            for j in range(max(reduced.n_in_run, written.n_in_run)):
                 g = j if interleaved else i
-                q, n_here = _row_of_block(written, i, j, length)
-                p, n_next = _row_of_block(summed, i, j, length)
-                if not use_batch_stats:
-                    n_next = 0
-                elif length < LONG_ROW and not interleaved:
-                    n_next = n_next * n_rows if j == 0 else 0
-                # Where nothing is summed up, what comes next is asked for all the same.
-                at = (
-                    p if summed[0] > 0 else q + (0 if interleaved else written[0] * n_rows)
-                ) * length
-                next_row = take_row(None, x, mask, at, n_next)
-                upcoming = take_row(None, x, mask, at + distance, 0)
-                around = shift[g]
-                if n_next > 0 and n[g] == 0:
-                    around = first_value(next_row[1], next_row[2])
-                    shift[g] = around
-                n_valid = take_row(None, x, None, q * length, n_here)
-                mu, scale, offset = 0.0, 0.0, 0.0
-                if n_here > 0:
-                    mu, scale = mean[first_written + g], rstd[g] * weight[feature[q]]
-                    offset = bias[feature[q]]
-                coef = round_coefficients(mu, scale, offset, y)
-                n_row, sum_1, sum_2, stream = reduce_while_writing(
-                    streamed, stream, next_row, n_next, upcoming, around, apply_vector, n_valid, n_here,
-                    coef, out, q * length,
-                )  # fmt: skip
-                if n_next > 0:
-                    n[g] += n_row
-                    s1[g] += sum_1
-                    s2[g] += sum_2
-        last = first + summed[0]
-        if use_batch_stats:
-            unshift_all(flat_slice(n, 0, summed[0]), shift, s1, s2)
-            for g in range(summed[0]):
-                write_statistics(first + g, n[g], shift[g], s2[g], center, count, mean, var)
-        write_rstds(count[first:last], var[first:last], eps, rstd)
-        written, first_written, first = summed, first, last
-    close_stream(streamed, stream, out)
-    release((own, buffer))
-
-
-@kernel
-def backward_groups(
-    threads, dy, x, mask, feature, parameters, eps, center, use_batch_stats, block, overlap, streamed,
-    statistics, dx, sums,
-):  # fmt: skip
-    """Write dx of groups of R rows, and each row's sums of dy and dy * x_hat, (2, A * R * B).
-
-    The other arguments are as in forward_groups.
-    """
-    n_rows, n_inner, length = x.shape[1:]
-    first, end = thread_range(threads, x.shape[0] * n_inner)
-    (weight,), (count, mean, var), (s0, s1) = (
-        unstack(parameters, 1), unstack(statistics, 3), unstack(sums, 2)
-    )  # fmt: skip
-    interleaved = n_inner > 1
-    own, rows = allocate(3, block, mean.dtype), allocate(4, block, dx.dtype)
-    (rstd, g0, g1), (r, m, b, c) = unstack(own, 3), unstack(rows, 4)
-    buffer = allocate(None, buffer_size(lines_at_once(dx), streamed, dx), dx.dtype)
-    stream, out = open_stream(buffer), flat_slice(dx, 0, dx.size)
-    overlap, distance = overlap and use_batch_stats, prefetch_distance(streamed, PREFETCH_FAR, dx)
-    nothing = 0, 0, 0, 0, 0
-    written = nothing
-    while first < end or written[0] > 0:
-        summed = nothing
-        if first < end and (overlap or written[0] == 0):
-            summed = _next_groups(first, end, x.shape, block)
-        for g in range(summed[0]):
-            g0[g], g1[g] = 0.0, 0.0
-        for i in range(max(summed[3], written[3])):
-            for j in range(max(summed[4], written[4])):
-                g = j if interleaved else i
-                q, n_here = _row_of_block(written, i, j, length)
-                p, n_next = _row_of_block(summed, i, j, length)
-                at = (
-                    p if summed[0] > 0 else q + (0 if interleaved else written[0] * n_rows)
-                ) * length
+                q, n_write = _row_of(written, i, j, length)
+                p, n_next = _row_of(reduced, i, j, length)
+                if dy is None:
+                    if not use_batch_stats:
+                        n_next = 0
+                    elif length < LONG_ROW and not interleaved:
+                        n_next = n_next * n_rows if j == 0 else 0
+                # The upcoming row is prefetched also where nothing is reduced.
+                after = q + (0 if interleaved else written.n * n_rows)
+                at = (p if reduced.n > 0 else after) * length
                 next_row = take_row(dy, x, mask, at, n_next)
                 upcoming = take_row(dy, x, mask, at + distance, 0)
-                place, scale = q * length, 0.0
-                if n_here > 0:
-                    s1[q] *= rstd[g]
-                    scale = rstd[g] * weight[feature[q]]
-                coef = dx.dtype.type(scale), r[g], m[g], b[g], c[g]
-                n_valid = take_row(dy, x, mask, place, n_here)
-                if not use_batch_stats:
-                    stream = write_run(
-                        streamed, stream, scale_vector, n_valid, upcoming, n_here, coef, out, place
-                    )
-                    n_here = 0
-                around = mean[first + g] if n_next > 0 else 0.0
-                _, sum_1, sum_x, stream = reduce_while_writing(
-                    streamed, stream, next_row, n_next, upcoming, around, backward_vector, n_valid,
-                    n_here, coef, out, place,
+                row = take_row(dy, x, mask, q * length, n_write)
+                # The center of the row that is reduced, the coefficients of the one written.
+                row_center, mu, scale, offset = 0.0, 0.0, 0.0, 0.0
+                if dy is None:
+                    if n_next > 0:
+                        if n[g] == 0:
+                            center[g] = first_value(next_row.x, next_row.mask)
+                        row_center = center[g]
+                    if n_write > 0:
+                        mu, scale = mean[first_written + g], rstd[g] * weight[feature[q]]
+                        offset = bias[feature[q]]
+                else:
+                    if n_next > 0:
+                        row_center = mean[first + g]
+                    if n_write > 0:
+                        sums[1, q] *= rstd[g]
+                        scale = rstd[g] * weight[feature[q]]
+                    if not use_batch_stats:
+                        direct = Scale(arithmetic(x)(scale))
+                        write_row_called(streamed, row, n_write, direct, out, q * length, upcoming)
+                        n_write = 0
+                group_coef = r[g], m[g], b[g], c[g]
+                coef = _coefficients(dy, mu, scale, offset, group_coef, arithmetic(x))
+                n_row, sum_0, sum_1 = reduce_while_writing(
+                    streamed, next_row, n_next, row_center, row, n_write, coef, out, q * length,
+                    upcoming,
                 )  # fmt: skip
-                if n_next > 0:
-                    s0[p] = sum_1
-                    s1[p] = sum_x
-                    g0[g] += weight[feature[p]] * sum_1
-                    g1[g] += weight[feature[p]] * sum_x
-        last = first + summed[0]
-        write_rstds(count[first:last], var[first:last], eps, rstd)
-        group_coefficients(count[first:last], mean[first:last], rstd, g0, g1, center, r, m, b, c)
-        written, first = summed, last
-    close_stream(streamed, stream, out)
-    release((own, rows, buffer))
+                if dy is None:
+                    if n_next > 0:
+                        n[g] += n_row
+                        s0[g] += sum_0
+                        s1[g] += sum_1
+                else:
+                    if n_next > 0:
+                        sums[0, p], sums[1, p] = sum_0, sum_1
+                        s0[g] += weight[feature[p]] * sum_0
+                        s1[g] += weight[feature[p]] * sum_1
+        last = first + reduced.n
+        counts, means = count[first:last], mean[first:last]
+        if dy is None:
+            if use_batch_stats:
+                # Now they are mean, m2 and the mean's rest.
+                unshift_all(flat_slice(n, 0, reduced.n), center, s1, s0)
+                for g in range(reduced.n):
+                    moments = n[g], center[g], s1[g]
+                    write_statistics(first + g, *moments, mode.center, count, mean, var)
+            write_rstds(counts, var[first:last], mode.eps, rstd)
+        else:
+            write_rstds(counts, var[first:last], mode.eps, rstd)
+            group_coefficients(counts, means, rstd, s0, s1, mode.center, r, m, b, c)
+        written, first_written, first = reduced, first, last
+    if streamed:
+        fence()
+    release((scratch, rounded))

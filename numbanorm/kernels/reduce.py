@@ -1,187 +1,254 @@
-"""Reductions: moments of x, and the sums of dy and dy * (x - mean), over rows and columns."""
+"""Reductions of rows and columns: moments of x, and with dy the sums of dy and dy * (x - mean).
+
+Statistics are taken around the first element of a piece and accumulated in float64, in one pass.
+The shift bounds the cancellation (it is an element of the data, so m2 >= (x0 - mean)**2) and makes
+constant data exact at any offset; sums in float64 still run at the speed of memory.
+"""
+
+from typing import NamedTuple
 
 import numpy as np
 
 from numbanorm.kernels.access import (
     first_value,
-    gradient_terms,
-    plus_three,
     prefetch_row,
+    read_dy,
+    read_mask,
+    read_one,
+    read_wide,
+    read_x,
     take_row,
-    terms,
 )
-from numbanorm.kernels.formulas import unshift, unshift_all
+from numbanorm.kernels.formulas import gradient_terms, moment_terms, unshift, unshift_all
 from numbanorm.kernels.scratch import (
     add_folds,
     clear,
     copy_columns,
-    copy_values,
     three_rows,
 )
-from numbanorm.numba_ext.jit import inline, inline_contract, kernel
+from numbanorm.numba_ext.jit import called, if_none, inline, inline_contract, kernel
 from numbanorm.numba_ext.launch import thread_range
 from numbanorm.numba_ext.lines import allocate, line_size, release
-from numbanorm.numba_ext.vectors import load, prefetch, splat, store, total, where, widen
+from numbanorm.numba_ext.vectors import load, splat, store, total, where
 from numbanorm.numba_ext.views import flat_slice, unstack
 from numbanorm.tuning import LANES, PREFETCH_FAR, ROWS, STEP
+
+# -- Rows ------------------------------------------------------------------------------------------
+
+
+def _moment_terms(dy, row, i, n, center):
+    """Return vectors of 1, x - center and its square for n elements from i on, and of 0."""
+    return moment_terms(read_wide(row, i, n), read_mask(row, i, n), n, center)
+
+
+def _gradient_terms(dy, row, i, n, center):
+    """Return vectors of anything, dy and dy * (x - center) for n elements from i on, and of 0."""
+    w, d = gradient_terms(read_dy(row, i, n), read_x(row, i, n), read_mask(row, i, n), center)
+    return w, w, w * d
+
+
+_terms = if_none(_moment_terms, _gradient_terms)
+
+
+@inline
+def _add(a, b):
+    """Return the sums of three vectors and three others."""
+    return a[0] + b[0], a[1] + b[1], a[2] + b[2]
 
 
 @inline
 def begin_sums(row, n, center):
-    """Return two sums of the terms of a row of n elements, with those that are less than a step."""
-    rest, whole = n % STEP, n // STEP * STEP
-    # They come first, so that nothing waits for a branch.
-    a = terms(*row, whole, min(rest, LANES), center)
-    return a, terms(*row, whole + LANES, max(rest - LANES, 0), center)
+    """Return two sums of terms, begun with the tail of a row of n elements, less than a step."""
+    tail, n_steps = n % STEP, n // STEP * STEP
+    # The tail comes first, so that nothing waits for its branch.
+    a = _terms(row.dy, row, n_steps, min(tail, LANES), center)
+    return a, _terms(row.dy, row, n_steps + LANES, max(tail - LANES, 0), center)
 
 
 @inline
 def add_step(row, i, center, sums):
-    """Add the terms of a step to two sums: one would wait for itself."""
+    """Add the terms of a step to two sums: a single one would be bound by its latency."""
     a, b = sums
-    a = plus_three(a, terms(*row, i, None, center))
-    return a, plus_three(b, terms(*row, i + LANES, None, center))
+    a = _add(a, _terms(row.dy, row, i, None, center))
+    return a, _add(b, _terms(row.dy, row, i + LANES, None, center))
 
 
 @inline
-def end_sums(counts, n, sums):
+def end_sums(row, n, sums):
     """Return how many of n elements count, and the sums of w and w * (x - center)."""
     a, b = sums
-    count = n if counts is None else np.intp(total(a[0] + b[0]))
+    count = n if row.mask is None else np.intp(total(a[0] + b[0]))
     return count, total(a[1] + b[1]), total(a[2] + b[2])
 
 
 @inline
-def sum_row(row, n, center):
-    """Return what end_sums does of a row of n elements, around a number."""
-    middle, distance = splat(center), PREFETCH_FAR * line_size(row[1])
-    sums = begin_sums(row, n, middle)
+def _reduce_row(row, n, center):
+    """Return the sums of a row of n elements around a number, see end_sums."""
+    centers, distance = splat(center), PREFETCH_FAR * line_size(row.x)
+    sums = begin_sums(row, n, centers)
     for i in range(0, n // STEP * STEP, STEP):
         prefetch_row(row, i + distance)
         prefetch_row(row, i + LANES + distance)
-        sums = add_step(row, i, middle, sums)
-    return end_sums(row[2], n, sums)
+        sums = add_step(row, i, centers, sums)
+    return end_sums(row, n, sums)
+
+
+class RowTask(NamedTuple):
+    """Whole rows ``first`` to ``last`` (P, L), or ``n`` elements of one from ``lo`` on: part k."""
+
+    first: int
+    last: int
+    k: int
+    lo: int
+    n: int
 
 
 @inline
-def rows_of_task(task, n_parts, part, block, shape):
-    """Return what a task works on: the first and the last row, the part, and where that is.
+def row_task(task, n_parts, tiles, shape):
+    """Return what a task works on."""
+    part, block = tiles
+    first, lo = task // n_parts * block, task % n_parts * part
+    last = min(first + block, shape[0])
+    return RowTask(first, last, task % n_parts, lo, min(part, shape[1] - lo))
 
-    It is ``block`` whole rows of an array (P, L), or one part of a row, from ``lo`` on, of n
-    elements.
-    """
-    k, first, lo = task % n_parts, task // n_parts * block, task % n_parts * part
-    return first, min(first + block, shape[0]), k, lo, min(part, shape[1] - lo)
+
+@inline
+def n_row_tasks(n_parts, tiles, shape):
+    """Return how many tasks the rows of an array of this shape are."""
+    return (shape[0] + tiles[1] - 1) // tiles[1] * n_parts
 
 
 @kernel
-def moments_rows(threads, x, mask, part, block, moments):
-    """Moments of each part: x, mask or None (P, L) -> count, mean, rest, m2, (4, P, K, 1)."""
-    _, n_pieces, n_parts, _ = moments.shape
-    begin, end = thread_range(threads, (n_pieces + block - 1) // block * n_parts)
-    count, mean, rest, m2 = unstack(moments, 4)
+def reduce_rows(threads, dy, x, mask, tiles, piece_stats, out):
+    """Reduce each part of rows: dy or None, x, mask or None (P, L).
+
+    Without dy, ``out`` (4, P, K, 1) are count, mean, m2 and rest; else (2, P, K, 1) the sums of dy
+    and dy * (x - mean), and the mean is the first of ``piece_stats`` (3, P, 1).
+    """
+    n_parts = out.shape[2]
+    begin, end = thread_range(threads, n_row_tasks(n_parts, tiles, x.shape))
     for task in range(begin, end):
-        first, last, k, lo, n = rows_of_task(task, n_parts, part, block, x.shape)
-        for p in range(first, last):
-            row = take_row(None, x, mask, p * x.shape[1] + lo, n)
-            shift = first_value(row[1], row[2])
-            mean[p, k, 0] = shift
-            count[p, k, 0], rest[p, k, 0], m2[p, k, 0] = sum_row(row, n, shift)
-        # Of all at once, in vectors. Where rows have parts, there is one.
-        at, n = first * n_parts + k, last - first
-        unshift_all(
-            flat_slice(count, at, n),
-            flat_slice(mean, at, n),
-            flat_slice(rest, at, n),
-            flat_slice(m2, at, n),
-        )
+        t = row_task(task, n_parts, tiles, x.shape)
+        for p in range(t.first, t.last):
+            row = take_row(dy, x, mask, p * x.shape[1] + t.lo, t.n)
+            if dy is None:
+                count, mean, m2, rest = unstack(out, 4)
+                shift = first_value(row.x, row.mask)
+                mean[p, t.k, 0] = shift
+                count[p, t.k, 0], rest[p, t.k, 0], m2[p, t.k, 0] = _reduce_row(row, t.n, shift)
+            else:
+                (means,), (s0, s1) = unstack(piece_stats, 1), unstack(out, 2)
+                _, s0[p, t.k, 0], s1[p, t.k, 0] = _reduce_row(row, t.n, means[p, 0])
+        if dy is None:
+            # All rows of the task at once, in vectors; where rows have parts, it has a single row.
+            count, mean, m2, rest = unstack(out, 4)
+            at, n = t.first * n_parts + t.k, t.last - t.first
+            unshift_all(
+                flat_slice(count, at, n), flat_slice(mean, at, n),
+                flat_slice(m2, at, n), flat_slice(rest, at, n),
+            )  # fmt: skip
+
+
+# -- Columns ---------------------------------------------------------------------------------------
 
 
 @inline
-def add_to_vector(
-    dy, x, counts, weight, i, n_rows, at, step, next_row, stride, c, n, center, s0, s1
-):
-    """Add rows to a vector of columns, see add_to_columns, from c on; see load about n.
+def _zero_where_masked(counts, d):
+    return d if counts is None else where(counts, d, splat(0.0))
 
-    Rows i to i + n_rows of dy, x and counts (N,) begin at ``at``, ``step`` apart; what is read next
-    is at ``coming``.
+
+def _moment_pair(dy, data, at, n, center):
+    """Return x - center twice, and 0 where it does not count.
+
+    Not moment_terms: there is no tail, and what counts is counted elsewhere.
     """
-    middle, sum_0, sum_1 = load(center, c, n), load(s0, c, n), load(s1, c, n)
+    d = _zero_where_masked(read_mask(data, at, n), read_wide(data, at, n) - center)
+    return d, d
+
+
+def _gradient_pair(dy, data, at, n, center):
+    """Return dy and x - center, and 0 where they do not enter the sums."""
+    return gradient_terms(read_dy(data, at, n), read_x(data, at, n), read_mask(data, at, n), center)
+
+
+_pair = if_none(_moment_pair, _gradient_pair)
+
+
+@inline
+def add_to_vector(data, weight, i, n_rows, at, step, upcoming, stride, c, n, center, s0, s1):
+    """Add rows to a vector of columns, see add_to_columns, from c on; see read_x about n.
+
+    Rows i to i + n_rows of ``data`` (all of dy, x and mask in one row) begin at ``at``, ``step``
+    apart; for each of them a vector is prefetched, from ``upcoming`` on and ``stride`` apart.
+    """
+    centers, sum_0, sum_1 = load(center, c, n), load(s0, c, n), load(s1, c, n)
     for k in range(i, i + n_rows):
-        prefetch(dy, next_row)
-        prefetch(x, next_row)
-        prefetch(counts, next_row)
-        if dy is None:
-            d = widen(load(x, at, n)) - middle
-            if counts is not None:
-                d = where(load(counts, at, n), d, splat(0.0))
-            sum_0 += d
-            sum_1 += d * d
-        else:
-            w, d = gradient_terms(dy, x, counts, at, n, middle)
-            if weight is not None:
-                w = w * splat(np.float64(weight[k]))
-            sum_0 += w
-            sum_1 += w * d
+        prefetch_row(data, upcoming)
+        w, d = _pair(data.dy, data, at, n, centers)
+        if weight is not None:
+            w = w * splat(np.float64(weight[k]))
+        sum_0 += w
+        sum_1 += w * d
         at += step
-        next_row += stride
+        upcoming += stride
     store(sum_0, s0, c, n)
     store(sum_1, s1, c, n)
 
 
-@inline
-def add_to_columns(dy, x, counts, weight, a, lo, hi, c0, c1, center, s0, s1):
+@called
+def add_to_columns(dy, x, mask, weight, a, lo, hi, c0, c1, center, s0, s1):
     """Add rows lo to hi of x[a], columns c0 to c1, to sums of w and w * (x - center).
 
-    w is dy, or x - center if that is None. ``counts`` is the mask, or None. A row of dy counts as
-    often as its ``weight`` (L,) says, unless that is None.
+    w is dy, or x - center if that is None. A row of dy counts as often as its ``weight`` (L,) says,
+    unless that is None.
     """
     step, width = x.shape[2], c1 - c0
-    dys, xs, counts = (
-        flat_slice(dy, 0, x.size),
-        flat_slice(x, 0, x.size),
-        flat_slice(counts, 0, x.size),
-    )
-    # The rows that come next are asked for in the order of memory, if they are whole.
+    data = take_row(dy, x, mask, 0, x.size)
+    # Upcoming rows are prefetched, in the order of memory if they are whole.
     spread, stride = (ROWS, LANES) if width == step else (1, step)
-    # ROWS ahead, or more of them where they are short; half as far where dy is read as well.
-    far, some = (
-        (PREFETCH_FAR if dy is None else PREFETCH_FAR // 2) * line_size(x),
-        max(ROWS * step, 1),
-    )
-    distance = max(far // some, 1) * some
-    whole = width // LANES * LANES
+    # ROWS rows ahead, or a multiple where they are short; half as far where dy is read as well.
+    n_lines, block = (PREFETCH_FAR if dy is None else PREFETCH_FAR // 2), max(ROWS * step, 1)
+    distance = max(n_lines * line_size(x) // block, 1) * block
+    n_vector = width // LANES * LANES
     for i in range(lo, hi, ROWS):
         at, n_rows = (a * x.shape[1] + i) * step + c0, min(ROWS, hi - i)
-        for c in range(0, whole, LANES):
-            next_row = at + distance + spread * c
+        for c in range(0, n_vector, LANES):
+            upcoming = at + distance + spread * c
             add_to_vector(
-                dys, xs, counts, weight, i, n_rows, at + c, step, next_row, stride, c, None,
-                center, s0, s1,
-            )  # fmt: skip
-        if whole < width:
-            next_row = at + distance + spread * whole
+                data, weight, i, n_rows, at + c, step, upcoming, stride, c, None, center, s0, s1
+            )
+        if n_vector < width:
+            upcoming = at + distance + spread * n_vector
             add_to_vector(
-                dys, xs, counts, weight, i, n_rows, at + whole, step, next_row, stride, whole,
-                width - whole, center, s0, s1,
+                data, weight, i, n_rows, at + n_vector, step, upcoming, stride, n_vector,
+                width - n_vector, center, s0, s1,
             )  # fmt: skip
 
 
 @inline_contract
-def _add_counts(counts, n):
-    """Add four rows of counts (4, n) to n (n,)."""
-    for c in range(n.shape[0]):
-        n[c] += (np.int32(counts[0, c]) + counts[1, c]) + (np.int32(counts[2, c]) + counts[3, c])
+def _add_counts(a, b, c, d, n):
+    """Add four rows of a mask (n,) to n (n,)."""
+    for i in range(n.shape[0]):
+        n[i] += (np.int32(a[i]) + b[i]) + (np.int32(c[i]) + d[i])
 
 
-@inline_contract
-def _find_first(xs, counts, found, shift):
-    """Write x to shift where counts is the first True, and mark it as found: rows (n,)."""
-    for c in range(shift.shape[0]):
-        x = np.float64(xs[c])
-        shift[c] = x if counts[c] > found[c] else shift[c]
-    for c in range(shift.shape[0]):
-        found[c] |= counts[c]
+@called
+def count_columns(mask, at, step, n_rows, n):
+    """Add the number of elements that count in each column to n (n,).
+
+    Rows of ``mask``, all of it, begin at ``at``, ``step`` apart.
+    """
+    width = n.shape[0]
+    for _ in range(n_rows // ROWS):
+        _add_counts(
+            flat_slice(mask, at, width), flat_slice(mask, at + step, width),
+            flat_slice(mask, at + 2 * step, width), flat_slice(mask, at + 3 * step, width), n,
+        )  # fmt: skip
+        at += 4 * step
+    for _ in range(n_rows % ROWS):
+        for c in range(width):
+            n[c] += mask[at + c]
+        at += step
 
 
 @inline
@@ -192,27 +259,32 @@ def add_rows(x, mask, a, lo, hi, c0, c1, shift, n, s1, s2):
         for c in range(c1 - c0):
             n[c] += hi - lo
     else:
-        for i in range(lo, hi - 3, 4):
-            _add_counts(mask[a, i : i + 4, c0:c1], n)
-        for i in range(hi - (hi - lo) % 4, hi):
-            for c in range(c1 - c0):
-                n[c] += mask[a, i, c0 + c]
+        step = x.shape[2]
+        at = (a * x.shape[1] + lo) * step + c0
+        count_columns(flat_slice(mask, 0, mask.size), at, step, hi - lo, n)
 
 
-@inline
-def first_of_columns(x, counts, shift, found):
-    """Write the first element of each column of x (L, C) that counts to shift (C,), which is 0.
+@called
+def first_of_columns(x, mask, at, step, n_rows, shift, has_shift):
+    """Write the first element of each column that counts to shift (n,), which is 0.
 
-    Write where there is one to found (C,).
+    ``has_shift`` (n,) says where there is one. Rows of x and mask, all of them, begin at ``at``,
+    ``step`` apart.
     """
-    clear(found)
-    n_rows = min(4, x.shape[0])
-    for i in range(n_rows):
-        _find_first(x[i], counts[i], found, shift)
+    clear(has_shift)
+    # The first rows as rows; the few columns that are left one by one.
+    n_first = min(ROWS, n_rows)
+    for i in range(n_first):
+        for c in range(shift.shape[0]):
+            counts, value = mask[at + i * step + c], read_one(x, at + i * step + c)
+            shift[c] = value if counts > has_shift[c] else shift[c]
+            has_shift[c] |= counts
     for c in range(shift.shape[0]):
-        if not found[c]:
-            shift[c] = first_value(x[n_rows:, c], counts[n_rows:, c])
-            found[c] = np.any(counts[n_rows:, c])
+        for i in range(n_first, n_rows):
+            if has_shift[c]:
+                break
+            if mask[at + i * step + c]:
+                has_shift[c], shift[c] = True, read_one(x, at + i * step + c)
 
 
 @inline
@@ -221,101 +293,86 @@ def _shifts_of_columns(x, mask, a, lo, hi, c0, c1, n_columns, shift):
 
     A row holds each of n columns several times, with one shift for all.
     """
-    n = c1 - c0
+    n, at = c1 - c0, (a * x.shape[1] + lo) * x.shape[2] + c0
+    flat = flat_slice(x, 0, x.size)
     if mask is None:
-        copy_values(
-            flat_slice(x, (a * x.shape[1] + lo) * x.shape[2] + c0, min(n, n_columns)), shift
-        )
+        for c in range(min(n, n_columns)):
+            shift[c] = read_one(flat, at + c)
     else:
-        found = allocate(None, c1 - c0, np.bool_)
-        first_of_columns(x[a, lo:hi, c0:c1], mask[a, lo:hi, c0:c1], shift, found)
+        has_shift = allocate(None, n, np.bool_)
+        counts = flat_slice(mask, 0, mask.size)
+        first_of_columns(flat, counts, at, x.shape[2], hi - lo, shift, has_shift)
         for c in range(n_columns, n):
-            if found[c] and not found[c % n_columns]:
-                found[c % n_columns] = True
+            if has_shift[c] and not has_shift[c % n_columns]:
+                has_shift[c % n_columns] = True
                 shift[c % n_columns] = shift[c]
-        release((found,))
+        release((has_shift,))
     for c in range(n_columns, n):
         shift[c] = shift[c - n_columns]
 
 
-@kernel
-def moments_columns(threads, x, mask, part, width, moments):
-    """Moments of each part: x, mask or None (A, L, F * C) -> count, mean, rest, m2, (4, A, K, C).
+class ColumnTask(NamedTuple):
+    """Rows ``lo`` to ``hi`` of x[a], columns ``c0`` to ``c1``: part k of these."""
 
-    A row holds each column F times, once for each of the rows of x that are folded into it, and is
-    one block then.
-    """
-    _, n_outer, n_parts, n_columns = moments.shape
-    length, n_folded = x.shape[1:]
-    n_blocks = (n_folded + width - 1) // width
-    begin, end = thread_range(threads, n_outer * n_parts * n_blocks)
-    count, mean, rest, m2 = unstack(moments, 4)
-    for task in range(begin, end):
-        a = task // (n_parts * n_blocks)
-        k = task // n_blocks - a * n_parts
-        c0 = (task % n_blocks) * width
-        c1 = min(n_folded, c0 + width)
-        lo = k * part
-        hi = min(length, lo + part)
-        n_valid = c1 - c0
-        own = allocate(4, n_valid, mean.dtype)
-        clear(own)
-        s1, s2, shift = three_rows(own, n_valid)
-        n = flat_slice(own, 3 * own.shape[1], n_valid)
-        if lo < hi:
-            _shifts_of_columns(x, mask, a, lo, hi, c0, c1, n_columns, shift)
-        add_rows(x, mask, a, lo, hi, c0, c1, shift, n, s1, s2)
-        for values in (n, s1, s2):
-            add_folds(values, n_columns)
-        for c in range(min(n_valid, n_columns)):
-            to = a, k, c0 + c
-            count[to] = n[c]
-            mean[to], rest[to], m2[to] = unshift(n[c], shift[c], s1[c], s2[c])
-        release((own,))
+    a: int
+    k: int
+    lo: int
+    hi: int
+    c0: int
+    c1: int
+
+
+@inline
+def column_task(task, n_parts, tiles, shape):
+    """Return what a task works on, of an array (A, L, C) of this shape."""
+    part, width = tiles
+    n_blocks = (shape[2] + width - 1) // width
+    a, c0 = task // (n_parts * n_blocks), task % n_blocks * width
+    k = task // n_blocks - a * n_parts
+    return ColumnTask(a, k, k * part, min(shape[1], (k + 1) * part), c0, min(shape[2], c0 + width))
+
+
+@inline
+def n_column_tasks(n_parts, tiles, shape):
+    """Return how many tasks the columns of an array of this shape are."""
+    return shape[0] * n_parts * ((shape[2] + tiles[1] - 1) // tiles[1])
 
 
 @kernel
-def gradient_sums_rows(threads, dy, x, mask, part, block, pieces, sums):
-    """Sum dy and dy (x - mean): dy, x, mask or None (P, L) -> (2, P, K, 1).
+def reduce_columns(threads, dy, x, mask, tiles, piece_stats, out):
+    """Reduce each part of columns: dy or None, x, mask or None (A, L, F * C).
 
-    The means are the first of ``pieces`` (3, P, 1).
+    Without dy, ``out`` (4, A, K, C) are count, mean, m2 and rest; else (2, A, K, C) the sums of dy
+    and dy * (x - mean), and the mean is the first of ``piece_stats`` (3, A, C). A row holds each
+    column F times, once for each of the rows of x that are folded into it, and is one block then.
     """
-    _, n_pieces, n_parts, _ = sums.shape
-    begin, end = thread_range(threads, (n_pieces + block - 1) // block * n_parts)
-    (mean,), (s0, s1) = unstack(pieces, 1), unstack(sums, 2)
+    _, _, n_parts, n_columns = out.shape
+    begin, end = thread_range(threads, n_column_tasks(n_parts, tiles, x.shape))
     for task in range(begin, end):
-        first, last, k, lo, n = rows_of_task(task, n_parts, part, block, x.shape)
-        for p in range(first, last):
-            at = p * x.shape[1] + lo
-            row = take_row(dy, x, mask, at, n)
-            _, s0[p, k, 0], s1[p, k, 0] = sum_row(row, n, mean[p, 0])
-
-
-@kernel
-def gradient_sums_columns(threads, dy, x, mask, part, width, pieces, sums):
-    """Sum dy and dy (x - mean): dy, x, mask or None (A, L, F * C) -> (2, A, K, C).
-
-    The means are the first of ``pieces`` (3, A, C); see moments_columns about F.
-    """
-    _, n_outer, n_parts, n_columns = sums.shape
-    length, n_folded = x.shape[1:]
-    n_blocks = (n_folded + width - 1) // width
-    begin, end = thread_range(threads, n_outer * n_parts * n_blocks)
-    (mean,), (s0, s1) = unstack(pieces, 1), unstack(sums, 2)
-    for task in range(begin, end):
-        a = task // (n_parts * n_blocks)
-        k = task // n_blocks - a * n_parts
-        c0 = (task % n_blocks) * width
-        c1 = min(n_folded, c0 + width)
-        own = allocate(3, c1 - c0, mean.dtype)
-        clear(own)
-        sum_0, sum_1, means = three_rows(own, c1 - c0)
-        copy_columns(flat_slice(mean, a * n_columns, n_columns), c0, c1, means)
-        lo, hi = k * part, min(length, (k + 1) * part)
-        add_to_columns(dy, x, mask, None, a, lo, hi, c0, c1, means, sum_0, sum_1)
-        add_folds(sum_0, n_columns)
-        add_folds(sum_1, n_columns)
-        for c in range(c0, min(c1, n_columns)):
-            s0[a, k, c] = sum_0[c - c0]
-            s1[a, k, c] = sum_1[c - c0]
-        release((own,))
+        t = column_task(task, n_parts, tiles, x.shape)
+        n = t.c1 - t.c0
+        n_unfolded = min(n, n_columns)
+        scratch = allocate(4, n, np.float64)
+        clear(scratch)
+        s0, s1, center = three_rows(scratch, n)
+        if dy is None:
+            count, mean, m2, rest = unstack(out, 4)
+            counts = flat_slice(scratch, 3 * scratch.shape[1], n)
+            if t.lo < t.hi:
+                _shifts_of_columns(x, mask, t.a, t.lo, t.hi, t.c0, t.c1, n_columns, center)
+            add_rows(x, mask, t.a, t.lo, t.hi, t.c0, t.c1, center, counts, s0, s1)
+            add_folds(counts, n_columns)
+        else:
+            (means,), (out_0, out_1) = unstack(piece_stats, 1), unstack(out, 2)
+            copy_columns(flat_slice(means, t.a * n_columns, n_columns), t.c0, t.c1, center)
+            add_to_columns(dy, x, mask, None, t.a, t.lo, t.hi, t.c0, t.c1, center, s0, s1)
+        add_folds(s0, n_columns)
+        add_folds(s1, n_columns)
+        for c in range(n_unfolded):
+            to = t.a, t.k, t.c0 + c
+            if dy is None:
+                count[to] = counts[c]
+                mean[to], m2[to], rest[to] = unshift(counts[c], center[c], s0[c], s1[c])
+            else:
+                out_0[to], out_1[to] = s0[c], s1[c]
+        release((scratch,))

@@ -1,6 +1,6 @@
 """Scratch arrays: copies, repeats and sums of what fits in a cache."""
 
-from numbanorm.numba_ext.jit import inline
+from numbanorm.numba_ext.jit import called, inline
 from numbanorm.numba_ext.vectors import load, splat, store, total
 from numbanorm.numba_ext.views import flat_slice
 from numbanorm.tuning import LANES
@@ -9,7 +9,7 @@ from numbanorm.tuning import LANES
 @inline
 def copy_values(values, target):
     """Write n values to the first n elements of target."""
-    # Numba compiles ``target[:n] = values`` for seconds: it has a message for what cannot be here.
+    # Not ``target[:n] = values``, which takes seconds to compile: it has an error to format.
     for i in range(values.shape[0]):
         target[i] = values[i]
 
@@ -29,27 +29,28 @@ def three_rows(rows, n):
     return flat_slice(rows, 0, n), flat_slice(rows, size, n), flat_slice(rows, 2 * size, n)
 
 
-@inline
+@called
 def repeat_columns(row, n):
-    """Copy the first n columns of a row to the others.
+    """Repeat the first n columns of a row over all others.
 
-    Where several rows of x are folded into one there are more columns than C: those of each.
+    Where several rows of x are folded into one there are more columns than C, and a row of
+    coefficients is longer than a row of x, see outputs.periodic_size.
     """
-    for at in range(n, row.shape[0], n):
-        copy_values(flat_slice(row, 0, n), flat_slice(row, at, n))
+    for c in range(n, row.shape[0]):
+        row[c] = row[c - n]
 
 
-@inline
+@called
 def add_folds(sums, n):
-    """Add to the first n columns of a row what the others have of them, see repeat_columns."""
-    for at in range(n, sums.shape[0], n):
+    """Add the repeats of n columns to the first n of a row: the adjoint of repeat_columns."""
+    for at in range(n, sums.shape[0], max(n, 1)):
         for c in range(n):
             sums[c] += sums[at + c]
 
 
 @inline
 def copy_columns(values, c0, c1, row):
-    """Copy columns c0 to c1 of values (C,) to a row (c1 - c0,); see repeat_columns."""
+    """Copy columns c0 to c1 of values (C,) to a row (c1 - c0 or more,); see repeat_columns."""
     n = min(values.shape[0], c1 - c0)
     copy_values(flat_slice(values, c0, n), flat_slice(row, 0, n))
     repeat_columns(row, n)
@@ -61,10 +62,11 @@ def copy_coefficients(coef, a, c0, c1, rows):
     n, n_outer, n_columns = coef.shape
     for k in range(n):
         values = flat_slice(coef, (k * n_outer + a) * n_columns, n_columns)
-        copy_columns(values, c0, c1, flat_slice(rows, k * rows.shape[1], c1 - c0))
+        row = flat_slice(rows, k * rows.shape[1], rows.shape[1])
+        copy_columns(values, c0, c1, row)
 
 
-@inline
+@called
 def spread(values, span, row):
     """Write each of values (n,) to ``span`` elements of a row (n * span,) next to each other."""
     if span == 1:
@@ -77,17 +79,17 @@ def spread(values, span, row):
 
 
 @inline
-def sum_values(values):
+def _sum_values(values):
     """Return the sum of values (n,)."""
     n = values.shape[0]
-    whole = n // LANES * LANES
-    sums = load(values, whole, n - whole)
-    for i in range(0, whole, LANES):
+    n_vector = n // LANES * LANES
+    sums = load(values, n_vector, n - n_vector)
+    for i in range(0, n_vector, LANES):
         sums += load(values, i, None)
     return total(sums)
 
 
-@inline
+@called
 def add_up(values, totals):
     """Write the sums of n / m values (n,) next to each other to totals (m,)."""
     span = values.shape[0] // max(totals.shape[0], 1)
@@ -95,11 +97,11 @@ def add_up(values, totals):
         copy_values(values, totals)
     else:
         for i in range(totals.shape[0]):
-            totals[i] = sum_values(flat_slice(values, i * span, span))
+            totals[i] = _sum_values(flat_slice(values, i * span, span))
 
 
-@inline
+@called
 def take_features(values, feature, row):
-    """Write the values of features (n,) to a row."""
+    """Write values[feature] (n,) to a row."""
     for i in range(feature.shape[0]):
         row[i] = values[feature[i]]

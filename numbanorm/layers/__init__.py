@@ -1,5 +1,9 @@
 """Layers: :class:`Norm`, its declarations for each method, and SwitchableNorm."""
 
+import sys
+
+from numbanorm.core import geometry
+from numbanorm.layers import norm, switchable
 from numbanorm.layers.norm import Norm
 from numbanorm.layers.standard import (
     BatchNorm,
@@ -20,6 +24,11 @@ from numbanorm.layers.switchable import (
     SwitchableNorm2d,
     SwitchableNorm3d,
 )
+
+# Where pickles that version 0.1.0 made look for classes.
+sys.modules["numbanorm.norm"] = norm
+sys.modules["numbanorm.switchable"] = switchable
+sys.modules["numbanorm._axes"] = geometry
 
 __all__ = [
     "BatchNorm",

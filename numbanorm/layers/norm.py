@@ -7,7 +7,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
-from numbanorm import functional
+from numbanorm import methods
 from numbanorm.core.checks import (
     bool_mask,
     check_count,
@@ -19,19 +19,20 @@ from numbanorm.core.checks import (
     output_array,
 )
 from numbanorm.core.geometry import AllBut, Geometry, axis_tuple, geometry, normalize_axes
-from numbanorm.core.memory import Recycler, arrays
-from numbanorm.core.normalize import Saved, backward, normalize
+from numbanorm.core.layouts import Saved
+from numbanorm.core.memory import arrays
+from numbanorm.core.normalize import backward, normalize
 from numbanorm.core.running import is_finite, track
 from numbanorm.core.types import Array, Axes, Float64
 from numbanorm.recalibrate import Pool
 
 
-def live_array(group: str, name: str, doc: str) -> Any:
+def array_property(group: str, name: str, doc: str) -> Any:
     """Return a property for an array of the layer, which stays the same array when it is set."""
 
     def get(layer: "Norm") -> Array | None:
-        found: Array | None = getattr(layer, group).get(name)
-        return found
+        array: Array | None = getattr(layer, group).get(name)
+        return array
 
     def replace(layer: "Norm", value: ArrayLike) -> None:
         array = get(layer)
@@ -104,9 +105,9 @@ class Norm:
     ``out``, y is C-contiguous, and an x of another order is copied once. So is an x with gaps in
     memory, and one that has a parameter for each element of reduced axes that are not the last.
 
-    An array of 4 MiB or more that was returned gives its memory to a later one when nobody has it
-    any more, as fresh memory takes as long as the work. No more is kept than was in use at one
-    time, and none when a layer is deleted.
+    An array of 4 MiB or more that was returned gives its memory to a later one of its size when
+    nobody has it any more, as fresh memory takes as long as the work. No more is kept than was in
+    use at one time, and none when all layers are gone.
 
     A NaN or Inf in x makes its own group of statistics NaN, in y and in dx, and no other. In
     evaluation with running statistics it stays the only one. Running statistics that take it in
@@ -155,10 +156,10 @@ class Norm:
         self.shape = None if shape is None else check_shape(shape, "shape")
         self.groups = check_count(groups, "groups")
         (self.group_axis,) = axis_tuple(group_axis, "group_axis")
-        self.center = center
+        self.center = bool(center)
         self.eps = None if eps is None else check_eps(eps)
         self.momentum = check_momentum(momentum)
-        self.skip_nonfinite = skip_nonfinite
+        self.skip_nonfinite = bool(skip_nonfinite)
         self.dtype = check_dtype(dtype)
         self.affine = bool(affine)
         self.track_stats = bool(track_stats)
@@ -283,16 +284,16 @@ class Norm:
         array = float_array(x, "x")
         shape = self._geometries.get(array.shape) or self._geometry(array)
         self._check_running(array, shape)
-        from_batch = self.training or not self.track_stats
+        use_batch_stats = self.training or not self.track_stats
         if self.training and self.several_values:
-            functional.require_several(shape)
+            methods.require_several(shape)
         new = {}
         if self.affine and "weight" not in self._parameters:
             new = self._new_parameters(shape.param_shape)
         parameters = {**self._parameters, **new}
         running = self._running_or_new(shape.running_shape) if self.track_stats else None
         counts = bool_mask(mask, array.shape)
-        y, in_place = output_array(out, array, empty=arrays.empty)
+        y, in_place = output_array(out, array, empty=self._empty)
         saved = normalize(
             array,
             y,
@@ -300,7 +301,7 @@ class Norm:
             parameters.get("weight"),
             parameters.get("bias"),
             self.eps,
-            fixed=None if from_batch else running,
+            running=None if use_batch_stats else running,
             mixture=self._mixture(),
             center=self.center,
             sample_variance=self.sample_variance,
@@ -315,6 +316,10 @@ class Norm:
             self._track(running, saved)
         self._saved = saved
         return y
+
+    def _empty(self, like: Array) -> Array:
+        """Return an array for y or dx."""
+        return arrays.empty_for(self, like)
 
     def backward(self, dy: ArrayLike, *, out: Array | None = None) -> Array:
         """Return dx of the last forward, and add the parameters' gradients to ``gradients()``.
@@ -350,7 +355,7 @@ class Norm:
             raise RuntimeError(
                 "backward: a forward is needed first, and each forward serves one backward"
             )
-        dx, *gradients = backward(dy, self._saved, out, arrays.empty)
+        dx, gradients = backward(dy, self._saved, out, self._empty)
         names = ("weight", "bias", "mean_weight", "var_weight")
         with np.errstate(over="ignore", invalid="ignore"):
             for name, gradient in zip(names, gradients, strict=True):
@@ -442,11 +447,11 @@ class Norm:
         self._buffers["num_batches_tracked"][...] = pool.n_forwards
         self.num_batches_skipped = pool.n_skipped
 
-    weight = live_array("_parameters", "weight", "Scale, or None.")
-    bias = live_array("_parameters", "bias", "Shift, or None.")
-    running_mean = live_array("_buffers", "running_mean", "Running mean, or None.")
-    running_var = live_array("_buffers", "running_var", "Running unbiased variance, or None.")
-    num_batches_tracked = live_array(
+    weight = array_property("_parameters", "weight", "Scale, or None.")
+    bias = array_property("_parameters", "bias", "Shift, or None.")
+    running_mean = array_property("_buffers", "running_mean", "Running mean, or None.")
+    running_var = array_property("_buffers", "running_var", "Running unbiased variance, or None.")
+    num_batches_tracked = array_property(
         "_buffers", "num_batches_tracked", "Training forwards, or None."
     )
 
@@ -587,10 +592,6 @@ class Norm:
                 self._adopt({name: value})
             else:
                 self._buffers[name] = value
-
-    def __del__(self, memory: Recycler[Any] = arrays) -> None:
-        """Let go the memory of outputs: a network that goes takes it with it."""
-        memory.clear()
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what is pickled and copied: all but what the last forward kept."""

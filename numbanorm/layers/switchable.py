@@ -6,11 +6,11 @@ from typing import Any, ClassVar, Self
 import numpy as np
 from numpy.typing import DTypeLike
 
-from numbanorm import functional
+from numbanorm import methods
 from numbanorm.core.checks import check_channel_axis, check_count, check_eps, check_over
 from numbanorm.core.geometry import AllBut, Geometry
 from numbanorm.core.types import Array, Float64
-from numbanorm.layers.norm import Norm, live_array
+from numbanorm.layers.norm import Norm, array_property
 
 
 class SwitchableNorm(Norm):
@@ -122,17 +122,17 @@ class SwitchableNorm(Norm):
 
     def _geometry(self, x: Array) -> Geometry:
         self._check_rank(x)
-        channel = functional.channel_axis(x, self.axis)
+        channel = methods.channel_axis(x, self.axis)
         self._check_sizes(x, (channel,))
-        return functional.channel_geometry(
+        return methods.channel_geometry(
             x, channel, self.over, self.num_groups, by_instance=self.sample_variance
         )
 
     def _mixture(self) -> Float64:
-        return functional.mix(self.mean_weight, self.var_weight, len(self.over))
+        return methods.mix(self.mean_weight, self.var_weight, len(self.over))
 
-    mean_weight = live_array("_parameters", "mean_weight", "Logits of the means.")
-    var_weight = live_array("_parameters", "var_weight", "Logits of the variances.")
+    mean_weight = array_property("_parameters", "mean_weight", "Logits of the means.")
+    var_weight = array_property("_parameters", "var_weight", "Logits of the variances.")
 
     def importance(self) -> dict[str, dict[str, float]]:
         """Return the softmax weights of means and variances by the statistic's name.

@@ -1,75 +1,35 @@
-"""Whatever view of x a plan takes, the results are those of the definition.
+"""Whatever layout takes x, the results are those of the definition.
 
-Which one it takes depends on sizes. Small arrays take them all here, as the limits are others.
+Which one takes it depends on sizes. Small arrays take them all here, by other limits of tuning.
 """
 
 from dataclasses import replace
 
 import numpy as np
 import pytest
-from cases import CASES, by_id, cases, normal
+from cases import FORCED_VIEWS, SEVERAL_AXES, by_id, cases, normal
 
 import numbanorm as nn
-from numbanorm.core.geometry import geometry, groups
-from numbanorm.tuning import LONG_BUFFER_UP_TO, use
+from numbanorm.core.geometry import geometry
+from numbanorm.core.groups import number_groups, segments
+from numbanorm.core.layouts import (
+    LAYOUT_BYTES,
+    LAYOUTS,
+    ElementRows,
+    GroupRows,
+    find_layout,
+    kept,
+)
+from numbanorm.tuning import tuning, use
 
-# For each, the limits, a case and a shape that then take the view.
-PLANS = {
-    "pieces": ({"slab": 0}, "BatchNorm2d", (3, 4, 5, 6), (12, 30)),
-    "pieces in parts": ({"slab": 0, "row_part": 8}, "BatchNorm2d", (3, 4, 5, 6), (12, 30)),
-    "long pieces": ({"slab": 0}, "BatchNorm2d", (2, 4, 40, 41), (8, 1640)),
-    "pieces that are columns": ({"slab": 0}, "BatchNorm2d-last", (3, 5, 6, 4), (1, 18, 20)),
-    "columns in parts": (
-        {"slab": 0, "column_part": 4}, "BatchNorm2d-last", (3, 5, 6, 4), (1, 18, 20)
-    ),
-    "rows next to each other": (
-        {"few_rows": 4, "group_block": 50}, "GroupNorm", (3, 6, 4, 5), (6, 3, 1, 20)
-    ),
-    "long rows next to each other": ({}, "GroupNorm", (3, 6, 16, 20), (6, 3, 1, 320)),
-    "rows next to each other, one group at a time": (
-        {"few_rows": 4, "group_block": 1, "overlap": 59}, "GroupNorm", (3, 6, 4, 5), (6, 3, 1, 20)
-    ),
-    "rows with a weight for each element": (
-        {"group_block": 190}, "GroupNorm", (17, 6, 4, 5), (34, 60)
-    ),
-    "rows with a weight for each element, one at a time": (
-        {"group_block": 1, "overlap": 59}, "GroupNorm", (17, 6, 4, 5), (34, 60)
-    ),
-    "rows with a weight for each element, those with the same ones in turn": (
-        {"run": 1, "group_block": 1}, "GroupNorm", (17, 6, 4, 5), (34, 60)
-    ),
-    "rows with a weight for each element, two of each sample in turn": (
-        {"run": 60, "group_block": 120}, "GroupNorm", (17, 6, 4, 5), (34, 60)
-    ),
-    "rows apart": (
-        {"short_row": 0, "row_run": 60}, "BatchNorm2d", (3, 4, 5, 6), (1, 3, 4, 30)
-    ),
-    "rows apart, several times": (
-        {"short_row": 0, "row_run": 60}, "Norm-apart", (3, 4, 5, 6), (3, 4, 5, 6)
-    ),
-    "across rows": (
-        {"many_rows": 1, "column_width": 70}, "BatchNorm2d", (3, 4, 5, 6), (1, 3, 120)
-    ),
-    "columns": (
-        {"column_fold": 1, "column_width": 2, "long_task": 1},
-        "BatchNorm2d-last", (3, 5, 6, 4), (1, 90, 4),
-    ),
-    "columns, folded": ({"column_fold": 12}, "BatchNorm2d-last", (3, 5, 6, 4), (1, 30, 12)),
-    "columns with a weight for each row": (
-        {"column_run": 64}, "Norm-columns", (3, 6, 15, 13), (3, 6, 195)
-    ),
-    "groups of columns": ({"column_fold": 1}, "GroupNorm-last", (3, 8, 8, 6), (3, 64, 6)),
-    "groups of columns, folded": ({}, "GroupNorm-last", (3, 8, 8, 6), (3, 16, 24)),
-}  # fmt: skip
 # With a mask they are rows.
-WITH_MASK = {PLANS["columns with a weight for each row"][-1]: (585, 6)}
-MASKABLE = [case.id for case in CASES if case.id != "LayerNorm-no-batch"]
+WITH_MASK = {FORCED_VIEWS["columns with a weight for each row"][-1]: (260, 5)}
 
 
-@pytest.fixture(params=PLANS)
-def plan(request):
-    """Set the limits."""
-    limits, case, shape, view = PLANS[request.param]
+@pytest.fixture(params=FORCED_VIEWS)
+def forced(request):
+    """Set the limits that make a small array take a layout; return its case and view."""
+    limits, case, shape, view = FORCED_VIEWS[request.param]
     with use(parallel_from=0, **limits):  # the tasks are shared out
         yield replace(by_id[case], shape=shape), view
 
@@ -89,7 +49,7 @@ def check(case, masked, offset=0.0):
     y = layer.train()(x, mask=mask)
     in_place = x.copy()
     np.testing.assert_array_equal(layer(in_place, mask=mask, out=in_place), y)
-    return layer._saved.plan.view
+    return layer._saved.layout.view
 
 
 masked = pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
@@ -97,8 +57,8 @@ masked = pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
 
 @masked
 @pytest.mark.parametrize("offset", [0.0, 1e6])
-def test_the_view_is_taken(plan, masked, offset):
-    case, view = plan
+def test_the_view_is_taken(forced, masked, offset):
+    case, view = forced
     assert check(case, masked, offset) == (WITH_MASK.get(view, view) if masked else view)
 
 
@@ -109,17 +69,16 @@ def test_the_view_is_taken(plan, masked, offset):
         ((3, 512, 11, 11), 32, True),
         ((16, 1024, 7, 7), 1, True),
         ((15, 1024, 7, 7), 1, False),  # weights would take a seventh of the room that x takes
-        ((3, 4096, 6, 6), 32, False),  # and here two thirds, where y is written past the caches
+        ((3, 4096, 6, 6), 32, False),  # and here two thirds, where y is written by streaming stores
         ((2, 512, 7, 7), 32, False),
         ((64, 512, 12, 12), 32, False),
         ((64, 512, 7, 7), 512, False),
     ],
 )
 def test_weights_are_repeated_for_elements_where_that_takes_little_room(shape, groups, pays):
-    found = geometry(shape, ((1, 2, 3),), (1,), groups=groups)
-    plan = found.plan(tuple(range(len(found.shape))), affine=True)
-    assert plan.by_group
-    assert plan.elements == pays
+    geometry_of_x = geometry(shape, ((1, 2, 3),), (1,), groups=groups)
+    layout = find_layout(geometry_of_x, tuple(range(len(geometry_of_x.shape))), affine=True)
+    assert type(layout) is (ElementRows if pays else GroupRows)
 
 
 def results(layer, x, dy, mask, start):
@@ -142,7 +101,7 @@ def results(layer, x, dy, mask, start):
 
 
 def check_streamed(layer, x, dy, mask):
-    """Compare what is written by streaming stores, wherever a line begins, with what is not."""
+    """Compare what is written by streaming stores, wherever a line begins, and by ordinary ones."""
     with use(cache_bytes=None):
         expected = results(layer, x, dy, mask, 0)
     with use(cache_bytes=0):
@@ -154,8 +113,8 @@ def check_streamed(layer, x, dy, mask):
 @masked
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_streaming_stores_give_the_same_bits(plan, masked, training, dtype):
-    case, _ = plan
+def test_streaming_stores_give_the_same_bits(forced, masked, training, dtype):
+    case, _ = forced
     x, dy = (normal(*case.shape, seed=seed, dtype=dtype) for seed in (0, 1))
     mask = normal(*case.shape, seed=2) < 0.5 if masked else None
     layer = case.layer(dtype).train(training)
@@ -173,15 +132,13 @@ def test_streaming_stores_give_the_same_bits(plan, masked, training, dtype):
     ids=str,
 )
 def test_streaming_stores_of_large_arrays_give_the_same_bits(layer, shape):
-    # They are written in shorter runs than small ones, see tuning.BUFFER.
     x, dy = (normal(*shape, seed=seed, dtype=np.float32) for seed in (0, 1))
-    assert x.size >= LONG_BUFFER_UP_TO
     check_streamed(layer, x, dy, None)
 
 
-@cases(*MASKABLE)
+@cases(*SEVERAL_AXES)
 @masked
-@pytest.mark.usefixtures("plan")
+@pytest.mark.usefixtures("forced")
 def test_definition(case, masked):
     check(case, masked)
 
@@ -203,11 +160,48 @@ def test_definition(case, masked):
 )
 def test_segments_are_the_table(order, grid, kept, longest):
     sizes = [tuple(n if axis in axes else 1 for axis, n in enumerate(grid)) for axes in kept]
-    found = groups(grid, order, sizes)
-    first, step = found.segments
-    table = found.of_piece
+    table = number_groups(sizes).table(grid, order)
+    first, step = segments(table)
     length = table.shape[1] // max(first.shape[1], 1)
     whole = first[:, :, None] + step[:, None, None] * np.arange(length)
     np.testing.assert_array_equal(whole.reshape(table.shape), table)
     if order == (0, 1, 2, 3) and 0 not in grid:
         assert length >= np.prod(grid[4 - longest :])
+
+
+def test_layouts_are_kept_in_a_bounded_number_of_bytes():
+    layer, most = nn.SwitchableNorm1d(5), 1 << 17
+    with use(layouts_bytes=most):
+        for n in range(2, 200):
+            geometry_of_n = layer._geometry(np.empty((n, 5)))
+            layout = find_layout(geometry_of_n, (0, 1), affine=True)
+            assert kept.n_bytes == sum(
+                other.n_bytes + LAYOUT_BYTES for other in kept.layouts.values()
+            )
+            assert kept.n_bytes <= most
+        assert 3 < len(kept.layouts) < 100
+        assert find_layout(geometry_of_n, (0, 1), affine=True) is layout
+    with use(layouts_bytes=0):  # one is always kept
+        layout = find_layout(geometry_of_n, (1, 0), affine=True)
+        assert list(kept.layouts.values()) == [layout]
+
+
+def test_the_layouts_are_frozen():
+    layer, x = nn.BatchNorm2d(4), normal(3, 4, 5, 6)
+    layer(x)
+    saved = layer._saved
+    assert isinstance(saved.layout, LAYOUTS)
+    for record, name in ((saved, "x"), (saved.layout, "view"), (saved.layout.tiles, "block")):
+        with pytest.raises(AttributeError):
+            setattr(record, name, None)
+
+
+def test_tuning_is_as_before_in_whatever_order_others_end():
+    before = tuning()
+    a, b = use(slab=1), use(slab=2)
+    a.__enter__()
+    b.__enter__()
+    a.__exit__(None, None, None)
+    assert tuning().slab == 2
+    b.__exit__(None, None, None)
+    assert tuning() is before

@@ -1,0 +1,153 @@
+"""What all methods share: gradients, checks of running statistics, and the one backward."""
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from numbanorm.core.checks import bool_mask, check_eps, check_momentum, output_array, parameter
+from numbanorm.core.geometry import Geometry
+from numbanorm.core.layouts import Saved
+from numbanorm.core.normalize import backward, normalize
+from numbanorm.core.running import track
+from numbanorm.core.types import Array, Float64
+
+
+class Gradients(NamedTuple):
+    """Gradients of the loss; None where there is no such parameter.
+
+    ``dx`` has the shape and dtype of x; ``dweight`` and ``dbias`` have the parameters' shape, in
+    float64.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import numbanorm.functional as F
+    >>> x = np.array([[1.0, 3.0]])
+    >>> y, saved = F.layer_norm_forward(x, 2, weight=np.ones(2), eps=0.0)
+    >>> F.layer_norm_backward(x, saved)
+    Gradients(dx=array([[0., 0.]]), dweight=array([-1.,  3.]), dbias=None)
+    """
+
+    dx: Array
+    dweight: Float64 | None
+    dbias: Float64 | None
+
+
+class SwitchableGradients(NamedTuple):
+    """Gradients of the loss; None where there is no such parameter.
+
+    As in :class:`Gradients`; ``dmean_weight`` and ``dvar_weight`` have one value for each
+    statistic.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import numbanorm.functional as F
+    >>> x = np.array([[[1.0, 3.0]], [[3.0, 5.0]]])
+    >>> y, saved = F.switchable_norm_forward(x, [0.0, 0.0], [0.0, 0.0], over=("in", "bn"))
+    >>> F.switchable_norm_backward(x, saved)._fields
+    ('dx', 'dweight', 'dbias', 'dmean_weight', 'dvar_weight')
+    """
+
+    dx: Array
+    dweight: Float64 | None
+    dbias: Float64 | None
+    dmean_weight: Float64
+    dvar_weight: Float64
+
+
+def running_pair(
+    running_mean: Array | None, running_var: Array | None, shape: tuple[int, ...], writeable: bool
+) -> tuple[Array, Array] | None:
+    """Return both running statistics, checked, or None if there is neither."""
+    if running_mean is None and running_var is None:
+        return None
+    checked = []
+    for value, name in ((running_mean, "running_mean"), (running_var, "running_var")):
+        if value is None:
+            raise ValueError(f"{name}: both running statistics or neither are needed, got None")
+        array = parameter(value, name, shape)
+        assert array is not None
+        if writeable and not (isinstance(value, np.ndarray) and value.flags.writeable):
+            raise ValueError(f"{name}: an array that may be updated in place is needed")
+        checked.append(array)
+    return checked[0], checked[1]
+
+
+def normalize_and_track(
+    x: Array,
+    geometry: Geometry,
+    running: tuple[Array, Array] | None,
+    training: bool,
+    momentum: float,
+    weight: ArrayLike | None,
+    bias: ArrayLike | None,
+    eps: float,
+    mask: ArrayLike | None,
+    out: Array | None,
+    mixture: Float64 | None = None,
+) -> tuple[Array, Saved]:
+    """Normalise with the batch's statistics and track them, or with the running ones."""
+    factor = check_momentum(momentum)
+    if factor is None:
+        raise ValueError("momentum: a number from 0 to 1 is needed here, got None")
+    counts = bool_mask(mask, x.shape)
+    y, in_place = output_array(out, x)
+    saved = normalize(
+        x,
+        y,
+        geometry,
+        parameter(weight, "weight", geometry.param_shape),
+        parameter(bias, "bias", geometry.param_shape),
+        check_eps(eps),
+        running=None if training else running,
+        mixture=mixture,
+        mask=counts,
+        in_place=in_place,
+    )
+    if training and running is not None:
+        track(saved, *running, np.zeros((), np.int64), factor)
+    return y, saved
+
+
+def norm_backward(dy: ArrayLike, saved: Saved, *, out: Array | None = None) -> Gradients:
+    """Return the gradients of a forward with respect to x, weight and bias.
+
+    All methods but SwitchableNorm share this function. With x_hat = (x - mean) / sqrt(var + eps)
+    and g = dy * weight, where means are those of the statistics' groups,
+    dx = (g - mean(g) - x_hat * mean(g * x_hat)) / sqrt(var + eps) (RMSNorm has no mean(g)),
+    dweight = sum(dy * x_hat), dbias = sum(dy). In evaluation the statistics are constants:
+    dx = g / sqrt(var + eps).
+
+    Parameters
+    ----------
+    dy : array of the shape of x
+        The gradient of the loss with respect to y; another float type is converted.
+    saved : Saved
+        The second result of the method's ``_forward``.
+    out : array, optional
+        Where dx is written; it may be ``dy``.
+
+    Returns
+    -------
+    Gradients
+        ``(dx, dweight, dbias)``, the last two in float64 and of the parameters' shape.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If dy or out does not fit.
+    RuntimeError
+        If the forward wrote y over x.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import numbanorm.functional as F
+    >>> y, saved = F.layer_norm_forward(np.array([[1.0, 3.0]]), 2, np.ones(2), np.zeros(2), eps=0.0)
+    >>> F.layer_norm_backward(np.array([[1.0, 2.0]]), saved).dweight
+    array([-1.,  2.])
+    """
+    dx, gradients = backward(dy, saved, out)
+    return Gradients(dx, gradients.weight, gradients.bias)

@@ -1,0 +1,76 @@
+"""Methods: over which axes the statistics of each are, once, for layers, functions and PyTorch."""
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from numbanorm.core.checks import check_channel_axis, parameter
+from numbanorm.core.geometry import Geometry, geometry, normalize_axes
+from numbanorm.core.types import Array, Float64
+
+
+def channel_axis(x: Array, axis: int) -> int:
+    """Return the channel axis of x as a number from 1 on."""
+    if x.ndim < 2:
+        raise ValueError(f"x: a batch axis and a channel axis are needed, got shape {x.shape}")
+    (channel,) = normalize_axes(check_channel_axis(axis), x.ndim, "axis")
+    return check_channel_axis(channel)
+
+
+def trailing_geometry(x: Array, normalized_shape: tuple[int, ...]) -> Geometry:
+    """Return the geometry of statistics over trailing axes of these sizes."""
+    n = len(normalized_shape)
+    if x.shape[max(x.ndim - n, 0) :] != normalized_shape:
+        raise ValueError(
+            f"x: a shape that ends in normalized_shape {normalized_shape} is needed, got {x.shape}"
+        )
+    axes = tuple(range(x.ndim - n, x.ndim))
+    return geometry(x.shape, (axes,), axes)
+
+
+def channel_geometry(
+    x: Array,
+    channel: int,
+    over: tuple[str, ...],
+    num_groups: int | None = None,
+    by_instance: bool = False,
+) -> Geometry:
+    """Return the geometry of the statistics in ``over`` of an x with channels."""
+    everything = range(x.ndim)
+    reductions = {
+        "in": tuple(a for a in everything if a not in (0, channel)),
+        "ln": tuple(a for a in everything if a != 0),
+        "bn": tuple(a for a in everything if a != channel),
+        "gn": tuple(a for a in everything if a != 0),
+    }
+    return geometry(
+        x.shape,
+        tuple(reductions[name] for name in over),
+        (channel,),
+        groups=num_groups or 1 if "gn" in over else 1,
+        group_axis=channel,
+        grouped=tuple(name == "gn" for name in over),
+        tracked=over.index("bn") if "bn" in over else 0,
+        instance_axes=(0, channel) if by_instance else (),
+    )
+
+
+def require_several(geometry: Geometry) -> None:
+    """Raise if a group of the tracked statistic is a single value, whose variance says nothing."""
+    if geometry.group_size == 1:
+        raise ValueError(
+            f"x: more than one value per channel is needed in training, got shape {geometry.shape}"
+        )
+
+
+def mix(mean_weight: ArrayLike, var_weight: ArrayLike, n: int) -> Float64:
+    """Return the softmax weights of ``n`` statistics from their logits."""
+    # Imported here, since it takes four times as long as all the rest of the library.
+    from scipy.special import softmax
+
+    logits = [
+        parameter(value, name, (n,))
+        for value, name in ((mean_weight, "mean_weight"), (var_weight, "var_weight"))
+    ]
+    # At once: a call takes longer than a small kernel.
+    mixture: Float64 = softmax(np.array(logits, np.float64), axis=1)
+    return mixture
