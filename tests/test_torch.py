@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -184,18 +185,17 @@ def test_channels_last_is_kept(make):
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels-last", "batch-last"])
-def test_tensors_are_not_copied(layout, monkeypatch):
-    seen = []
-
-    def watch(x, y, *args, **kwargs):
-        seen.extend([x, y])
-        return normalize(x, y, *args, **kwargs)
-
-    normalize = ours.normalize
-    monkeypatch.setattr(ours, "normalize", watch)
-    x = LAYOUTS[layout](tensor(3, 4, 5, 6))
-    y = ours.BatchNorm2d(4).double()(x)
-    assert [a.ctypes.data for a in seen] == [x.data_ptr(), y.data_ptr()]
+def test_tensors_are_not_copied(layout):
+    layer, x = ours.BatchNorm2d(4).double(), LAYOUTS[layout](tensor(16, 4, 30, 30))
+    layer(x)
+    # It sees what NumPy allocates, and not y itself, which is PyTorch's.
+    tracemalloc.start()
+    try:
+        y = layer(x)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < x.nbytes / 4
     assert y.stride() == x.stride()
 
 
@@ -216,7 +216,7 @@ def test_only_autograd_keeps_x():
     y = layer(x).sum()
     node = y.grad_fn.next_functions[0][0]
     y.backward()
-    assert not hasattr(node.saved, "x")
+    assert node.saved.x is None
     with pytest.raises(RuntimeError, match="second time"):
         y.backward()
 

@@ -27,9 +27,9 @@ PAIRS = [
     *row("BatchNorm2d-cumulative", lambda m, **k: m.BatchNorm2d(4, momentum=None, **k),
          (3, 4, 5, 6)),
     *row("BatchNorm2d-plain", lambda m, **k: m.BatchNorm2d(4, affine=False, **k), (3, 4, 5, 6)),
-    *row("BatchNorm2d-live", lambda m, **k: m.BatchNorm2d(4, track_running_stats=False, **k),
+    *row("BatchNorm2d-untracked", lambda m, **k: m.BatchNorm2d(4, track_running_stats=False, **k),
          (3, 4, 5, 6)),
-    *row("BatchNorm2d-plain-live",
+    *row("BatchNorm2d-plain-untracked",
          lambda m, **k: m.BatchNorm2d(4, affine=False, track_running_stats=False, **k),
          (3, 4, 5, 6)),
     *row("InstanceNorm1d", lambda m, **k: m.InstanceNorm1d(3, **k), (4, 3, 9), (3, 9)),
@@ -146,13 +146,13 @@ def statistics(kind, x, groups):
     return x.mean(axes, keepdim=True), x.var(axes, correction=0, keepdim=True)
 
 
-def plain_switchable(x, p, over, groups, fixed=None):
+def plain_switchable(x, p, over, groups, running=None):
     mean, var = 0, 0
     weights = torch.softmax(p["mean_weight"], 0), torch.softmax(p["var_weight"], 0)
     column = (1, -1, *[1] * (x.ndim - 2))
     for k, kind in enumerate(over):
-        if kind == "bn" and fixed:
-            m, v = (torch.tensor(f).reshape(column) for f in fixed)
+        if kind == "bn" and running:
+            m, v = (torch.tensor(f).reshape(column) for f in running)
         else:
             m, v = statistics(kind, x, groups)
         mean, var = mean + weights[0][k] * m, var + weights[1][k] * v
@@ -173,14 +173,14 @@ def test_switchable(over, shape, training):
     ours = nn.SwitchableNorm(4, over=over, dtype=np.float64, **groups).train(training)
     for seed, p in enumerate(ours.parameters().values()):
         p[...] = normal(*p.shape, seed=seed)
-    fixed = None
+    running = None
     if "bn" in over and not training:
         ours.running_mean[...], ours.running_var[...] = [0.1, 0.2, -1, 3], [0.5, 1, 2, 3]
-        fixed = ours.running_mean, ours.running_var
+        running = ours.running_mean, ours.running_var
     x, dy = normal(*shape), normal(*shape, seed=1)
     t = torch.tensor(x, requires_grad=True)
     p = {k: torch.tensor(v, requires_grad=True) for k, v in ours.parameters().items()}
-    expected = plain_switchable(t, p, over, 2, fixed)
+    expected = plain_switchable(t, p, over, 2, running)
     expected.backward(torch.tensor(dy))
     assert_close(ours(x), expected.detach().numpy(), scale=10)
     assert_close(ours.backward(dy), t.grad.numpy(), scale=10)

@@ -11,6 +11,7 @@ from numbanorm.numba_ext import threads as _threads
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed: pip install torch")
 ours = pytest.importorskip("numbanorm.torch")
+from numbanorm.torch import private  # noqa: E402
 
 # -- SyncBatchNorm -------------------------------------------------------------------------------
 
@@ -67,22 +68,32 @@ def process(rank, folder):
     # Every process has to know of every group, its own or not.
     pair = dist.new_group([0, 1])
     for scenario in SCENARIOS:
-        model, sizes, x, dy = whole_batch(scenario)
-        if rank >= len(sizes):
-            continue
-        group = pair if len(sizes) == 2 else None
-        model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model, group)
-        model = ours.convert(model)
-        layout = torch.channels_last if rank == 1 else torch.contiguous_format
-        own = x.split(sizes)[rank].contiguous(memory_format=layout)
-        found = results(model, own, dy.split(sizes)[rank])
-        for p in model.parameters():
-            dist.all_reduce(p.grad, group=group)
-        found |= {f"d{name}": p.grad for name, p in model.named_parameters()}
-        found |= dict(model.named_buffers())
+        found = of_process(scenario, rank, pair)
         torch.save(found, f"{folder}/{scenario}-{rank}")
     errors(rank, f"{folder}/errors-{rank}")
+    with pytest.warns(RuntimeWarning, match="process groups"):
+        private.look_up(lambda n: None if n == private.PROCESS_GROUP else private._find(n))
+    for scenario in SIZES:
+        found = of_process(scenario, rank, pair)
+        torch.save(found, f"{folder}/{scenario}-by-layers-{rank}")
     dist.destroy_process_group()
+
+
+def of_process(scenario, rank, pair):
+    """Return what a process has of a scenario, or nothing if it has no part in it."""
+    model, sizes, x, dy = whole_batch(scenario)
+    if rank >= len(sizes):
+        return {}
+    group = pair if len(sizes) == 2 else None
+    model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model, group)
+    model = ours.convert(model)
+    layout = torch.channels_last if rank == 1 else torch.contiguous_format
+    own = x.split(sizes)[rank].contiguous(memory_format=layout)
+    found = results(model, own, dy.split(sizes)[rank])
+    for p in model.parameters():
+        torch.distributed.all_reduce(p.grad, group=group)
+    found |= {f"d{name}": p.grad for name, p in model.named_parameters()}
+    return found | dict(model.named_buffers())
 
 
 def errors(rank, path):
@@ -136,6 +147,15 @@ def test_processes_are_as_one(folder, scenario):
         for name, buffer in model.named_buffers():
             assert_close(each[name].double(), buffer.double(), scale=scale, what=name)
             assert torch.equal(each[name], found[0][name])
+
+
+@pytest.mark.parametrize("scenario", SIZES)
+def test_layers_know_their_groups_where_pytorch_does_not_tell(folder, scenario):
+    for rank in range(3):
+        found = torch.load(folder / f"{scenario}-by-layers-{rank}")
+        expected = torch.load(folder / f"{scenario}-{rank}")
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def test_what_cannot_work_says_so(folder):

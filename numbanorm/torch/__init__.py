@@ -1,0 +1,60 @@
+"""The same layers for PyTorch on the CPU: ``model = numbanorm.torch.convert(model)``.
+
+Each layer is a subclass of PyTorch's of the same name with a ``forward`` of its own, so that
+state dicts, checkpoints, hooks and ``isinstance`` are as before. All of them call one operator,
+``numbanorm::normalize``, whose derivative is another, ``numbanorm::normalize_backward``. Tensors
+are seen as arrays, without a copy and in their own order in memory (``channels_last``). The
+gradient of x is written over that of y where nobody else has it, by hook, name or memory. The
+memory of outputs is kept for other outputs when nobody has it any more.
+
+Numba's threads are then those of PyTorch, where it brings GNU OpenMP with it.
+
+Other devices and types, forward-mode and second derivatives are left to PyTorch's own code.
+"""
+
+from pathlib import Path
+
+import torch
+
+from numbanorm.numba_ext import threads
+from numbanorm.torch.convert import convert, convert_switchable
+from numbanorm.torch.layers import (
+    BatchNorm1d,
+    BatchNorm2d,
+    BatchNorm3d,
+    GroupNorm,
+    InstanceNorm1d,
+    InstanceNorm2d,
+    InstanceNorm3d,
+    LayerNorm,
+    RMSNorm,
+    SyncBatchNorm,
+)
+from numbanorm.torch.switchable import SwitchableNorm1d, SwitchableNorm2d, SwitchableNorm3d
+
+__all__ = [
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
+    "GroupNorm",
+    "InstanceNorm1d",
+    "InstanceNorm2d",
+    "InstanceNorm3d",
+    "LayerNorm",
+    "RMSNorm",
+    "SwitchableNorm1d",
+    "SwitchableNorm2d",
+    "SwitchableNorm3d",
+    "SyncBatchNorm",
+    "convert",
+    "convert_switchable",
+]
+
+# Pickles and reprs name what is public by this module.
+for _name in __all__:
+    globals()[_name].__module__ = __name__
+
+# PyTorch for Linux brings GNU OpenMP with it, which Numba's OpenMP layer finds as well: the threads
+# that wait for PyTorch's next operation, and keep the cores busy with it, are those that run ours.
+if any(Path(torch.__file__).parent.glob("lib/libgomp*")):
+    threads.prefer_openmp()

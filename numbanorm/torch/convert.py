@@ -1,0 +1,111 @@
+"""Whole models: their layers become those of this package, in place."""
+
+from collections.abc import Iterable
+
+from torch import nn
+from torch.nn.modules.lazy import LazyModuleMixin
+
+from numbanorm.core import checks
+from numbanorm.torch import layers, switchable
+
+_OURS: dict[type, type] = {
+    getattr(nn, ours.__name__): ours
+    for ours in (
+        layers.BatchNorm1d, layers.BatchNorm2d, layers.BatchNorm3d, layers.SyncBatchNorm,
+        layers.InstanceNorm1d, layers.InstanceNorm2d, layers.InstanceNorm3d,
+        layers.GroupNorm, layers.LayerNorm, layers.RMSNorm,
+    )
+}  # fmt: skip
+_SWITCHABLE: dict[type, type] = {
+    batch: ours
+    for theirs, converted, ours in (
+        (nn.BatchNorm1d, layers.BatchNorm1d, switchable.SwitchableNorm1d),
+        (nn.BatchNorm2d, layers.BatchNorm2d, switchable.SwitchableNorm2d),
+        (nn.BatchNorm3d, layers.BatchNorm3d, switchable.SwitchableNorm3d),
+    )
+    for batch in (theirs, converted)
+}
+
+
+def convert(module: nn.Module) -> nn.Module:
+    """Let numbanorm do the normalising of a model, in place.
+
+    Layers become those of this module and stay the same objects: parameters, buffers, hooks and
+    mode are untouched, and so is an optimiser. Layers of exactly PyTorch's classes are meant; a
+    subclass, which may have a forward of its own, is left alone. Lazy ones follow once they know
+    their size.
+
+    Outputs of a MiB and more are written where earlier ones of their size were that nobody has any
+    more. So some memory is kept, no more than was in use at one time, until all layers are gone.
+
+    Parameters
+    ----------
+    module : torch.nn.Module
+        A model, or a single layer.
+
+    Returns
+    -------
+    torch.nn.Module
+        The same object.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import numbanorm.torch
+    >>> type(numbanorm.torch.convert(torch.nn.Sequential(torch.nn.LayerNorm(4)))[0])
+    <class 'numbanorm.torch.LayerNorm'>
+    """
+    for layer in module.modules():
+        if type(layer) in _OURS:
+            layer.__class__ = _OURS[type(layer)]
+        elif isinstance(layer, LazyModuleMixin) and layer.cls_to_become in _OURS:
+            layer.cls_to_become = _OURS[layer.cls_to_become]
+    return module
+
+
+def convert_switchable(
+    module: nn.Module, *, over: Iterable[str] | None = None, num_groups: int | None = None
+) -> nn.Module:
+    """Turn BatchNorm layers into SwitchableNorm, in place.
+
+    Weight, bias, running statistics, hooks and mode are kept. The logits are new parameters, 1
+    each, so that an optimiser has to be made afterwards.
+
+    Parameters
+    ----------
+    module : torch.nn.Module
+        A model, or a single layer.
+    over : sequence of str, optional
+        Any choice of "in", "ln", "bn" and "gn"; by default IN, LN and BN, and LN and BN in 1d.
+    num_groups : int, optional
+        The number of groups for "gn".
+
+    Returns
+    -------
+    torch.nn.Module
+        The same object.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If ``over`` and ``num_groups`` do not fit, or if a lazy BatchNorm has no size yet.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import numbanorm.torch
+    >>> numbanorm.torch.convert_switchable(torch.nn.BatchNorm2d(8), over=("ln", "bn")).importance()
+    {'mean': {'ln': 0.5, 'bn': 0.5}, 'var': {'ln': 0.5, 'bn': 0.5}}
+    """
+    names = None if over is None else checks.check_over(over, num_groups)
+    layers = list(module.modules())
+    for layer in layers:
+        if getattr(layer, "cls_to_become", None) in _SWITCHABLE:
+            raise ValueError(f"module: {layer} has no size yet; run the model once before")
+        if type(layer) in _SWITCHABLE:
+            switchable.check_groups(layer.num_features, num_groups)
+    for layer in layers:
+        if type(layer) in _SWITCHABLE:
+            layer.__class__ = _SWITCHABLE[type(layer)]
+            layer._switch(names, num_groups)
+    return module
