@@ -69,7 +69,7 @@ def softmax(logits):
 class Naive:
     """One forward pass: `y`, `counts`, `means`, `variances`, then `backward(dy)`.
 
-    `fixed[k]`, where given, is the stored (mean, variance) of statistic k by group: evaluation.
+    `running[k]`, where given, is the stored (mean, variance) of statistic k by group: evaluation.
     """
 
     def __init__(
@@ -85,10 +85,10 @@ class Naive:
         mask=None,
         mean_weight=None,
         var_weight=None,
-        fixed=None,
+        running=None,
     ):
         self.x = x = np.asarray(x, dtype=np.float64)
-        self.statistics, self.fixed, self.center = statistics, fixed or {}, center
+        self.statistics, self.running, self.center = statistics, running or {}, center
         self.counted = np.broadcast_to(True if mask is None else mask, x.shape)
         self.over_features = tuple(
             a for a in range(x.ndim) if a not in {f % x.ndim for f in feature_axes}
@@ -111,8 +111,8 @@ class Naive:
             n, mean, var = moments(x, stat, mask)
             if not center:  # RMSNorm: the mean square about zero
                 mean, var = np.zeros_like(mean), var + mean**2
-            if k in self.fixed:
-                mean, var = self.fixed[k]
+            if k in self.running:
+                mean, var = self.running[k]
                 nothing[...] = False
             self.counts.append(n)
             self.means.append(mean)
@@ -127,10 +127,24 @@ class Naive:
         self.x_hat = (x - self.mean) * self.rstd
         self.y = self.x_hat * self.weight + offset
         # By how much the rounding of a mean to float64 is magnified.
-        self.magnified = max(1, np.abs(self.mean * self.rstd).max(initial=0))
+        self.magnified = np.maximum(1, np.abs(self.mean * self.rstd))
+        size = self.over_groups(np.abs(self.x_hat * self.weight) + np.abs(offset))
+        self.scale = {"y": np.minimum(size, max(1, np.abs(self.y).max(initial=0)))}
+
+    def over_groups(self, size):
+        """Give, for each element, the largest size in its group; in the smallest one of several."""
+        found = np.full(self.x.shape, np.inf)
+        for stat in self.statistics:
+            largest = np.zeros(stat.size)
+            np.maximum.at(largest, stat.ids, size)
+            found = np.minimum(found, largest[stat.ids])
+        return found
 
     def backward(self, dy):
-        """Give dx and the gradient of each parameter; `scale` is the size of what was added up."""
+        """Give dx and the gradient of each parameter.
+
+        `scale` is the size of what was added up, of each group or entry.
+        """
         dy = np.asarray(dy, dtype=np.float64)
         g = dy * self.weight * self.rstd
         dmean = -g if self.center else np.zeros_like(g)  # of each element's mixed mean
@@ -140,7 +154,7 @@ class Naive:
         for k, stat in enumerate(self.statistics):
             terms_p.append(dmean * self.means[k][stat.ids])
             terms_q.append(dvar * self.variances[k][stat.ids])
-            if k in self.fixed:
+            if k in self.running:
                 continue
 
             def average(v, stat=stat, n=self.counts[k]):
@@ -152,10 +166,22 @@ class Naive:
             dx += np.where(self.counted, average(by_mean) + average(by_var) * centred, 0.0)
             size += average(np.abs(by_mean)) + average(np.abs(by_var)) * np.abs(centred)
         gradients = {"dx": dx}
-        self.scale = {"dx": size.max(initial=0)}
+        self.scale["dx"] = self.over_groups(size)
         if self.has_weight:
-            added = np.abs(dy) * (np.abs(self.x) + np.abs(self.mean)) * self.rstd
-            self._feature_sum(gradients, "weight", dy * self.x_hat, added)
+            factor = np.abs(dy) * self.rstd
+            # A mean is rounded as is what was added up for it, however small itself.
+            summed = sum(
+                np.abs(p * mean)[stat.ids] if k in self.running or not self.center
+                else p * moments(np.abs(self.x), stat, self.counted)[1][stat.ids]
+                for k, (p, mean, stat) in enumerate(
+                    zip(self.p, self.means, self.statistics, strict=True)
+                )
+            )  # fmt: skip
+            self._feature_sum(
+                gradients, "weight", dy * self.x_hat, factor * (np.abs(self.x) + summed)
+            )
+            most = self._root(factor * (np.abs(self.x) + np.abs(self.mean))).max(initial=0)
+            self.scale["weight"] = np.minimum(self.scale["weight"], most)
         if self.has_bias:
             self._feature_sum(gradients, "bias", dy, dy)
         if self.logits:
@@ -165,12 +191,16 @@ class Naive:
 
     def _feature_sum(self, gradients, name, terms, added):
         gradients[name] = terms.sum(self.over_features).reshape(self.feature_shape)
-        self.scale[name] = np.sqrt((added**2).sum(self.over_features)).max(initial=0)
+        self.scale[name] = self._root(added).reshape(self.feature_shape)
+
+    def _root(self, added):
+        return np.sqrt((added**2).sum(self.over_features))
 
     def _logit_sum(self, gradients, name, p, terms):
         d = np.array([t.sum() for t in terms])
         gradients[name] = p * (d - p @ d)
-        self.scale[name] = max(float(np.sqrt((t**2).sum())) for t in terms)
+        sizes = np.sqrt([(t**2).sum() for t in terms])
+        self.scale[name] = np.minimum(p * (sizes + p @ sizes), sizes.max())
 
 
 def track(running_mean, running_var, naive, k=0, momentum=0.1, batches=1):

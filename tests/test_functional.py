@@ -88,7 +88,7 @@ CALLS = [
          lambda m: running(m) | {"training": m.training}, ()),
     Call("batch_norm", "BatchNorm2d-scale",
          lambda m: running(m) | {"weight": m.weight, "training": m.training}, ("weight",)),
-    Call("batch_norm", "BatchNorm2d-live",
+    Call("batch_norm", "BatchNorm2d-untracked",
          lambda m: affine(m) | {"running_mean": None, "running_var": None, "training": True}),
     Call("instance_norm", "InstanceNorm2d", lambda m: affine(m)),
     Call("instance_norm", "InstanceNorm2d-last", lambda m: affine(m) | {"axis": -1}),

@@ -22,7 +22,7 @@ from cases import (
     channel,
     normal,
     over_axes,
-    rounding,
+    scale_of,
     switchable,
 )
 from hypothesis import HealthCheck, assume, given, settings
@@ -118,7 +118,7 @@ def switchable_norms(draw):
             **options,
             **k,
         ),
-        shape, *over, groups=groups, axis=axis, live=not track, momentum=momentum,
+        shape, *over, groups=groups, axis=axis, untracked=not track, momentum=momentum,
     )  # fmt: skip
 
 
@@ -231,8 +231,8 @@ def calls(draw):
     if kind == "groups apart":
         # Each along one axis, far more than inside.
         axis = draw(st.sampled_from(range(x.ndim)))
-        apart = normal(*(n if a == axis else 1 for a, n in enumerate(x.shape)), seed=seed)
-        x += draw(st.sampled_from([10, 1000])) * scale * apart
+        offsets = normal(*(n if a == axis else 1 for a, n in enumerate(x.shape)), seed=seed)
+        x += draw(st.sampled_from([10, 1000])) * scale * offsets
     if kind == "few values":
         x = np.round(x / scale)
     if kind == "constant":
@@ -293,7 +293,7 @@ def test_like_the_definition(call, data, steps):
         if y_goes == "over":
             naive, own = call.case.naive(layer, x, mask), y_layout(np.array(x))
             assert layer(own, mask=mask, out=own) is own
-            assert_close(own, naive.y, scale=rounding(naive, x), what="y over x")
+            assert_close(own, naive.y, scale=scale_of(naive, "y", x), what="y over x")
 
 
 def results(call, layer, x, dy):

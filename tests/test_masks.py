@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 from cases import (
-    CASES,
     DTYPES,
     FEW,
     LAYOUTS,
+    SEVERAL_AXES,
     assert_close,
     by_id,
     cases,
@@ -19,10 +19,9 @@ from cases import (
 import numbanorm as nn
 
 modes = pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
-MASKABLE = [c.id for c in CASES if c.id != "LayerNorm-no-batch"]  # the masks are for two axes
 
 
-@cases(*MASKABLE)
+@cases(*SEVERAL_AXES)
 @masks()
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: d.__name__)
 def test_definition(case, dtype, make_mask):
@@ -68,7 +67,7 @@ def test_big(name, shape, sparse):
     case.check(case.layer(np.float32), x, dy, one_channel)
 
 
-@cases(*MASKABLE)
+@cases(*SEVERAL_AXES)
 @modes
 def test_a_mask_of_ones_is_no_mask(case, training):
     x, dy = case.input(), normal(*case.shape, seed=1)
@@ -79,14 +78,14 @@ def test_a_mask_of_ones_is_no_mask(case, training):
     assert_close(*dx, scale=10)
 
 
-@cases(*MASKABLE)
+@cases(*SEVERAL_AXES)
 def test_a_mask_may_be_a_list(case):
     mask = normal(*case.shape, seed=2) < 0.5
     x = case.input()
     np.testing.assert_array_equal(case.layer()(x, mask=mask.tolist()), case.layer()(x, mask=mask))
 
 
-@cases(*MASKABLE)
+@cases(*SEVERAL_AXES)
 @modes
 @pytest.mark.parametrize("bad", [np.nan, np.inf, np.finfo(np.float64).max], ids=str)
 def test_what_is_masked_out_reaches_nothing(case, training, bad):
@@ -105,7 +104,7 @@ def test_what_is_masked_out_reaches_nothing(case, training, bad):
         np.testing.assert_array_equal(spoiled.state_dict()[name], value, err_msg=name)
 
 
-@cases(*MASKABLE)
+@cases(*SEVERAL_AXES)
 @modes
 @pytest.mark.parametrize("bad", [np.nan, np.inf], ids=str)
 def test_what_is_not_finite_there_reaches_nothing_else_with_any_dy(case, training, bad):
@@ -122,7 +121,7 @@ def test_what_is_not_finite_there_reaches_nothing_else_with_any_dy(case, trainin
         assert np.isfinite(gradient).all(), name
 
 
-@cases(*MASKABLE)
+@cases(*SEVERAL_AXES)
 def test_big_values_masked_out_cost_no_accuracy(case):
     # Finite ones as well: a padding of 1e30 is subtracted by nobody.
     x, dy = case.input(np.float32), normal(*case.shape, seed=1, dtype=np.float32)
@@ -134,7 +133,7 @@ def test_big_values_masked_out_cost_no_accuracy(case):
     np.testing.assert_array_equal(layers[1].backward(dy), layers[0].backward(dy))
 
 
-@cases(*MASKABLE)
+@cases(*SEVERAL_AXES)
 def test_a_nan_in_dy_is_in_the_gradient_of_its_own_group(case):
     # dy is not 0 at this masked-out element, so its gradient is really not a number.
     layer, x = case.layer(), case.input()
@@ -147,7 +146,7 @@ def test_a_nan_in_dy_is_in_the_gradient_of_its_own_group(case):
     assert np.isnan(layer.backward(dy)[first])
 
 
-@cases(*MASKABLE)
+@cases(*SEVERAL_AXES)
 def test_a_nan_that_counts_is_in_every_gradient_of_its_group(case):
     # Masked-out elements are normalised, too, and to NaN: so are the gradients of their weights.
     x, dy = case.input(), normal(*case.shape, seed=1)
@@ -160,7 +159,7 @@ def test_a_nan_that_counts_is_in_every_gradient_of_its_group(case):
         np.testing.assert_array_equal(np.isnan(got[name]), np.isnan(expected), name)
 
 
-@cases(*MASKABLE)
+@cases(*SEVERAL_AXES)
 def test_nothing_is_left(case):
     x, dy = case.input(), normal(*case.shape, seed=1)
     layer = case.layer()

@@ -187,6 +187,7 @@ def test_scale(scale, dtype):
 # -- algebra -------------------------------------------------------------------------------------
 
 
+@pytest.mark.fast
 def test_add_and_merge():
     x = normal(50, 4)
     parts = [nn.moments(p, 0) for p in np.split(x, [1, 20, 21, 45])]

@@ -67,7 +67,7 @@ def official(x, state, training, eps=1e-5, kept=None):
     kept = KEPT[x.ndim] if kept is None else kept
     if x.ndim == 2:
         ln = x.mean(1, keepdims=True), _sample_variance(x, 1)
-        live = x.mean(0, keepdims=True), _sample_variance(x, 0)
+        batch = x.mean(0, keepdims=True), _sample_variance(x, 0)
         means, variances = [ln[0]], [ln[1]]
         flat = x
     else:
@@ -77,12 +77,12 @@ def official(x, state, training, eps=1e-5, kept=None):
         means = [mean, mean.mean(1, keepdims=True)]
         variances = [var, square.mean(1, keepdims=True) - means[1] ** 2]
         mean_bn = mean.mean(0, keepdims=True)
-        live = mean_bn, square.mean(0, keepdims=True) - mean_bn**2
+        batch = mean_bn, square.mean(0, keepdims=True) - mean_bn**2
     if running[0] is not None:
-        means.append(live[0] if training else running[0])
-        variances.append(live[1] if training else running[1])
+        means.append(batch[0] if training else running[0])
+        variances.append(batch[1] if training else running[1])
         if training:
-            running = [kept * r + (1 - kept) * b for r, b in zip(running, live, strict=True)]
+            running = [kept * r + (1 - kept) * b for r, b in zip(running, batch, strict=True)]
     mean = sum(w * m for w, m in zip(mean_weight, means, strict=True))
     var = sum(w * v for w, v in zip(var_weight, variances, strict=True))
     y = ((flat - mean) / (var + eps) ** 0.5).reshape(x.shape)
@@ -102,6 +102,7 @@ def _sample_variance(x, axis):
 # -- outputs and running statistics --------------------------------------------------------------
 
 
+@pytest.mark.fast
 @every_kind
 @modes
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: d.__name__)
@@ -222,6 +223,7 @@ def test_gradients_by_central_differences(shape, training, masked):
         np.testing.assert_allclose(gradients[name], expected, rtol=1e-6, atol=1e-6, err_msg=name)
 
 
+@pytest.mark.fast
 @modes
 @pytest.mark.parametrize("offset", [1e4, 1e6])
 def test_gradients_at_large_offsets(training, offset):

@@ -5,13 +5,12 @@ import sys
 import numpy as np
 import pytest
 import reference as ref
-from cases import CASES, DTYPES, assert_close, fill, normal
+from cases import DTYPES, TRACKING, assert_close, cases, fill, normal
 
 import numbanorm as nn
 
 SIZES = (5, 1, 8, 2)  # of the batches
-TRACKING = [case for case in CASES if case.tracked is not None]
-tracking = pytest.mark.parametrize("case", TRACKING, ids=[case.id for case in TRACKING])
+tracking = cases(*TRACKING)
 
 
 def batches_of(case, dtype=np.float64, sizes=SIZES):
