@@ -22,7 +22,7 @@ def _digest_of_package() -> str:
     digest = hashlib.sha256()
     spec = find_spec("numbanorm")
     if spec is not None and spec.origin is not None:
-        for source in sorted(Path(spec.origin).parent.glob("*.py")):
+        for source in sorted(Path(spec.origin).parent.rglob("*.py")):
             digest.update(source.name.encode() + source.read_bytes())
     return digest.hexdigest()[:16]
 
