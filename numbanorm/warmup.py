@@ -1,7 +1,5 @@
 """Compile every kernel into the cache: which there are, and several at a time."""
 
-import collections
-import contextlib
 import itertools
 import multiprocessing
 from collections.abc import Iterable, Iterator
@@ -54,9 +52,8 @@ def tasks() -> list[Task]:
         with recording(note), use(cache_bytes=0 if streamed else None, stream_from=0):
             _call_layers(dtype, masked)
     todo = [Task(name, list(signatures)) for (name, _), signatures in signatures_of.items()]
-    # Those of both types of x by turns, the longest first, then those that are the same for both.
-    n_types = collections.Counter(task.kernel for task in todo)
-    return sorted(todo, key=lambda task: (-n_types[task.kernel], -_length(task), task.kernel))
+    # The longest first, so that all processes end at about the same time.
+    return sorted(todo, key=_length, reverse=True)
 
 
 def _call_layers(dtype: Any, masked: bool) -> None:
@@ -88,15 +85,9 @@ def warmup() -> int:
     """Compile everything, show how far it is, and return how many kernels there are."""
     todo = tasks()
     n_processes = min(numba.config.NUMBA_DEFAULT_NUM_THREADS, len(todo))
-    # Numba compiles in one thread at a time, hence processes; not forked, as threads may run. Each
-    # takes the tasks of one type of x: what several kernels call it then compiles once.
-    spawn = multiprocessing.get_context("spawn")
-    with contextlib.ExitStack() as stack:
-        pools = [stack.enter_context(ProcessPoolExecutor(1, spawn)) for _ in range(n_processes)]
-        futures = [
-            pool.submit(task.compile)
-            for pool, task in zip(itertools.cycle(pools), todo, strict=False)
-        ]
+    # Numba compiles in one thread at a time, hence processes; not forked, as threads may run.
+    with ProcessPoolExecutor(n_processes, multiprocessing.get_context("spawn")) as pool:
+        futures = [pool.submit(task.compile) for task in todo]
         for future in _progress(as_completed(futures), len(todo)):
             future.result()
     return len(todo)

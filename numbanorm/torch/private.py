@@ -163,9 +163,10 @@ def apply_of(function: Any) -> Callable[..., Any]:
 
     That takes as long as a small layer.
     """
-    if _found[APPLY] is None or not _works(APPLY, _takes_short_cut):
-        return function.apply  # type: ignore[no-any-return]
-    return super(torch.autograd.Function, function).apply  # type: ignore[no-any-return]
+    short = _found[APPLY] is not None and _works(APPLY, _takes_short_cut)
+    owner: Any = super(torch.autograd.Function, function) if short else function
+    apply: Callable[..., Any] = owner.apply
+    return apply
 
 
 def _takes_short_cut() -> bool:

@@ -33,11 +33,6 @@ class Elements(WholeGroups):
     weights: Axes
     n_parts: int
 
-    @property
-    def parameter_view(self) -> Axes:
-        """Shape of the weights as the kernels see them."""
-        return self.weights
-
     def parameters(self, job: Job, dtype: Any) -> Array:
         """Return weight and bias of each element in the order of memory, (2, ...)."""
         geometry = self.geometry

@@ -8,6 +8,7 @@ sums of dy and dy * (x - mean) over each piece, algebra, and a kernel that write
 import dataclasses
 import functools
 import math
+from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any, Self
 
@@ -109,10 +110,9 @@ class Pieces(Layout):
         """Return 1 where the groups themselves, not the instances, have sample variances."""
         return int(sample_variance and self._instance_size == 1)
 
-    def _work(self) -> int:
-        """Return how many elements the sums over pieces are worth: a statistic is a task."""
-        several = len(self.geometry.reductions) > 1
-        return self.n_pieces * len(self.geometry.reductions) * self.tuning.piece_work * several
+    def _work(self, n_pieces: int, n_statistics: int) -> int:
+        """Return how many elements sums over pieces are worth: a statistic is a task."""
+        return n_pieces * n_statistics * self.tuning.piece_work if n_statistics > 1 else 0
 
     # -- Forward -----------------------------------------------------------------------------------
 
@@ -131,9 +131,8 @@ class Pieces(Layout):
         then. ``parts`` are as from :meth:`reduce`.
         """
         merged = np.empty((5, groups.total))
-        n, several = parts.shape[1], len(groups.shapes) > 1
         run(
-            algebra.merge_pieces, n * len(groups.shapes) * self.tuning.piece_work * several,
+            algebra.merge_pieces, self._work(parts.shape[1], len(groups.shapes)),
             parts, *of_parts, groups.bounds, center, ddof, merged,
         )  # fmt: skip
         return merged
@@ -198,7 +197,7 @@ class Pieces(Layout):
         dgroups, dmixture = np.zeros((2, self.groups.total)), np.zeros(mixture.shape)
         dparameters = np.zeros((2, *self.parameter_view))
         run(
-            algebra.group_gradients, self._work(),
+            algebra.group_gradients, self._work(n, len(self.groups.shapes)),
             sums, *self.segments, self.groups.bounds, found.groups,
             self.ddof(saved.sample_variance), mixture, found.parameters, found.pieces,
             dgroups, dmixture, dparameters,
@@ -253,9 +252,9 @@ class Pieces(Layout):
         )  # fmt: skip
 
     @property
+    @abstractmethod
     def _kernels(self) -> tuple[Callable[..., None], Callable[..., None]]:
         """What reduces, and what applies."""
-        raise NotImplementedError
 
     # -- Statistics --------------------------------------------------------------------------------
 
