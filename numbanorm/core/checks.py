@@ -9,10 +9,13 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
 from numbanorm.core.geometry import axis_tuple
-from numbanorm.core.types import Array
+from numbanorm.core.types import Array, is_float
+from numbanorm.kernels.activations import NAMES, Activation
 
-NATIVE = np.dtype(np.float32), np.dtype(np.float64)
+NATIVE = np.dtype(np.float32), np.dtype(np.float64), np.dtype(np.float16)
 STATISTICS = ("in", "ln", "bn", "gn")
+
+ActivationLike = str | tuple[str, float] | None
 
 
 def as_array(value: ArrayLike, name: str) -> Array:
@@ -24,16 +27,16 @@ def as_array(value: ArrayLike, name: str) -> Array:
 
 
 def float_array(x: ArrayLike, name: str) -> Array:
-    """Return x as an aligned native array of float32 or float64, or say what would do."""
+    """Return x as an aligned native array of floats, or say what would do."""
     if type(x) is np.ndarray and x.dtype in NATIVE and x.flags.aligned:
         return x  # nothing is to be found out: that takes as long as a small kernel
     if isinstance(x, np.ma.MaskedArray):
         raise TypeError(f"{name}: a masked array was given; pass {name}.data and mask=~{name}.mask")
     array = as_array(x, name)
-    if array.dtype.kind != "f" or array.dtype.itemsize not in (4, 8):
+    if not is_float(array.dtype):
         raise TypeError(
-            f"{name}: an array of float32 or float64 is needed, got {array.dtype}; "
-            f"numpy.asarray({name}, numpy.float32) would do"
+            f"{name}: an array of float32, float64, float16 or bfloat16 is needed, "
+            f"got {array.dtype}; numpy.asarray({name}, numpy.float32) would do"
         )
     if not array.flags.aligned or not array.dtype.isnative:
         array = array.astype(array.dtype.newbyteorder("="))
@@ -57,6 +60,24 @@ def bool_mask(mask: ArrayLike | None, shape: tuple[int, ...]) -> Array | None:
         ) from None
 
 
+def like_x(value: ArrayLike | None, name: str, x: Array) -> Array | None:
+    """Return an array of the shape of x in the type of x, or None."""
+    if value is None:
+        return None
+    array = float_array(value, name)
+    if array.shape != x.shape:
+        raise ValueError(f"{name}: the shape of x, {x.shape}, is needed, got {array.shape}")
+    if array.dtype != x.dtype:
+        with np.errstate(over="ignore"):
+            array = array.astype(x.dtype)
+    return array
+
+
+def others(*arrays: Array | None) -> Iterable[Array]:
+    """Return those that are not None."""
+    return (array for array in arrays if array is not None)
+
+
 def empty_array(like: Array) -> Array:
     """Return an array of the shape and type of another one, in C order."""
     return np.empty(like.shape, like.dtype)
@@ -66,6 +87,7 @@ def output_array(
     out: Array | None,
     like: Array,
     *inputs: Array,
+    name: str = "out",
     empty: Callable[[Array], Array] = empty_array,
 ) -> tuple[Array, bool]:
     """Return ``out``, or an ``empty`` array like ``like``, and whether it has the memory of that.
@@ -75,17 +97,17 @@ def output_array(
     if out is None:
         return empty(like), False
     if not isinstance(out, np.ndarray):
-        raise TypeError(f"out: a numpy.ndarray is needed, got {type(out).__name__}")
+        raise TypeError(f"{name}: a numpy.ndarray is needed, got {type(out).__name__}")
     if out.dtype != like.dtype:
-        raise TypeError(f"out: dtype {like.dtype} is needed, got {out.dtype}")
+        raise TypeError(f"{name}: dtype {like.dtype} is needed, got {out.dtype}")
     if out.shape != like.shape:
-        raise ValueError(f"out: shape {like.shape} is needed, got {out.shape}")
+        raise ValueError(f"{name}: shape {like.shape} is needed, got {out.shape}")
     if not out.flags.writeable:
-        raise ValueError("out: an array that may be written to is needed, got a read-only one")
+        raise ValueError(f"{name}: an array that may be written to is needed, got a read-only one")
     if 0 in out.strides and out.size:
         if any(stride == 0 and n > 1 for stride, n in zip(out.strides, out.shape, strict=True)):
             raise ValueError(
-                "out: an array with memory for each element is needed, got a broadcast one"
+                f"{name}: an array with memory for each element is needed, got a broadcast one"
             )
     in_place = False
     for x in (like, *inputs):
@@ -101,7 +123,7 @@ def output_array(
             overlap = True
         if overlap:
             raise ValueError(
-                "out: the input itself or memory of its own is needed, got a partial overlap"
+                f"{name}: the input itself or memory of its own is needed, got a partial overlap"
             )
     return out, in_place
 
@@ -113,6 +135,26 @@ def check_eps(eps: float) -> float:
     if not 0 <= eps < math.inf:
         raise ValueError(f"eps: a finite number of at least 0 is needed, got {eps!r}")
     return float(eps)
+
+
+def check_activation(activation: ActivationLike) -> Activation | None:
+    """Return what an activation is for the kernels, or None."""
+    if activation is None:
+        return None
+    name, slope = activation, None
+    if isinstance(activation, tuple) and len(activation) == 2:
+        name, slope = activation
+    found = NAMES.get(name) if isinstance(name, str) else None
+    if found is None or (slope is not None and name != "leaky_relu"):
+        names = ", ".join(map(repr, NAMES))
+        raise ValueError(
+            f"activation: None, {names} or ('leaky_relu', slope) is needed, got {activation!r}"
+        )
+    if slope is None:
+        return found
+    if isinstance(slope, bool) or not isinstance(slope, numbers.Real) or not math.isfinite(slope):
+        raise ValueError(f"activation: a finite number is needed for the slope, got {slope!r}")
+    return found._replace(slope=float(slope))
 
 
 def check_momentum(momentum: float | None) -> float | None:
@@ -161,8 +203,8 @@ def parameter(value: ArrayLike | None, name: str, shape: tuple[int, ...]) -> Arr
     if value is None:
         return None
     array = as_array(value, name)
-    if array.dtype.kind != "f":
-        raise TypeError(f"{name}: an array of float32 or float64 is needed, got {array.dtype}")
+    if not is_float(array.dtype):
+        raise TypeError(f"{name}: an array of floats is needed, got {array.dtype}")
     if array.shape != shape:
         raise ValueError(f"{name}: shape {shape} is needed for this x, got {array.shape}")
     return array

@@ -14,8 +14,13 @@ from numpy.typing import ArrayLike
 from numbanorm.core.checks import empty_array, float_array, output_array
 from numbanorm.core.geometry import Geometry, memory_order
 from numbanorm.core.layouts import Instances, Job, Layout, Saved, Statistic, find_layout
-from numbanorm.core.types import Array, Float64
+from numbanorm.core.types import Array, Float64, arithmetic
+from numbanorm.kernels.activations import Activation
 from numbanorm.kernels.modes import Mode
+from numbanorm.numba_ext.lines import LINE
+
+# A residual alone.
+NO_ACTIVATION = Activation()
 
 
 class ParameterGradients(NamedTuple):
@@ -40,13 +45,15 @@ def normalize(
     center: bool = True,
     sample_variance: bool = False,
     mask: Array | None = None,
+    activation: Activation | None = None,
+    residual: Array | None = None,
     in_place: bool = False,
 ) -> Saved:
     """Write y, the normalised x; return what backward needs.
 
     Parameters
     ----------
-    x, y : array of float32 or float64
+    x, y : array of float32, float64 or a float of 16 bits
         As ``float_array`` and ``output_array`` of :mod:`numbanorm.core.checks` return them.
     geometry : Geometry
         Made for the shape of x.
@@ -65,11 +72,23 @@ def normalize(
         is divided by n - 1 instead of n.
     mask : array of bool, optional
         True where an element counts, as :func:`~numbanorm.core.checks.bool_mask` returns it.
+    activation : Activation, optional
+        What follows the norm: y = activation(norm(x) + residual).
+    residual : array of the shape and type of x, optional
+        What is added before that.
     in_place : bool
         Whether y is x.
     """
     affine = weight is not None or bias is not None
     layout = _layout(x, y, geometry, affine, mask is not None)
+    target, copied = layout.to_target(y)
+    views = layout.to_view(x), None if mask is None else layout.to_view(mask)
+    added, lost, fused = None, "x" if in_place else "", None
+    if activation is not None or residual is not None:
+        if residual is not None:
+            added = layout.to_view(residual)
+            lost = lost or ("residual" if _same_memory(y, residual) else "")
+        fused = _fused(activation, added, views[0], None)
     job = Job(
         _mode(x.dtype, eps, center, running is None),
         weight,
@@ -77,16 +96,33 @@ def normalize(
         running,
         mixture,
         sample_variance,
+        fused,
     )
-    target, copied = layout.to_target(y)
-    views = layout.to_view(x), None if mask is None else layout.to_view(mask)
-    streamed = _is_streamed(layout, target, in_place and copied is None)
+    streamed = _is_streamed(layout, target, bool(lost) and copied is None)
     statistics = layout.forward(*views, job, streamed, target)
     if copied is not None:
         copied[...] = target.reshape(copied.shape)
     return Saved(
-        layout, x.shape, *views, in_place, job.mode, mixture, sample_variance,
-        weight is not None, bias is not None, statistics,
+        layout, x.shape, x.dtype, *views, lost, activation, added, job.mode, mixture,
+        sample_variance, weight is not None, bias is not None, statistics,
+    )  # fmt: skip
+
+
+def _same_memory(a: Array, b: Array) -> bool:
+    """Tell whether two arrays that do not overlap in part are the same."""
+    return a.size > 0 and a.ctypes.data == b.ctypes.data
+
+
+def _fused(
+    activation: Activation | None, residual: Array | None, x: Array, dx: Array | None,
+    dresidual: Array | None = None,
+) -> Any:  # fmt: skip
+    """Return the fields of kernels.access.Fused; in the place of what is not there are others."""
+    aligned = dx is not None and dresidual is not None
+    aligned = aligned and (dx.ctypes.data - dresidual.ctypes.data) % LINE == 0
+    return (
+        tuple(activation or NO_ACTIVATION), residual is not None,
+        x if residual is None else residual, dx if dresidual is None else dresidual, aligned,
     )  # fmt: skip
 
 
@@ -103,6 +139,8 @@ def restore(
     center: bool = True,
     sample_variance: bool = False,
     instances: Instances | None = None,
+    activation: Activation | None = None,
+    residual: Array | None = None,
     all_reduce: Callable[[Float64], object] | None = None,
 ) -> Saved:
     """Return what :func:`normalize` returned, from x and its statistics.
@@ -117,10 +155,11 @@ def restore(
     job = Job(
         _mode(x.dtype, eps, center, running is None), weight, None, None, mixture, sample_variance
     )
-    restored = layout.restore(statistics, job, x.dtype)._replace(instances=instances)
+    restored = layout.restore(statistics, job, arithmetic(x.dtype))._replace(instances=instances)
+    added = None if residual is None else layout.to_view(residual)
     return Saved(
-        layout, x.shape, layout.to_view(x), None, False, job.mode, mixture, sample_variance,
-        weight is not None, has_bias, restored, all_reduce,
+        layout, x.shape, x.dtype, layout.to_view(x), None, "", activation, added, job.mode, mixture,
+        sample_variance, weight is not None, has_bias, restored, all_reduce,
     )  # fmt: skip
 
 
@@ -135,7 +174,8 @@ def _layout(
 
 @functools.lru_cache(maxsize=256)
 def _mode(dtype: np.dtype[Any], eps: float | None, center: bool, use_batch_stats: bool) -> Mode:
-    return Mode(float(np.finfo(dtype).eps if eps is None else eps), center, use_batch_stats)
+    added = float(np.finfo(arithmetic(dtype)).eps) if eps is None else eps
+    return Mode(added, center, use_batch_stats)
 
 
 def _is_streamed(layout: Layout, y: Array, in_place: bool) -> bool:
@@ -150,42 +190,68 @@ def backward(
     dy: ArrayLike,
     saved: Saved,
     out: Array | None = None,
+    out_residual: Array | None = None,
     empty: Callable[[Array], Array] = empty_array,
-) -> tuple[Array, ParameterGradients]:
-    """Return dx and what :func:`differentiate` does, once dy, saved and out are found to fit.
+) -> tuple[Array, Array | None, ParameterGradients]:
+    """Return dx, dresidual and the others' gradients, once dy, saved and both outputs fit.
 
-    Without ``out`` dx is what ``empty`` returns for dy.
+    Without ``out`` dx is what ``empty`` returns for dy. dresidual is None without a residual.
     """
     if not isinstance(saved, Saved):
         raise TypeError(
             f"saved: the second result of a forward is needed, got {type(saved).__name__}"
         )
-    if saved.x_is_lost:
+    if saved.lost:
         raise RuntimeError(
-            "backward: forward wrote y over x (out=x), so x is gone; "
-            "call forward with another out, or without"
+            f"backward: forward wrote y over {saved.lost} (out={saved.lost}), so "
+            f"{saved.lost} is gone; call forward with another out, or without"
         )
+    if out_residual is not None and saved.residual is None:
+        raise ValueError("out_residual: there was no residual in forward, so that it has no use")
     x = saved.x
     assert x is not None
     gradient = float_array(dy, "dy")
     if gradient.shape != saved.shape:
         raise ValueError(f"dy: the shape of x, {saved.shape}, is needed, got {gradient.shape}")
-    if gradient.dtype != x.dtype:
+    if gradient.dtype != saved.dtype:
         with np.errstate(over="ignore"):
-            gradient = gradient.astype(x.dtype)
-    dx, in_place = output_array(out, gradient, x, empty=empty)
-    return dx, differentiate(gradient, saved, dx, in_place)
+            gradient = gradient.astype(saved.dtype)
+    if saved.residual is None:
+        dx, in_place = output_array(out, gradient, x, empty=empty)
+        return dx, None, differentiate(gradient, saved, dx, in_place)
+    inputs = x, saved.residual
+    dx, in_place = output_array(out, gradient, *inputs, empty=empty)
+    if out_residual is not None:
+        inputs = *inputs, dx
+    dresidual, second_in_place = output_array(
+        out_residual, gradient, *inputs, name="out_residual", empty=empty
+    )
+    if out_residual is not None and _same_memory(dx, dresidual):
+        raise ValueError("out_residual: memory of its own is needed, got that of out")
+    in_place = in_place or second_in_place
+    return dx, dresidual, differentiate(gradient, saved, dx, in_place, dresidual)
 
 
-def differentiate(dy: Array, saved: Saved, dx: Array, in_place: bool) -> ParameterGradients:
-    """Write dx, which is dy if ``in_place``; return the gradients of all parameters."""
-    layout = saved.layout
+def differentiate(
+    dy: Array, saved: Saved, dx: Array, in_place: bool, dresidual: Array | None = None
+) -> ParameterGradients:
+    """Write dx and dresidual; return the gradients of all parameters.
+
+    One of them is dy if ``in_place``. ``dresidual`` is needed where there was a residual.
+    """
+    layout, fused = saved.layout, None
     assert saved.x is not None
     target, copied = layout.to_target(dx)
+    second: tuple[Array | None, Array | None] = None, None
+    if saved.activation is not None or saved.residual is not None:
+        if dresidual is not None:
+            second = layout.to_target(dresidual)
+        fused = _fused(saved.activation, saved.residual, saved.x, target, second[0])
     streamed = _is_streamed(layout, target, in_place and copied is None)
-    gradients = layout.backward(layout.to_view(dy), saved.x, saved, streamed, target)
-    if copied is not None:
-        copied[...] = target.reshape(copied.shape)
+    gradients = layout.backward(layout.to_view(dy), saved.x, saved, fused, streamed, target)
+    for written, to in ((target, copied), second):
+        if written is not None and to is not None:
+            to[...] = written.reshape(to.shape)
     dmixture: tuple[Float64 | None, Float64 | None] = None, None
     if saved.mixture is not None:
         # A single statistic has a logit whose gradient is 0.

@@ -13,7 +13,13 @@ from numbanorm.functional.channels import (
     instance_norm,
     instance_norm_forward,
 )
-from numbanorm.functional.common import Gradients, SwitchableGradients, norm_backward
+from numbanorm.functional.common import (
+    Gradients,
+    GradientsWithResidual,
+    SwitchableGradients,
+    SwitchableGradientsWithResidual,
+    norm_backward,
+)
 from numbanorm.functional.rows import layer_norm, layer_norm_forward, rms_norm, rms_norm_forward
 from numbanorm.functional.switchable import (
     switchable_norm,
@@ -23,7 +29,9 @@ from numbanorm.functional.switchable import (
 
 __all__ = [
     "Gradients",
+    "GradientsWithResidual",
     "SwitchableGradients",
+    "SwitchableGradientsWithResidual",
     "batch_norm",
     "batch_norm_backward",
     "batch_norm_forward",

@@ -2,7 +2,7 @@
 
 from numpy.typing import ArrayLike
 
-from numbanorm.core.checks import check_count, float_array
+from numbanorm.core.checks import ActivationLike, check_count, float_array
 from numbanorm.core.layouts import Saved
 from numbanorm.core.types import Array
 from numbanorm.functional.common import normalize_and_track, running_pair
@@ -21,14 +21,18 @@ def batch_norm_forward(
     *,
     axis: int = 1,
     mask: ArrayLike | None = None,
+    activation: ActivationLike = None,
+    residual: ArrayLike | None = None,
     out: Array | None = None,
 ) -> tuple[Array, Saved]:
     """Return y of :func:`batch_norm` and what :func:`batch_norm_backward` needs.
 
     Parameters
     ----------
-    x, running_mean, running_var, weight, bias, training, momentum, eps, axis, mask, out
-        As in :func:`batch_norm`. x must stay as it is until the backward.
+    x, running_mean, running_var, weight, bias, training, momentum, eps, axis, mask
+        As in :func:`batch_norm`.
+    activation, residual, out
+        As in :func:`batch_norm`. x and residual must stay as it is until the backward.
 
     Returns
     -------
@@ -60,8 +64,9 @@ def batch_norm_forward(
     elif running is None:
         raise ValueError("running_mean: running statistics are needed in evaluation, got None")
     return normalize_and_track(
-        array, geometry, running, training, momentum, weight, bias, eps, mask, out
-    )
+        array, geometry, running, training, momentum, weight, bias, eps, mask,
+        activation, residual, out,
+    )  # fmt: skip
 
 
 def batch_norm(
@@ -76,13 +81,15 @@ def batch_norm(
     *,
     axis: int = 1,
     mask: ArrayLike | None = None,
+    activation: ActivationLike = None,
+    residual: ArrayLike | None = None,
     out: Array | None = None,
 ) -> Array:
     """Normalise each channel over the batch: y = (x - mean) / sqrt(var + eps) * weight + bias.
 
     Parameters
     ----------
-    x : array of float32 or float64, (N, C, ...)
+    x : array of floats, (N, C, ...)
         N samples of C channels; with ``axis=-1``, (N, ..., C).
     running_mean, running_var : array (C,), optional
         Averages over batches; updated in place in training, used instead of the batch's
@@ -99,8 +106,13 @@ def batch_norm(
         The channel axis.
     mask : array of bool, optional
         Broadcasts to x; True where an element counts in the statistics.
+    activation : str or tuple, optional
+        What follows in the same pass: "relu", "leaky_relu" (or with a slope,
+        ``("leaky_relu", 0.2)``), "relu6", "silu", "gelu", "gelu_tanh", "sigmoid" or "tanh".
+    residual : array of the shape of x, optional
+        What is added before the activation: y = activation(norm(x) + residual).
     out : array, optional
-        Where y is written; it may be ``x``.
+        Where y is written; it may be ``x`` or ``residual``.
 
     Raises
     ------
@@ -122,7 +134,7 @@ def batch_norm(
     """
     return batch_norm_forward(
         x, running_mean, running_var, weight, bias, training, momentum, eps,
-        axis=axis, mask=mask, out=out,
+        axis=axis, mask=mask, activation=activation, residual=residual, out=out,
     )[0]  # fmt: skip
 
 
@@ -138,14 +150,18 @@ def instance_norm_forward(
     *,
     axis: int = 1,
     mask: ArrayLike | None = None,
+    activation: ActivationLike = None,
+    residual: ArrayLike | None = None,
     out: Array | None = None,
 ) -> tuple[Array, Saved]:
     """Return y of :func:`instance_norm` and what :func:`instance_norm_backward` needs.
 
     Parameters
     ----------
-    x, running_mean, running_var, weight, bias, use_input_stats, momentum, eps, axis, mask, out
-        As in :func:`instance_norm`. x must stay as it is until the backward.
+    x, running_mean, running_var, weight, bias, use_input_stats, momentum, eps, axis, mask
+        As in :func:`instance_norm`.
+    activation, residual, out
+        As in :func:`instance_norm`. x and residual must stay as it is until the backward.
 
     Returns
     -------
@@ -176,8 +192,9 @@ def instance_norm_forward(
     elif running is None:
         raise ValueError("running_mean: needed where use_input_stats is False, got None")
     return normalize_and_track(
-        array, geometry, running, use_input_stats, momentum, weight, bias, eps, mask, out
-    )
+        array, geometry, running, use_input_stats, momentum, weight, bias, eps, mask,
+        activation, residual, out,
+    )  # fmt: skip
 
 
 def instance_norm(
@@ -192,6 +209,8 @@ def instance_norm(
     *,
     axis: int = 1,
     mask: ArrayLike | None = None,
+    activation: ActivationLike = None,
+    residual: ArrayLike | None = None,
     out: Array | None = None,
 ) -> Array:
     """Normalise each channel of each sample: the statistics span neither samples nor channels.
@@ -201,7 +220,7 @@ def instance_norm(
 
     Parameters
     ----------
-    x : array of float32 or float64, (N, C, ...)
+    x : array of floats, (N, C, ...)
         With ``axis=-1``, (N, ..., C).
     running_mean, running_var : array (C,), optional
         Averages over samples and batches; updated in place if ``use_input_stats``, else used.
@@ -209,7 +228,7 @@ def instance_norm(
         Scale and shift.
     use_input_stats : bool
         Whether the statistics are those of x.
-    momentum, eps, axis, mask, out
+    momentum, eps, axis, mask, activation, residual, out
         As in :func:`batch_norm`.
 
     Raises
@@ -231,7 +250,7 @@ def instance_norm(
     """
     return instance_norm_forward(
         x, running_mean, running_var, weight, bias, use_input_stats, momentum, eps,
-        axis=axis, mask=mask, out=out,
+        axis=axis, mask=mask, activation=activation, residual=residual, out=out,
     )[0]  # fmt: skip
 
 
@@ -244,14 +263,16 @@ def group_norm_forward(
     *,
     axis: int = 1,
     mask: ArrayLike | None = None,
+    activation: ActivationLike = None,
+    residual: ArrayLike | None = None,
     out: Array | None = None,
 ) -> tuple[Array, Saved]:
     """Return y of :func:`group_norm` and what :func:`group_norm_backward` needs.
 
     Parameters
     ----------
-    x, num_groups, weight, bias, eps, axis, mask, out
-        As in :func:`group_norm`. x must stay as it is until the backward.
+    x, num_groups, weight, bias, eps, axis, mask, activation, residual, out
+        As in :func:`group_norm`. x and residual must stay as it is until the backward.
 
     Returns
     -------
@@ -276,7 +297,9 @@ def group_norm_forward(
     array = float_array(x, "x")
     groups = check_count(num_groups, "num_groups")
     geometry = channel_geometry(array, channel_axis(array, axis), ("gn",), groups)
-    return normalize_and_track(array, geometry, None, True, 0.0, weight, bias, eps, mask, out)
+    return normalize_and_track(
+        array, geometry, None, True, 0.0, weight, bias, eps, mask, activation, residual, out
+    )
 
 
 def group_norm(
@@ -288,6 +311,8 @@ def group_norm(
     *,
     axis: int = 1,
     mask: ArrayLike | None = None,
+    activation: ActivationLike = None,
+    residual: ArrayLike | None = None,
     out: Array | None = None,
 ) -> Array:
     """Normalise each sample over groups of neighbouring channels.
@@ -297,13 +322,13 @@ def group_norm(
 
     Parameters
     ----------
-    x : array of float32 or float64, (N, C, ...)
+    x : array of floats, (N, C, ...)
         With ``axis=-1``, (N, ..., C).
     num_groups : int
         A divisor of C.
     weight, bias : array (C,), optional
         Scale and shift.
-    eps, axis, mask, out
+    eps, axis, mask, activation, residual, out
         As in :func:`batch_norm`.
 
     Raises
@@ -322,4 +347,7 @@ def group_norm(
     >>> F.group_norm(np.array([[1.0, 3.0, 10.0, 30.0]]), 2, eps=0.0)
     array([[-1.,  1., -1.,  1.]])
     """
-    return group_norm_forward(x, num_groups, weight, bias, eps, axis=axis, mask=mask, out=out)[0]
+    return group_norm_forward(
+        x, num_groups, weight, bias, eps,
+        axis=axis, mask=mask, activation=activation, residual=residual, out=out,
+    )[0]  # fmt: skip

@@ -5,7 +5,17 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from numbanorm.core.checks import bool_mask, check_eps, check_momentum, output_array, parameter
+from numbanorm.core.checks import (
+    ActivationLike,
+    bool_mask,
+    check_activation,
+    check_eps,
+    check_momentum,
+    like_x,
+    others,
+    output_array,
+    parameter,
+)
 from numbanorm.core.geometry import Geometry
 from numbanorm.core.layouts import Saved
 from numbanorm.core.normalize import backward, normalize
@@ -34,6 +44,25 @@ class Gradients(NamedTuple):
     dbias: Float64 | None
 
 
+class GradientsWithResidual(NamedTuple):
+    """:class:`Gradients` after a forward with a residual, whose gradient comes last.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import numbanorm.functional as F
+    >>> x = np.array([[1.0, 3.0]])
+    >>> y, saved = F.layer_norm_forward(x, 2, eps=0.0, activation="relu", residual=x)
+    >>> F.layer_norm_backward(x, saved).dresidual
+    array([[0., 3.]])
+    """
+
+    dx: Array
+    dweight: Float64 | None
+    dbias: Float64 | None
+    dresidual: Array
+
+
 class SwitchableGradients(NamedTuple):
     """Gradients of the loss; None where there is no such parameter.
 
@@ -55,6 +84,27 @@ class SwitchableGradients(NamedTuple):
     dbias: Float64 | None
     dmean_weight: Float64
     dvar_weight: Float64
+
+
+class SwitchableGradientsWithResidual(NamedTuple):
+    """:class:`SwitchableGradients` after a forward with a residual, whose gradient comes last.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import numbanorm.functional as F
+    >>> x = np.array([[[1.0, 3.0]], [[3.0, 5.0]]])
+    >>> y, saved = F.switchable_norm_forward(x, [0.0], [0.0], over=("in",), residual=x)
+    >>> F.switchable_norm_backward(x, saved).dresidual[0]
+    array([[1., 3.]])
+    """
+
+    dx: Array
+    dweight: Float64 | None
+    dbias: Float64 | None
+    dmean_weight: Float64
+    dvar_weight: Float64
+    dresidual: Array
 
 
 def running_pair(
@@ -85,6 +135,8 @@ def normalize_and_track(
     bias: ArrayLike | None,
     eps: float,
     mask: ArrayLike | None,
+    activation: ActivationLike,
+    residual: ArrayLike | None,
     out: Array | None,
     mixture: Float64 | None = None,
 ) -> tuple[Array, Saved]:
@@ -92,8 +144,8 @@ def normalize_and_track(
     factor = check_momentum(momentum)
     if factor is None:
         raise ValueError("momentum: a number from 0 to 1 is needed here, got None")
-    counts = bool_mask(mask, x.shape)
-    y, in_place = output_array(out, x)
+    counts, added = bool_mask(mask, x.shape), like_x(residual, "residual", x)
+    y, in_place = output_array(out, x, *others(added))
     saved = normalize(
         x,
         y,
@@ -104,6 +156,8 @@ def normalize_and_track(
         running=None if training else running,
         mixture=mixture,
         mask=counts,
+        activation=check_activation(activation),
+        residual=added,
         in_place=in_place,
     )
     if training and running is not None:
@@ -111,7 +165,9 @@ def normalize_and_track(
     return y, saved
 
 
-def norm_backward(dy: ArrayLike, saved: Saved, *, out: Array | None = None) -> Gradients:
+def norm_backward(
+    dy: ArrayLike, saved: Saved, *, out: Array | None = None, out_residual: Array | None = None
+) -> Gradients | GradientsWithResidual:
     """Return the gradients of a forward with respect to x, weight and bias.
 
     All methods but SwitchableNorm share this function. With x_hat = (x - mean) / sqrt(var + eps)
@@ -126,20 +182,21 @@ def norm_backward(dy: ArrayLike, saved: Saved, *, out: Array | None = None) -> G
         The gradient of the loss with respect to y; another float type is converted.
     saved : Saved
         The second result of the method's ``_forward``.
-    out : array, optional
-        Where dx is written; it may be ``dy``.
+    out, out_residual : array, optional
+        Where dx and the residual's gradient are written; one of them may be ``dy``.
 
     Returns
     -------
     Gradients
-        ``(dx, dweight, dbias)``, the last two in float64 and of the parameters' shape.
+        ``(dx, dweight, dbias)``, the last two in float64 and of the parameters' shape; after a
+        forward with a residual ``dresidual`` comes last.
 
     Raises
     ------
     TypeError, ValueError
         If dy or out does not fit.
     RuntimeError
-        If the forward wrote y over x.
+        If the forward wrote y over x or the residual.
 
     Examples
     --------
@@ -149,5 +206,7 @@ def norm_backward(dy: ArrayLike, saved: Saved, *, out: Array | None = None) -> G
     >>> F.layer_norm_backward(np.array([[1.0, 2.0]]), saved).dweight
     array([-1.,  2.])
     """
-    dx, gradients = backward(dy, saved, out)
-    return Gradients(dx, gradients.weight, gradients.bias)
+    dx, dresidual, gradients = backward(dy, saved, out, out_residual)
+    if dresidual is None:
+        return Gradients(dx, gradients.weight, gradients.bias)
+    return GradientsWithResidual(dx, gradients.weight, gradients.bias, dresidual)

@@ -5,10 +5,14 @@ from collections.abc import Iterable
 from numpy.typing import ArrayLike
 
 from numbanorm.core.checks import (
+    ActivationLike,
     bool_mask,
+    check_activation,
     check_eps,
     check_shape,
     float_array,
+    like_x,
+    others,
     output_array,
     parameter,
 )
@@ -31,14 +35,16 @@ def layer_norm_forward(
     eps: float = 1e-5,
     *,
     mask: ArrayLike | None = None,
+    activation: ActivationLike = None,
+    residual: ArrayLike | None = None,
     out: Array | None = None,
 ) -> tuple[Array, Saved]:
     """Return y of :func:`layer_norm` and what :func:`layer_norm_backward` needs.
 
     Parameters
     ----------
-    x, normalized_shape, weight, bias, eps, mask, out
-        As in :func:`layer_norm`. x must stay as it is until the backward.
+    x, normalized_shape, weight, bias, eps, mask, activation, residual, out
+        As in :func:`layer_norm`. x and residual must stay as it is until the backward.
 
     Returns
     -------
@@ -62,7 +68,9 @@ def layer_norm_forward(
     """
     array = float_array(x, "x")
     geometry = trailing_geometry(array, check_shape(normalized_shape, "normalized_shape"))
-    return normalize_and_track(array, geometry, None, True, 0.0, weight, bias, eps, mask, out)
+    return normalize_and_track(
+        array, geometry, None, True, 0.0, weight, bias, eps, mask, activation, residual, out
+    )
 
 
 def layer_norm(
@@ -73,6 +81,8 @@ def layer_norm(
     eps: float = 1e-5,
     *,
     mask: ArrayLike | None = None,
+    activation: ActivationLike = None,
+    residual: ArrayLike | None = None,
     out: Array | None = None,
 ) -> Array:
     """Normalise each sample over its trailing axes, with a weight for each element of them.
@@ -82,13 +92,13 @@ def layer_norm(
 
     Parameters
     ----------
-    x : array of float32 or float64, (..., *normalized_shape)
+    x : array of floats, (..., *normalized_shape)
         Any number of axes may stand before the normalised ones.
     normalized_shape : int or sequence of int
         The sizes of the trailing axes.
     weight, bias : array of shape normalized_shape, optional
         Scale and shift.
-    eps, mask, out
+    eps, mask, activation, residual, out
         As in :func:`batch_norm`.
 
     Raises
@@ -108,7 +118,10 @@ def layer_norm(
     array([[-1.,  1.],
            [-1.,  1.]])
     """
-    return layer_norm_forward(x, normalized_shape, weight, bias, eps, mask=mask, out=out)[0]
+    return layer_norm_forward(
+        x, normalized_shape, weight, bias, eps, mask=mask,
+        activation=activation, residual=residual, out=out,
+    )[0]  # fmt: skip
 
 
 def rms_norm_forward(
@@ -118,14 +131,16 @@ def rms_norm_forward(
     eps: float | None = None,
     *,
     mask: ArrayLike | None = None,
+    activation: ActivationLike = None,
+    residual: ArrayLike | None = None,
     out: Array | None = None,
 ) -> tuple[Array, Saved]:
     """Return y of :func:`rms_norm` and what :func:`rms_norm_backward` needs.
 
     Parameters
     ----------
-    x, normalized_shape, weight, eps, mask, out
-        As in :func:`rms_norm`. x must stay as it is until the backward.
+    x, normalized_shape, weight, eps, mask, activation, residual, out
+        As in :func:`rms_norm`. x and residual must stay as it is until the backward.
 
     Returns
     -------
@@ -149,8 +164,8 @@ def rms_norm_forward(
     """
     array = float_array(x, "x")
     geometry = trailing_geometry(array, check_shape(normalized_shape, "normalized_shape"))
-    counts = bool_mask(mask, array.shape)
-    y, in_place = output_array(out, array)
+    counts, added = bool_mask(mask, array.shape), like_x(residual, "residual", array)
+    y, in_place = output_array(out, array, *others(added))
     return y, normalize(
         array,
         y,
@@ -160,6 +175,8 @@ def rms_norm_forward(
         None if eps is None else check_eps(eps),
         center=False,
         mask=counts,
+        activation=check_activation(activation),
+        residual=added,
         in_place=in_place,
     )
 
@@ -171,13 +188,15 @@ def rms_norm(
     eps: float | None = None,
     *,
     mask: ArrayLike | None = None,
+    activation: ActivationLike = None,
+    residual: ArrayLike | None = None,
     out: Array | None = None,
 ) -> Array:
     """Divide each sample by its root mean square: y = x / sqrt(mean(x**2) + eps) * weight.
 
     Parameters
     ----------
-    x : array of float32 or float64, (..., *normalized_shape)
+    x : array of floats, (..., *normalized_shape)
         Any number of axes may stand before the normalised ones.
     normalized_shape : int or sequence of int
         The sizes of the trailing axes.
@@ -185,7 +204,7 @@ def rms_norm(
         Scale.
     eps : float, optional
         By default the machine epsilon of x's type, as in PyTorch.
-    mask, out
+    mask, activation, residual, out
         As in :func:`batch_norm`.
 
     Raises
@@ -204,4 +223,7 @@ def rms_norm(
     >>> F.rms_norm(np.array([[3.0, 3.0, -3.0]]), 3, eps=0.0)
     array([[ 1.,  1., -1.]])
     """
-    return rms_norm_forward(x, normalized_shape, weight, eps, mask=mask, out=out)[0]
+    return rms_norm_forward(
+        x, normalized_shape, weight, eps,
+        mask=mask, activation=activation, residual=residual, out=out,
+    )[0]  # fmt: skip

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from numpy.typing import ArrayLike
 
 from numbanorm.core.checks import (
+    ActivationLike,
     check_over,
     float_array,
 )
@@ -13,6 +14,7 @@ from numbanorm.core.normalize import backward
 from numbanorm.core.types import Array
 from numbanorm.functional.common import (
     SwitchableGradients,
+    SwitchableGradientsWithResidual,
     normalize_and_track,
     running_pair,
 )
@@ -39,6 +41,8 @@ def switchable_norm_forward(
     num_groups: int | None = None,
     axis: int = 1,
     mask: ArrayLike | None = None,
+    activation: ActivationLike = None,
+    residual: ArrayLike | None = None,
     out: Array | None = None,
 ) -> tuple[Array, Saved]:
     """Return y of :func:`switchable_norm` and what :func:`switchable_norm_backward` needs.
@@ -46,8 +50,8 @@ def switchable_norm_forward(
     Parameters
     ----------
     x, mean_weight, var_weight, weight, bias, running_mean, running_var
-        As in :func:`switchable_norm`. x must stay as it is until the backward.
-    training, momentum, eps, over, num_groups, axis, mask, out
+        As in :func:`switchable_norm`. x and residual must stay as it is until the backward.
+    training, momentum, eps, over, num_groups, axis, mask, activation, residual, out
         As in :func:`switchable_norm`.
 
     Returns
@@ -80,8 +84,8 @@ def switchable_norm_forward(
     if running is None and "bn" in names and not training:
         raise ValueError("running_mean: 'bn' needs running statistics in evaluation, got None")
     return normalize_and_track(
-        array, geometry, running, training, momentum, weight, bias, eps, mask, out,
-        mix(mean_weight, var_weight, len(names)),
+        array, geometry, running, training, momentum, weight, bias, eps, mask,
+        activation, residual, out, mix(mean_weight, var_weight, len(names)),
     )  # fmt: skip
 
 
@@ -101,6 +105,8 @@ def switchable_norm(
     num_groups: int | None = None,
     axis: int = 1,
     mask: ArrayLike | None = None,
+    activation: ActivationLike = None,
+    residual: ArrayLike | None = None,
     out: Array | None = None,
 ) -> Array:
     """Normalise with learned mixtures of instance, layer, batch and group statistics.
@@ -110,7 +116,7 @@ def switchable_norm(
 
     Parameters
     ----------
-    x : array of float32 or float64, (N, C, ...)
+    x : array of floats, (N, C, ...)
         With ``axis=-1``, (N, ..., C).
     mean_weight, var_weight : array (K,)
         A logit for each statistic, in the order of ``over``.
@@ -118,7 +124,7 @@ def switchable_norm(
         Scale and shift.
     running_mean, running_var : array (C,), optional
         Averages of the batch statistics; updated in place in training, used in evaluation.
-    training, momentum, eps, axis, mask, out
+    training, momentum, eps, axis, mask, activation, residual, out
         As in :func:`batch_norm`.
     over : sequence of str
         Any choice of "in", "ln", "bn" and "gn", in any order.
@@ -146,24 +152,26 @@ def switchable_norm(
     """
     return switchable_norm_forward(
         x, mean_weight, var_weight, weight, bias, running_mean, running_var, training, momentum,
-        eps, over=over, num_groups=num_groups, axis=axis, mask=mask, out=out,
+        eps, over=over, num_groups=num_groups, axis=axis, mask=mask, activation=activation,
+        residual=residual, out=out,
     )[0]  # fmt: skip
 
 
 def switchable_norm_backward(
-    dy: ArrayLike, saved: Saved, *, out: Array | None = None
-) -> SwitchableGradients:
+    dy: ArrayLike, saved: Saved, *, out: Array | None = None, out_residual: Array | None = None
+) -> SwitchableGradients | SwitchableGradientsWithResidual:
     """Return the gradients of :func:`switchable_norm_forward`.
 
     Parameters
     ----------
-    dy, saved, out
+    dy, saved, out, out_residual
         As in :func:`batch_norm_backward`.
 
     Returns
     -------
     SwitchableGradients
-        ``(dx, dweight, dbias, dmean_weight, dvar_weight)``, all but dx in float64.
+        ``(dx, dweight, dbias, dmean_weight, dvar_weight)``, all but dx in float64; after a forward
+        with a residual ``dresidual`` comes last.
 
     Raises
     ------
@@ -179,6 +187,10 @@ def switchable_norm_backward(
     >>> F.switchable_norm_backward(np.ones_like(x), saved).dmean_weight.round(4)
     array([0., 0.])
     """
-    dx, (dweight, dbias, dmean_weight, dvar_weight) = backward(dy, saved, out)
+    dx, dresidual, gradients = backward(dy, saved, out, out_residual)
+    dweight, dbias, dmean_weight, dvar_weight = gradients
     assert dmean_weight is not None and dvar_weight is not None
-    return SwitchableGradients(dx, dweight, dbias, dmean_weight, dvar_weight)
+    all_five = dx, dweight, dbias, dmean_weight, dvar_weight
+    if dresidual is None:
+        return SwitchableGradients(*all_five)
+    return SwitchableGradientsWithResidual(*all_five, dresidual)

@@ -8,14 +8,20 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from numbanorm.numba_ext.jit import by_type, inline
+from numbanorm.numba_ext.halves import decode, encode
+from numbanorm.numba_ext.jit import by_type, if_none, inline
 from numbanorm.numba_ext.lines import stream, to_next_line
 from numbanorm.numba_ext.vectors import load, prefetch, store, widen
 from numbanorm.numba_ext.views import flat_slice
 from numbanorm.tuning import LANES
 
-# The arithmetic type of what is stored.
-ARITHMETIC = {np.dtype(np.float32): np.float32, np.dtype(np.float64): np.float64}
+# The arithmetic type of what is stored: float16 as int16, bfloat16 as uint16.
+ARITHMETIC: dict[Any, Any] = {
+    np.dtype(np.float32): np.float32,
+    np.dtype(np.float64): np.float64,
+    np.dtype(np.int16): np.float32,
+    np.dtype(np.uint16): np.float32,
+}
 
 
 @by_type
@@ -25,48 +31,104 @@ def arithmetic(array):
     return lambda array: dtype
 
 
+class Fused(NamedTuple):
+    """What follows a norm in the same pass: y = activation(norm(x) + residual).
+
+    ``activation`` is a plain tuple, see activations.Activation. Where there is no residual, its
+    array and that of its gradient are others, which are left alone; the gradient's is None in
+    forward. ``aligned`` says whether that begins in a line where dx does.
+    """
+
+    activation: Any
+    has_residual: Any
+    residual: Any
+    dresidual: Any
+    aligned: Any
+
+
 class Row(NamedTuple):
-    """Elements next to each other: dy, x and mask (n,), of which dy and mask may be None."""
+    """Elements next to each other: dy, x and mask (n,), of which dy and mask may be None.
+
+    ``fused`` is None, or has a residual (n,), and ``forward`` in backward the coefficients of
+    forward then.
+    """
 
     dy: Any
     x: Any
     mask: Any
+    fused: Any
+    forward: Any
+
+
+def _nothing(fused, at, n):
+    return None
+
+
+def _fused_row(fused, at, n):
+    activation, has_residual, residual, dresidual, aligned = fused
+    return Fused(
+        activation, has_residual, flat_slice(residual, at, n), flat_slice(dresidual, at, n),
+        aligned,
+    )  # fmt: skip
+
+
+_slice_fused = if_none(_nothing, _fused_row)
 
 
 @inline
-def take_row(dy, x, mask, at, n):
+def take_row(dy, x, mask, fused, at, n):
     """Return the row of n elements that begins at element ``at`` in memory."""
-    return Row(flat_slice(dy, at, n), flat_slice(x, at, n), flat_slice(mask, at, n))
+    return Row(
+        flat_slice(dy, at, n), flat_slice(x, at, n), flat_slice(mask, at, n),
+        _slice_fused(fused, at, n), None,
+    )  # fmt: skip
+
+
+def _same_row(fused, row, coef):
+    return row
+
+
+def _row_with_forward(fused, row, coef):
+    return Row(row.dy, row.x, row.mask, row.fused, coef)
+
+
+_with_forward = if_none(_same_row, _row_with_forward)
+
+
+@inline
+def with_forward(row, coef):
+    """Return a row with the coefficients of forward, if they are needed."""
+    return _with_forward(row.fused, row, coef)
+
+
+@inline
+def read(array, i, n):
+    """Return a vector of an array from i on; if n is not None, its first n elements and zeros."""
+    return decode(load(array, i, n))
 
 
 @inline
 def read_x(row, i, n):
-    """Return a vector of x from i on; if n is not None, its first n elements and zeros."""
-    return load(row.x, i, n)
-
-
-@inline
-def read_dy(row, i, n):
-    """Return dy from i on, see read_x."""
-    return load(row.dy, i, n)
+    """Return x from i on, see read."""
+    return decode(load(row.x, i, n))
 
 
 @inline
 def read_mask(row, i, n):
-    """Return the mask from i on, or None if there is none; see read_x."""
+    """Return the mask from i on, or None if there is none; see read."""
     return load(row.mask, i, n)
 
 
 @inline
 def read_wide(row, i, n):
-    """Return x from i on in float64, see read_x."""
+    """Return x from i on in float64, see read."""
     return widen(read_x(row, i, n))
 
 
 @inline
 def read_one(x, i):
     """Return x[i] in float64, x (N,)."""
-    return np.float64(x[i])
+    return np.float64(decode(x[i]))
 
 
 @inline
@@ -78,12 +140,24 @@ def first_value(x, mask):
     return 0.0
 
 
+def _prefetch_nothing(fused, i):
+    pass
+
+
+def _prefetch_fused(fused, i):
+    prefetch(fused.residual, i)
+
+
+_prefetch_residual = if_none(_prefetch_nothing, _prefetch_fused)
+
+
 @inline
 def prefetch_row(row, i):
     """Prefetch a vector of a row from i on, which may be outside of it."""
     prefetch(row.dy, i)
     prefetch(row.x, i)
     prefetch(row.mask, i)
+    _prefetch_residual(row.fused, i)
 
 
 @inline
@@ -96,18 +170,15 @@ def prefetch_parts(y, place, n):
 
 
 @inline
-def write(vector, y, i, n):
-    """Write a vector to y[i] and after it: all of it, or if n is not None its first n elements."""
-    store(vector, y, i, n)
+def write(streamed, vector, y, i, n):
+    """Write a vector to y[i] and after it: all of it, or if n is not None its first n elements.
 
-
-@inline
-def write_aligned(streamed, vector, y, i):
-    """Write a whole vector to y[i]: if ``streamed``, by a streaming store where a line begins."""
-    if streamed:
-        stream(vector, y, i)
+    If ``streamed``, a whole one is written by a streaming store; it begins where a line does.
+    """
+    if n is None and streamed:
+        stream(encode(vector, y), y, i)
     else:
-        store(vector, y, i, None)
+        store(encode(vector, y), y, i, n)
 
 
 @inline

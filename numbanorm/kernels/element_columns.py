@@ -6,26 +6,27 @@ from numbanorm.kernels.access import (
     Row,
     arithmetic,
     elements_to_line,
-    read_dy,
     read_one,
     read_x,
     take_row,
     vectors_end,
+    with_forward,
     write,
-    write_aligned,
 )
 from numbanorm.kernels.formulas import (
     ElementAffine,
     ElementGradient,
     column_coefficients,
+    invert_roots,
     scale_shift,
     unshift,
     write_rstds,
     write_statistics,
 )
+from numbanorm.kernels.fused import make_y, read_dy, write_dresidual
 from numbanorm.kernels.modes import ColumnTiles, Mode
-from numbanorm.kernels.outputs import output, write_row
-from numbanorm.kernels.reduce import add_to_columns, add_to_vector
+from numbanorm.kernels.outputs import make_dx, write_row
+from numbanorm.kernels.reduce import ColumnAffine, add_to_columns, add_to_vector
 from numbanorm.kernels.scratch import three_rows
 from numbanorm.numba_ext.jit import if_none, inline, kernel
 from numbanorm.numba_ext.launch import thread_range
@@ -60,13 +61,13 @@ def _stream_row(buffer, n, y, at, distance):
     start, head = np.intp(0), elements_to_line(True, y, at, n)
     if head > 0:
         prefetch(y, at + distance)
-        write(load(buffer, start, head), y, at, head)
+        write(True, load(buffer, start, head), y, at, head)
     end = vectors_end(head, n)
     for i in range(head, end, LANES):
-        write_aligned(True, load(buffer, i, None), y, at + i)
+        write(True, load(buffer, i, None), y, at + i, None)
     if end < n:
         prefetch(y, at + end + distance)
-        write(load(buffer, end, n - end), y, at + end, n - end)
+        write(True, load(buffer, end, n - end), y, at + end, n - end)
 
 
 @inline
@@ -79,42 +80,68 @@ def _block(unit, early, n_columns, width):
 
 
 @inline
-def _add_tail(dy, x, weight, a, c0, c1, center, s0, s1):
+def _add_tail(dy, x, fused, forward, weight, a, c0, c1, center, s0, s1):
     """Add what _reduce_while_writing leaves: columns and rows after the last vector of ROWS."""
     length, n = x.shape[1], c1 - c0
     n_vector, n_rows = n // LANES * LANES, length // ROWS * ROWS
     for lo, hi, c in ((0, n_rows, n_vector), (n_rows, length, 0)):
         n_tail = n - c
         add_to_columns(
-            dy, x, None, weight, a, lo, hi, c0 + c, c1, flat_slice(center, c, n_tail),
-            flat_slice(s0, c, n_tail), flat_slice(s1, c, n_tail),
+            dy, x, None, fused, _columns_from(forward, c, n_tail), weight, a, lo, hi, c0 + c, c1,
+            flat_slice(center, c, n_tail), flat_slice(s0, c, n_tail), flat_slice(s1, c, n_tail),
         )  # fmt: skip
 
 
-def _add_nothing(totals, row, i, n, coef):
+def _no_columns(forward, c, n):
+    return None
+
+
+def _some_columns(forward, c, n):
+    weight, bias, m, r, t = forward
+    return ColumnAffine(weight, bias, flat_slice(m, c, n), flat_slice(r, c, n), flat_slice(t, c, n))
+
+
+_columns_from = if_none(_no_columns, _some_columns)
+
+
+def _no_forward(fused, parameters, mean, var, eps, rows):
+    return None
+
+
+def _forward(fused, parameters, mean, var, eps, rows):
+    (weight, bias), (m, r, t) = unstack(parameters, 2), three_rows(rows, mean.shape[0])
+    rstd = allocate(None, mean.shape[0], np.float64)
+    for c in range(mean.shape[0]):
+        rstd[c] = 1.0
+    invert_roots(var, eps, rstd)
+    column_coefficients(mean, rstd, m, r, t)
+    release((rstd,))
+    return ColumnAffine(weight, bias, m, r, t)
+
+
+# Rows of coefficients of forward; there is no empty group without a mask.
+_forward_coefficients = if_none(_no_forward, _forward)
+
+
+def _write_y(totals, row, i, n, coef, target):
+    write(False, make_y(row, i, n, coef, i), target, i, n)
     return totals
 
 
-def _add_dy(totals, row, i, n, coef):
-    dy, x = read_dy(row, i, n), read_x(row, i, n)
+def _write_dx(totals, row, i, n, coef, target):
+    dy, x = read_dy(row, i, n, i), read_x(row, i, n)
     x_hat = scale_shift(x, load(coef.m, i, n), load(coef.rstd, i, n), load(coef.t, i, n))
-    return totals[0] + dy * x_hat, totals[1] + dy
-
-
-_add_gradients = if_none(_add_nothing, _add_dy)
-
-
-@inline
-def _write_vector(totals, row, i, n, coef, target):
-    """Write a vector of a row to target[i]; return ``totals`` with dy * x_hat and dy of it added.
-
-    They are accumulated in the type of the elements: each of a vector's many lanes gets too few of
-    them for float32 to lose digits.
-    """
-    # Before it is written: dx may be dy.
-    totals = _add_gradients(totals, row, i, n, coef)
-    write(output(row, i, n, coef, i), target, i, n)
+    totals = totals[0] + dy * x_hat, totals[1] + dy
+    # After dy was read: dx may be that.
+    write(False, make_dx(dy, row, i, n, coef, i), target, i, n)
+    write_dresidual(False, row, dy, i, n)
     return totals
+
+
+# Write a vector of a row to target[i]; return ``totals`` with dy * x_hat and dy of it added. They
+# are accumulated in the type of the elements: each of a vector's many lanes gets too few of them
+# for float32 to lose digits.
+_write_vector = if_none(_write_y, _write_dx)
 
 
 @inline
@@ -156,7 +183,7 @@ def _reduce_while_writing(data, weight, i, length, step, at, n_next, sums, total
 
 
 @kernel
-def forward_element_columns(threads, x, parameters, mode, tiles, streamed, group_stats, y):
+def forward_element_columns(threads, x, fused, parameters, mode, tiles, streamed, group_stats, y):
     """Normalise columns: x, y (A, D, B), weight and bias (2, D).
 
     ``group_stats`` (3, A * B) are taken and written if ``mode.use_batch_stats``, else read. A block
@@ -174,7 +201,7 @@ def forward_element_columns(threads, x, parameters, mode, tiles, streamed, group
     sums, rstd = allocate(3, size, np.float64), allocate(None, size, np.float64)
     rows, buffer = allocate(3, size, arithmetic(x)), allocate(None, size, arithmetic(x))
     xs, ys, is_reduced = flat_slice(x, 0, x.size), flat_slice(y, 0, y.size), False
-    data = take_row(None, x, None, 0, x.size)
+    data = take_row(None, x, None, None, 0, x.size)
     for unit in range(begin, end):
         a, c0, c1 = _block(unit, early, n_columns, width)
         n, first, place = c1 - c0, a * n_columns + c0, a * length * n_columns + c0
@@ -183,7 +210,8 @@ def forward_element_columns(threads, x, parameters, mode, tiles, streamed, group
         if use_batch_stats:
             if not is_reduced:
                 _begin_columns(xs, place, length, shift, s1, s2)
-                add_to_columns(None, x, None, None, a, 0, length, c0, c1, shift, s1, s2)
+                place_of_block = a, 0, length, c0, c1
+                add_to_columns(None, x, None, None, None, None, *place_of_block, shift, s1, s2)
             for c in range(n):
                 mu, m2, _ = unshift(length, shift[c], s1[c], s2[c])
                 write_statistics(c, length, mu, m2, mode.center, *groups)
@@ -199,11 +227,12 @@ def forward_element_columns(threads, x, parameters, mode, tiles, streamed, group
         for i in range(length):
             coef, row = (
                 ElementAffine(weight[i], bias[i], m, r, t),
-                take_row(None, x, None, place, n),
+                take_row(None, x, None, fused, place, n),
             )
             if not streamed:
                 # The block is in a cache since it was reduced.
-                write_row(streamed, row, n, coef, ys, place, take_row(None, x, None, place, 0))
+                upcoming = take_row(None, x, None, fused, place, 0)
+                write_row(streamed, row, n, coef, ys, place, upcoming)
             else:
                 _reduce_while_writing(
                     data, None, i, length, n_columns, next_at, n_next, (shift, s1, s2), None, row,
@@ -212,7 +241,7 @@ def forward_element_columns(threads, x, parameters, mode, tiles, streamed, group
                 _stream_row(buffer, n, ys, place, ROWS * n_columns)
             place += n_columns
         if is_reduced:
-            _add_tail(None, x, None, a, c0, c1, shift, s1, s2)
+            _add_tail(None, x, None, None, None, a, c0, c1, shift, s1, s2)
     if streamed:
         fence()
     release((sums, rstd, rows, buffer))
@@ -220,7 +249,7 @@ def forward_element_columns(threads, x, parameters, mode, tiles, streamed, group
 
 @kernel
 def backward_element_columns(
-    threads, dy, x, parameters, mode, tiles, streamed, group_stats, dx, dparameters
+    threads, dy, x, fused, parameters, mode, tiles, streamed, group_stats, dx, dparameters
 ):
     """Write dx and parameter gradients of columns: dy, x, dx (A, D, B), weight first in (2, D).
 
@@ -235,7 +264,7 @@ def backward_element_columns(
     n_units = n_outer * ((n_columns + width - 1) // width)
     task, last_task = thread_range(threads, n_tasks)
     begin, end = task * n_units // n_tasks, last_task * n_units // n_tasks
-    (weight,), (dweight, dbias) = unstack(parameters, 1), unstack(dparameters, 2)
+    (weight, bias), (dweight, dbias) = unstack(parameters, 2), unstack(dparameters, 2)
     count, mean, var = unstack(group_stats, 3)
     sums, rstd = allocate(3, width, np.float64), allocate(None, width, np.float64)
     rows, buffer = allocate(5, width, arithmetic(x)), allocate(None, width + LANES, arithmetic(x))
@@ -245,7 +274,8 @@ def backward_element_columns(
         counts[c] = mode.use_batch_stats
     m, r, t, g0, g1 = unstack(rows, 5)
     dxs, is_reduced, zero = flat_slice(dx, 0, dx.size), False, arithmetic(x)(0.0)
-    data = take_row(dy, x, None, 0, x.size)
+    data = take_row(dy, x, None, fused, 0, x.size)
+    forward_rows = allocate(0 if fused is None else 3, width, arithmetic(x))
     for unit in range(begin, end):
         while (task + 1) * n_units // n_tasks <= unit:
             task += 1
@@ -254,7 +284,11 @@ def backward_element_columns(
         s0, s1, means = three_rows(sums, n)
         if not is_reduced:
             _begin_columns(mean, first, length, means, s0, s1)
-            add_to_columns(dy, x, None, weight, a, 0, length, c0, c1, means, s0, s1)
+            forward = _forward_coefficients(
+                fused, parameters, means, flat_slice(var, first, n), mode.eps, forward_rows
+            )
+            place_of_block = a, 0, length, c0, c1
+            add_to_columns(dy, x, None, fused, forward, weight, *place_of_block, means, s0, s1)
         write_rstds(flat_slice(count, first, n), flat_slice(var, first, n), mode.eps, rstd)
         column_coefficients(means, rstd, m, r, t)
         for c in range(n):
@@ -266,17 +300,24 @@ def backward_element_columns(
             a, c0, c1 = _block(unit + 1, np.intp(0), n_columns, width)
         n_next, next_at = c1 - c0 if is_reduced else 0, a * length * n_columns + c0
         s0, s1, means = three_rows(sums, n_next)
-        _begin_columns(mean, a * n_columns + c0, length, means, s0, s1)
+        next_group = a * n_columns + c0
+        _begin_columns(mean, next_group, length, means, s0, s1)
+        forward = _forward_coefficients(
+            fused, parameters, means, flat_slice(var, next_group, n_next), mode.eps, forward_rows
+        )
+        next_data = with_forward(data, forward)
         for i in range(length):
-            row = Row(flat_slice(dy, place, n), flat_slice(x, place, n), flat_slice(counts, 0, n))
+            row = take_row(dy, x, None, fused, place, n)
+            row = Row(row.dy, row.x, flat_slice(counts, 0, n), row.fused, None)
+            row = with_forward(row, ElementAffine(weight[i], bias[i], m, r, t))
             coef, totals = ElementGradient(weight[i], m, r, t, g0, g1), (splat(zero), splat(zero))
             if not streamed:
                 target = flat_slice(dx, place, n)
                 totals = _write_whole_row(totals, row, n, coef, target)
             else:
                 totals = _reduce_while_writing(
-                    data, weight, i, length, n_columns, next_at, n_next, (means, s0, s1), totals,
-                    row, n, coef, buffer,
+                    next_data, weight, i, length, n_columns, next_at, n_next, (means, s0, s1),
+                    totals, row, n, coef, buffer,
                 )  # fmt: skip
                 _stream_row(buffer, n, dxs, place, ROWS * n_columns)
             if affine:
@@ -284,7 +325,7 @@ def backward_element_columns(
                 dbias[task, i] += total(totals[1])
             place += n_columns
         if is_reduced:
-            _add_tail(dy, x, weight, a, c0, c1, means, s0, s1)
+            _add_tail(dy, x, fused, forward, weight, a, c0, c1, means, s0, s1)
     if streamed:
         fence()
-    release((sums, rstd, rows, buffer, counts))
+    release((sums, rstd, rows, buffer, counts, forward_rows))

@@ -9,10 +9,10 @@ from numbanorm.kernels.access import (
     Row,
     arithmetic,
     first_value,
-    read_dy,
     read_mask,
     read_x,
     take_row,
+    with_forward,
 )
 from numbanorm.kernels.formulas import (
     ElementAffine,
@@ -25,11 +25,12 @@ from numbanorm.kernels.formulas import (
     write_rstds,
     write_statistics,
 )
+from numbanorm.kernels.fused import read_dy
 from numbanorm.kernels.modes import ElementTiles, Mode
 from numbanorm.kernels.outputs import write_row, write_row_called
 from numbanorm.kernels.pipeline import prefetch_distance, reduce_while_writing
 from numbanorm.kernels.scratch import add_up, clear, spread
-from numbanorm.numba_ext.jit import inline, kernel
+from numbanorm.numba_ext.jit import if_none, inline, kernel
 from numbanorm.numba_ext.launch import thread_range
 from numbanorm.numba_ext.lines import allocate, fence, release
 from numbanorm.numba_ext.vectors import is_finite, load, prefetch, splat, store, total, where, widen
@@ -60,7 +61,9 @@ def _element_weights(values, k, n_rows, length, repeated):
 
 
 @kernel
-def forward_element_rows(threads, x, mask, parameters, mode, tiles, streamed, group_stats, y):
+def forward_element_rows(
+    threads, x, mask, fused, parameters, mode, tiles, streamed, group_stats, y
+):
     """Normalise rows: x, mask or None, y (M, D), weight and bias (2, G, D / span).
 
     Rows i and i + G have the same weights, each for ``span`` elements next to each other.
@@ -105,16 +108,16 @@ def forward_element_rows(threads, x, mask, parameters, mode, tiles, streamed, gr
             n = length if j < n_written else 0
             # The upcoming row is prefetched also where nothing is reduced.
             at = g * length
-            next_row = take_row(None, x, mask, at, n_next)
-            upcoming = take_row(None, x, mask, at + distance, 0)
+            next_row = take_row(None, x, mask, None, at, n_next)
+            upcoming = take_row(None, x, mask, fused, at + distance, 0)
             mu, scale = (mean[i], rstd[j]) if n > 0 else (0.0, 0.0)
             affine = flat_slice(weights, o, length), flat_slice(biases, o, length)
             coef = ElementAffine(*affine, *round_coefficients(mu, scale, 0.0, arithmetic(x)))
             o = o + length if o + length < n_loaded * length else 0
             shift = first_value(next_row.x, next_row.mask)
             n_next, s1, s2 = reduce_while_writing(
-                streamed, next_row, n_next, shift, take_row(None, x, None, i * length, n), n, coef,
-                out, i * length, upcoming,
+                streamed, next_row, n_next, shift,
+                take_row(None, x, None, fused, i * length, n), n, coef, out, i * length, upcoming,
             )  # fmt: skip
             if use_batch_stats and j < n_reduced:
                 mu, m2, _ = unshift(n_next, shift, s1, s2)
@@ -145,9 +148,9 @@ def _zero_where_masked(counts, x, dy, product, zero):
 def _terms(row, i, n, coef):
     """Return vectors of dy and dy * x_hat from i on, and 0 where they do not enter the sums.
 
-    ``coef`` (3,) is what round_coefficients returns; see read_x about n.
+    ``coef`` (3,) is what round_coefficients returns; see access.read about n.
     """
-    dy, x, counts = read_dy(row, i, n), read_x(row, i, n), read_mask(row, i, n)
+    dy, x, counts = read_dy(row, i, n, i), read_x(row, i, n), read_mask(row, i, n)
     m, r, t = splat(coef[0]), splat(coef[1]), splat(coef[2])
     x_hat = scale_shift(x, m, r, t)
     zero = splat(arithmetic(row.x)(0.0))
@@ -157,7 +160,7 @@ def _terms(row, i, n, coef):
 
 @inline
 def _add_four_vectors(rows, i, n, coef, weight, dweight, dbias, distance):
-    """Add dy * x_hat and dy of four rows to dweight and dbias, from i on; see read_x about n.
+    """Add dy * x_hat and dy of four rows to dweight and dbias, from i on; see access.read about n.
 
     Return vectors of g = dy * weight, and of g * x_hat, of each row. Prefetch dy.
     """
@@ -176,14 +179,31 @@ def _add_four_vectors(rows, i, n, coef, weight, dweight, dbias, distance):
 
 
 @inline
-def _row_or_zeros(dy, x, mask, zeros, at, is_row, n):
+def _row_or_zeros(dy, x, mask, fused, forward, zeros, at, is_row, n):
     """Return n elements of a row that begins at ``at``, or of zeros if there is no such row."""
     # Field by field: a writeable and a read-only array are of two types for Numba.
-    return Row(
-        flat_slice(dy, at, n) if is_row else flat_slice(zeros, 0, n),
-        flat_slice(x, at, n) if is_row else flat_slice(zeros, 0, n),
-        flat_slice(mask, at if is_row else 0, n),
+    row = take_row(dy, x, mask, fused, at if is_row else 0, n)
+    return with_forward(
+        Row(
+            row.dy if is_row else flat_slice(zeros, 0, n),
+            row.x if is_row else flat_slice(zeros, 0, n),
+            row.mask, row.fused, None,
+        ),
+        forward,
+    )  # fmt: skip
+
+
+def _no_forward(fused, weight, bias, coef, d, n):
+    return None
+
+
+def _forward(fused, weight, bias, coef, d, n):
+    return ElementAffine(
+        flat_slice(weight, d, n), flat_slice(bias, d, n), coef[0], coef[1], coef[2]
     )
+
+
+_forward_coefficients = if_none(_no_forward, _forward)
 
 
 @inline
@@ -225,7 +245,7 @@ def _write_rstds_of_runs(count, var, eps, first, last, step, k, run, rstd):
 
 @kernel
 def backward_element_rows(
-    threads, dy, x, mask, parameters, mode, tiles, streamed, group_stats, dx, dparameters
+    threads, dy, x, mask, fused, parameters, mode, tiles, streamed, group_stats, dx, dparameters
 ):
     """Write dx and parameter gradients of rows: dy, x, mask or None, dx (M, D).
 
@@ -239,19 +259,23 @@ def backward_element_rows(
     n_samples, n_blocks = x.shape[0] // n_weights, dparameters.shape[1]
     block, affine = (n_samples + n_blocks - 1) // n_blocks, dparameters.shape[2] > 0
     begin, end = thread_range(threads, n_weights // run * n_blocks)
-    (weight,), (count, mean, var) = unstack(parameters, 1), unstack(group_stats, 3)
+    (weight, bias), (count, mean, var) = unstack(parameters, 2), unstack(group_stats, 3)
     rstd, sums = allocate(None, block * run, np.float64), allocate(4, 2, np.float64)
     coef, c = allocate(4, 3, arithmetic(x)), allocate(2, 4, arithmetic(x))
     zeros = allocate(None, min(ELEMENTS, length), x.dtype)
     gradients = allocate(2, run * length, np.float64)  # of weight and bias
-    repeated = allocate(None, _repeated_size(parameters, run, length), arithmetic(x))
+    repeated = allocate(2, _repeated_size(parameters, run, length), arithmetic(x))
+    repeated_weight, repeated_bias = unstack(repeated, 2)
     clear(zeros)
     out = flat_slice(dx, 0, dx.size)
     for task in range(begin, end):
         q, b = task // n_blocks, task % n_blocks
         k0, first, last = q * run, b * block, min((b + 1) * block, n_samples)
         _write_rstds_of_runs(count, var, mode.eps, first, last, n_weights, k0, run, rstd)
-        (weights,) = _element_weights(weight, k0, run, length, repeated)
+        (weights,) = _element_weights(weight, k0, run, length, repeated_weight)
+        biases = repeated_bias
+        if fused is not None:
+            (biases,) = _element_weights(bias, k0, run, length, repeated_bias)
         clear(gradients)
         # Four rows at a time stay in a cache until dx is written, and ELEMENTS of each in the first
         # cache for all sums. The sums come before dx, which may be dy.
@@ -259,7 +283,7 @@ def backward_element_rows(
             n_rows = min(4, last - lo)
             for k in range(k0, k0 + run):
                 row, o = lo * n_weights + k, (k - k0) * length
-                row_weight = flat_slice(weights, o, length)
+                row_weight, row_bias = flat_slice(weights, o, length), flat_slice(biases, o, length)
                 # Upcoming rows are prefetched: dy while sums are taken, and x while dx is written,
                 # with dy again, as a long row may have left the first cache by then.
                 is_last = k + 1 == k0 + run
@@ -273,12 +297,18 @@ def backward_element_rows(
                     coef[j, 0], coef[j, 1], coef[j, 2] = 0.0, 0.0, 0.0
                 for d in range(0, length, ELEMENTS):
                     n, at, next_at = min(ELEMENTS, length - d), row * length + d, n_weights * length
+                    affine_of = fused, row_weight, row_bias
+                    of_0 = _forward_coefficients(*affine_of, coef[0], d, n)
+                    of_1 = _forward_coefficients(*affine_of, coef[1], d, n)
+                    of_2 = _forward_coefficients(*affine_of, coef[2], d, n)
+                    of_3 = _forward_coefficients(*affine_of, coef[3], d, n)
+                    args = dy, x, mask, fused
                     _add_four_rows(
                         (
-                            _row_or_zeros(dy, x, mask, zeros, at, True, n),
-                            _row_or_zeros(dy, x, mask, zeros, at + next_at, n_rows > 1, n),
-                            _row_or_zeros(dy, x, mask, zeros, at + 2 * next_at, n_rows > 2, n),
-                            _row_or_zeros(dy, x, mask, zeros, at + 3 * next_at, n_rows > 3, n),
+                            _row_or_zeros(*args, of_0, zeros, at, True, n),
+                            _row_or_zeros(*args, of_1, zeros, at + next_at, n_rows > 1, n),
+                            _row_or_zeros(*args, of_2, zeros, at + 2 * next_at, n_rows > 2, n),
+                            _row_or_zeros(*args, of_3, zeros, at + 3 * next_at, n_rows > 3, n),
                         ),
                         coef, flat_slice(row_weight, d, n), sums, flat_slice(gradients, o + d, n),
                         flat_slice(gradients, gradients.shape[1] + o + d, n), distance,
@@ -289,8 +319,11 @@ def backward_element_rows(
                     c[1, j] = sums[j, 1] / n_all
                 for j in range(n_rows):
                     at = (row + j * n_weights) * length
-                    written = take_row(dy, x, mask, at, length)
-                    upcoming = take_row(dy, x, mask, at + distance, 0)
+                    written = with_forward(
+                        take_row(dy, x, mask, fused, at, length),
+                        _forward_coefficients(fused, row_weight, row_bias, coef[j], 0, length),
+                    )
+                    upcoming = take_row(dy, x, mask, fused, at + distance, 0)
                     m, r, t = coef[j, 0], coef[j, 1], coef[j, 2]
                     if mode.use_batch_stats:
                         row_coef = ElementGradient(row_weight, m, r, t, c[0, j], c[1, j])

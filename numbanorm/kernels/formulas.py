@@ -211,7 +211,7 @@ def store_scale_shift(mean, rstd, weight, bias, m, s, t, i, n):
     scale, rounded = rstd * weight, narrow(mean, m)
     store(rounded, m, i, n)
     store(narrow(scale, s), s, i, n)
-    store(narrow((widen(rounded) - mean) * scale + bias, t), t, i, n)
+    store(narrow(multiply_add(widen(rounded) - mean, scale, bias), t), t, i, n)
 
 
 @inline

@@ -31,7 +31,7 @@ from numbanorm.kernels.scratch import (
     take_features,
     three_rows,
 )
-from numbanorm.numba_ext.jit import inline, kernel
+from numbanorm.numba_ext.jit import called, if_none, inline, kernel
 from numbanorm.numba_ext.launch import thread_range
 from numbanorm.numba_ext.lines import allocate, fence, release
 from numbanorm.numba_ext.vectors import load
@@ -127,9 +127,51 @@ def _take_statistics(x, mask, t, center, count, mean, var):
     release((scratch,))
 
 
+@called
+def _write_coefficients(t, span, feature, parameters, eps, group_stats, rows):
+    """Write m, s and t of each column of a block to rows (3, ...) of coefficients."""
+    (weight, bias), (count, mean, var) = unstack(parameters, 2), unstack(group_stats, 3)
+    scratch = allocate(5, t.n_spans, np.float64)
+    rounded = allocate(3, t.n_spans, rows.dtype)
+    rstd, means, rstds, weights, biases = unstack(scratch, 5)
+    group_mean, group_var = (
+        flat_slice(mean, t.group, t.n_groups), flat_slice(var, t.group, t.n_groups)
+    )  # fmt: skip
+    write_rstds(flat_slice(count, t.group, t.n_groups), group_var, eps, rstd)
+    spread(group_mean, t.size // span, means)
+    spread(flat_slice(rstd, 0, t.n_groups), t.size // span, rstds)
+    features = flat_slice(feature, t.first_span, t.n_spans)
+    take_features(weight, features, weights)
+    take_features(bias, features, biases)
+    m, s, offset = unstack(rounded, 3)
+    for i in range(0, t.n_spans, LANES):
+        n_valid = min(LANES, t.n_spans - i)
+        store_scale_shift(
+            load(means, i, n_valid), load(rstds, i, n_valid), load(weights, i, n_valid),
+            load(biases, i, n_valid), m, s, offset, i, n_valid,
+        )  # fmt: skip
+    for k in range(3):
+        row = flat_slice(rows, k * rows.shape[1], rows.shape[1])
+        spread(flat_slice(rounded, k * rounded.shape[1], t.n_spans), span, row)
+        repeat_columns(row, t.n)
+    release((scratch, rounded))
+
+
+def _no_forward(fused, t, span, feature, parameters, eps, group_stats, rows):
+    return None
+
+
+def _forward(fused, t, span, feature, parameters, eps, group_stats, rows):
+    _write_coefficients(t, span, feature, parameters, eps, group_stats, rows)
+    return ScaleShift(*unstack(rows, 3))
+
+
+_forward_coefficients = if_none(_no_forward, _forward)
+
+
 @kernel
 def forward_group_columns(
-    threads, x, mask, feature, parameters, mode, tiles, streamed, group_stats, y
+    threads, x, mask, fused, feature, parameters, mode, tiles, streamed, group_stats, y
 ):
     """Normalise groups of columns: x, mask or None, y (A, L, F * C), weight and bias (2, F).
 
@@ -139,45 +181,23 @@ def forward_group_columns(
     mode, tiles = Mode(*mode), ColumnTiles(*tiles)
     n_groups = group_stats.shape[1]
     begin, end = thread_range(threads, _n_tasks(tiles.width, x.shape))
-    (weight, bias), (count, mean, var) = unstack(parameters, 2), unstack(group_stats, 3)
+    count, mean, var = unstack(group_stats, 3)
     for task in range(begin, end):
         t = _block(task, tiles, x.shape, len(feature), n_groups)
         if mode.use_batch_stats:
             _take_statistics(x, mask, t, mode.center, count, mean, var)
-        scratch = allocate(5, t.n_spans, np.float64)
-        rounded = allocate(3, t.n_spans, arithmetic(x))
         rows = allocate(3, periodic_size(t.c1 - t.c0), arithmetic(x))
-        rstd, means, rstds, weights, biases = unstack(scratch, 5)
-        group_mean, group_var = (
-            flat_slice(mean, t.group, t.n_groups), flat_slice(var, t.group, t.n_groups)
-        )  # fmt: skip
-        write_rstds(flat_slice(count, t.group, t.n_groups), group_var, mode.eps, rstd)
-        spread(group_mean, t.size // tiles.span, means)
-        spread(flat_slice(rstd, 0, t.n_groups), t.size // tiles.span, rstds)
-        features = flat_slice(feature, t.first_span, t.n_spans)
-        take_features(weight, features, weights)
-        take_features(bias, features, biases)
-        m, s, offset = unstack(rounded, 3)
-        for i in range(0, t.n_spans, LANES):
-            n_valid = min(LANES, t.n_spans - i)
-            store_scale_shift(
-                load(means, i, n_valid), load(rstds, i, n_valid), load(weights, i, n_valid),
-                load(biases, i, n_valid), m, s, offset, i, n_valid,
-            )  # fmt: skip
-        for k in range(3):
-            row = flat_slice(rows, k * rows.shape[1], rows.shape[1])
-            spread(flat_slice(rounded, k * rounded.shape[1], t.n_spans), tiles.span, row)
-            repeat_columns(row, t.n)
-        coef = ScaleShift(*unstack(rows, 3))
-        write_block(streamed, None, x, None, t.a, 0, x.shape[1], t.c0, t.c1, coef, y)
-        release((scratch, rounded, rows))
+        _write_coefficients(t, tiles.span, feature, parameters, mode.eps, group_stats, rows)
+        coef, place = ScaleShift(*unstack(rows, 3)), (t.a, 0, x.shape[1], t.c0, t.c1)
+        write_block(streamed, None, x, None, fused, None, *place, coef, y)
+        release((rows,))
     if streamed:
         fence()
 
 
 @kernel
 def backward_group_columns(
-    threads, dy, x, mask, feature, parameters, mode, tiles, streamed, group_stats, dx, sums
+    threads, dy, x, mask, fused, feature, parameters, mode, tiles, streamed, group_stats, dx, sums
 ):
     """Write dx of groups of columns, and the sums of dy and dy * x_hat over each span.
 
@@ -195,6 +215,10 @@ def backward_group_columns(
         scratch, small = allocate(3, n, np.float64), allocate(4, n_spans, np.float64)
         rows = allocate(5, periodic_size(n), arithmetic(x))
         rounded = allocate(5, n_spans, arithmetic(x))
+        forward_rows = allocate(0 if fused is None else 3, periodic_size(n), arithmetic(x))
+        forward = _forward_coefficients(
+            fused, t, tiles.span, feature, parameters, mode.eps, group_stats, forward_rows
+        )
         clear(scratch)
         sum_0, sum_1, means = three_rows(scratch, n)
         rstd, g0, g1, weights = unstack(small, 4)
@@ -205,7 +229,8 @@ def backward_group_columns(
         write_rstds(group_count, group_var, mode.eps, rstd)
         spread(group_mean, t.size, means)
         repeat_columns(means, t.n)
-        add_to_columns(dy, x, mask, None, t.a, 0, length, t.c0, t.c1, means, sum_0, sum_1)
+        place = t.a, 0, length, t.c0, t.c1
+        add_to_columns(dy, x, mask, fused, forward, None, *place, means, sum_0, sum_1)
         take_features(weight, flat_slice(feature, t.first_span, n_spans), weights)
         for column_sums, all_span_sums, group_sums in ((sum_0, s0, g0), (sum_1, s1, g1)):
             span_sums = flat_slice(all_span_sums, t.first_span, n_spans)
@@ -228,10 +253,9 @@ def backward_group_columns(
             repeat_columns(row, t.n)
         coef = Gradient(*unstack(rows, 5))
         if mode.use_batch_stats:
-            write_block(streamed, dy, x, mask, t.a, 0, length, t.c0, t.c1, coef, dx)
+            write_block(streamed, dy, x, mask, fused, forward, *place, coef, dx)
         else:
-            direct = Scale(coef.a)
-            write_block(streamed, dy, x, None, t.a, 0, length, t.c0, t.c1, direct, dx)
-        release((scratch, small, rows, rounded))
+            write_block(streamed, dy, x, None, fused, forward, *place, Scale(coef.a), dx)
+        release((scratch, small, rows, rounded, forward_rows))
     if streamed:
         fence()

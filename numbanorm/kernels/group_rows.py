@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from numbanorm.kernels.access import arithmetic, first_value, take_row
+from numbanorm.kernels.access import arithmetic, first_value, take_row, with_forward
 from numbanorm.kernels.formulas import (
     Gradient,
     Scale,
@@ -69,9 +69,35 @@ def _gradient(dy, mean, scale, offset, group_coef, dtype):
 _coefficients = if_none(_scale_shift, _gradient)
 
 
+def _in_forward(dy, fused, n, g, mean, i, rstd, p, feature, weight, bias, dtype):
+    return None
+
+
+def _in_backward(dy, fused, n, g, mean, i, rstd, p, feature, weight, bias, dtype):
+    return _forward(fused, n, g, mean, i, rstd, p, feature, weight, bias, dtype)
+
+
+# The coefficients of forward of row p with n elements, in group g with rstd[i]; see access.Row.
+_forward_coefficients = if_none(_in_forward, _in_backward)
+
+
+def _not_needed(fused, n, g, mean, i, rstd, p, feature, weight, bias, dtype):
+    return None
+
+
+def _needed(fused, n, g, mean, i, rstd, p, feature, weight, bias, dtype):
+    mu, scale, offset = 0.0, 0.0, 0.0
+    if n > 0:
+        mu, scale, offset = mean[g], rstd[i] * weight[feature[p]], bias[feature[p]]
+    return ScaleShift(*round_coefficients(mu, scale, offset, dtype))
+
+
+_forward = if_none(_not_needed, _needed)
+
+
 @kernel
 def group_rows(
-    threads, dy, x, mask, feature, parameters, mode, tiles, streamed, group_stats, y, sums
+    threads, dy, x, mask, fused, feature, parameters, mode, tiles, streamed, group_stats, y, sums
 ):
     """Normalise groups of R rows; with dy write dx, and the sums of dy and dy * x_hat of each row.
 
@@ -88,8 +114,8 @@ def group_rows(
     out, size = flat_slice(y, 0, y.size), tiles.block
     use_batch_stats = mode.use_batch_stats
     interleaved, overlap = n_inner > 1, tiles.overlap and use_batch_stats
-    scratch, rounded = allocate(5, size, np.float64), allocate(4, size, arithmetic(x))
-    (rstd, n, center, s0, s1), (r, m, b, c) = unstack(scratch, 5), unstack(rounded, 4)
+    scratch, rounded = allocate(6, size, np.float64), allocate(4, size, arithmetic(x))
+    (rstd, n, center, s0, s1, next_rstd), (r, m, b, c) = unstack(scratch, 6), unstack(rounded, 4)
     if dy is None:
         # Twice as far as elsewhere: one array is read.
         distance = prefetch_distance(streamed, 2 * PREFETCH_FAR, y)
@@ -103,6 +129,10 @@ def group_rows(
             reduced = _next_block(first, end, x.shape, size)
         for g in range(reduced.n):
             n[g], s0[g], s1[g] = 0.0, 0.0, 0.0
+        last = first + reduced.n
+        counts, means = count[first:last], mean[first:last]
+        if dy is not None and fused is not None:
+            write_rstds(counts, var[first:last], mode.eps, next_rstd)
         for i in range(max(reduced.n_runs, written.n_runs)):
             for j in range(max(reduced.n_in_run, written.n_in_run)):
                 g = j if interleaved else i
@@ -116,9 +146,17 @@ def group_rows(
                 # The upcoming row is prefetched also where nothing is reduced.
                 after = q + (0 if interleaved else written.n * n_rows)
                 at = (p if reduced.n > 0 else after) * length
-                next_row = take_row(dy, x, mask, at, n_next)
-                upcoming = take_row(dy, x, mask, at + distance, 0)
-                row = take_row(dy, x, mask, q * length, n_write)
+                upcoming = take_row(dy, x, mask, fused, at + distance, 0)
+                next_forward = _forward_coefficients(
+                    dy, fused, n_next, first + g, mean, g, next_rstd, p, feature,
+                    weight, bias, arithmetic(x),
+                )  # fmt: skip
+                next_row = with_forward(take_row(dy, x, mask, fused, at, n_next), next_forward)
+                forward = _forward_coefficients(
+                    dy, fused, n_write, first_written + g, mean, g, rstd,
+                    q, feature, weight, bias, arithmetic(x),
+                )  # fmt: skip
+                row = with_forward(take_row(dy, x, mask, fused, q * length, n_write), forward)
                 # The center of the row that is reduced, the coefficients of the one written.
                 row_center, mu, scale, offset = 0.0, 0.0, 0.0, 0.0
                 if dy is None:
@@ -155,8 +193,6 @@ def group_rows(
                         sums[0, p], sums[1, p] = sum_0, sum_1
                         s0[g] += weight[feature[p]] * sum_0
                         s1[g] += weight[feature[p]] * sum_1
-        last = first + reduced.n
-        counts, means = count[first:last], mean[first:last]
         if dy is None:
             if use_batch_stats:
                 # Now they are mean, m2 and the mean's rest.

@@ -5,28 +5,38 @@ The shift bounds the cancellation (it is an element of the data, so m2 >= (x0 - 
 constant data exact at any offset; sums in float64 still run at the speed of memory.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from numbanorm.kernels.access import (
+    arithmetic,
     first_value,
     prefetch_row,
-    read_dy,
     read_mask,
     read_one,
     read_wide,
     read_x,
     take_row,
+    with_forward,
 )
-from numbanorm.kernels.formulas import gradient_terms, moment_terms, unshift, unshift_all
+from numbanorm.kernels.formulas import (
+    ElementAffine,
+    ScaleShift,
+    gradient_terms,
+    moment_terms,
+    unshift,
+    unshift_all,
+)
+from numbanorm.kernels.fused import read_dy
 from numbanorm.kernels.scratch import (
     add_folds,
     clear,
+    copy_coefficients,
     copy_columns,
     three_rows,
 )
-from numbanorm.numba_ext.jit import called, if_none, inline, inline_contract, kernel
+from numbanorm.numba_ext.jit import by_type, called, if_none, inline, inline_contract, kernel
 from numbanorm.numba_ext.launch import thread_range
 from numbanorm.numba_ext.lines import allocate, line_size, release
 from numbanorm.numba_ext.vectors import load, splat, store, total, where
@@ -43,7 +53,8 @@ def _moment_terms(dy, row, i, n, center):
 
 def _gradient_terms(dy, row, i, n, center):
     """Return vectors of anything, dy and dy * (x - center) for n elements from i on, and of 0."""
-    w, d = gradient_terms(read_dy(row, i, n), read_x(row, i, n), read_mask(row, i, n), center)
+    dy = read_dy(row, i, n, i)
+    w, d = gradient_terms(dy, read_x(row, i, n), read_mask(row, i, n), center)
     return w, w, w * d
 
 
@@ -118,19 +129,33 @@ def n_row_tasks(n_parts, tiles, shape):
     return (shape[0] + tiles[1] - 1) // tiles[1] * n_parts
 
 
+def _no_forward(forward, p):
+    return None
+
+
+def _forward_of_piece(forward, p):
+    m, s, t = unstack(forward, 3)
+    return ScaleShift(m[p, 0], s[p, 0], t[p, 0])
+
+
+_piece_forward = if_none(_no_forward, _forward_of_piece)
+
+
 @kernel
-def reduce_rows(threads, dy, x, mask, tiles, piece_stats, out):
+def reduce_rows(threads, dy, x, mask, fused, forward, tiles, piece_stats, out):
     """Reduce each part of rows: dy or None, x, mask or None (P, L).
 
     Without dy, ``out`` (4, P, K, 1) are count, mean, m2 and rest; else (2, P, K, 1) the sums of dy
-    and dy * (x - mean), and the mean is the first of ``piece_stats`` (3, P, 1).
+    and dy * (x - mean), and the mean is the first of ``piece_stats`` (3, P, 1). With ``fused``,
+    ``forward`` (3, P, 1) are the fields of ScaleShift in forward.
     """
     n_parts = out.shape[2]
     begin, end = thread_range(threads, n_row_tasks(n_parts, tiles, x.shape))
     for task in range(begin, end):
         t = row_task(task, n_parts, tiles, x.shape)
         for p in range(t.first, t.last):
-            row = take_row(dy, x, mask, p * x.shape[1] + t.lo, t.n)
+            row = take_row(dy, x, mask, fused, p * x.shape[1] + t.lo, t.n)
+            row = with_forward(row, _piece_forward(forward, p))
             if dy is None:
                 count, mean, m2, rest = unstack(out, 4)
                 shift = first_value(row.x, row.mask)
@@ -157,7 +182,7 @@ def _zero_where_masked(counts, d):
     return d if counts is None else where(counts, d, splat(0.0))
 
 
-def _moment_pair(dy, data, at, n, center):
+def _moment_pair(dy, data, at, n, c, center):
     """Return x - center twice, and 0 where it does not count.
 
     Not moment_terms: there is no tail, and what counts is counted elsewhere.
@@ -166,17 +191,43 @@ def _moment_pair(dy, data, at, n, center):
     return d, d
 
 
-def _gradient_pair(dy, data, at, n, center):
+def _gradient_pair(dy, data, at, n, c, center):
     """Return dy and x - center, and 0 where they do not enter the sums."""
-    return gradient_terms(read_dy(data, at, n), read_x(data, at, n), read_mask(data, at, n), center)
+    dy = read_dy(data, at, n, c)
+    return gradient_terms(dy, read_x(data, at, n), read_mask(data, at, n), center)
 
 
 _pair = if_none(_moment_pair, _gradient_pair)
 
 
+class ColumnAffine(NamedTuple):
+    """ElementAffine of all rows of columns: weight and bias (L,) have a number for each row."""
+
+    weight: Any
+    bias: Any
+    m: Any
+    rstd: Any
+    t: Any
+
+
+def _same_for_all(forward, k):
+    return forward
+
+
+def _affine_of_row(forward, k):
+    return ElementAffine(forward.weight[k], forward.bias[k], forward.m, forward.rstd, forward.t)
+
+
+@by_type
+def _forward_of_row(forward, k):
+    """Return the coefficients of forward for row k of columns."""
+    kind = getattr(forward, "instance_class", type(forward))
+    return _affine_of_row if kind is ColumnAffine else _same_for_all
+
+
 @inline
 def add_to_vector(data, weight, i, n_rows, at, step, upcoming, stride, c, n, center, s0, s1):
-    """Add rows to a vector of columns, see add_to_columns, from c on; see read_x about n.
+    """Add rows to a vector of columns, see add_to_columns, from c on; see access.read about n.
 
     Rows i to i + n_rows of ``data`` (all of dy, x and mask in one row) begin at ``at``, ``step``
     apart; for each of them a vector is prefetched, from ``upcoming`` on and ``stride`` apart.
@@ -184,7 +235,8 @@ def add_to_vector(data, weight, i, n_rows, at, step, upcoming, stride, c, n, cen
     centers, sum_0, sum_1 = load(center, c, n), load(s0, c, n), load(s1, c, n)
     for k in range(i, i + n_rows):
         prefetch_row(data, upcoming)
-        w, d = _pair(data.dy, data, at, n, centers)
+        row = with_forward(data, _forward_of_row(data.forward, k))
+        w, d = _pair(row.dy, row, at, n, c, centers)
         if weight is not None:
             w = w * splat(np.float64(weight[k]))
         sum_0 += w
@@ -196,14 +248,14 @@ def add_to_vector(data, weight, i, n_rows, at, step, upcoming, stride, c, n, cen
 
 
 @called
-def add_to_columns(dy, x, mask, weight, a, lo, hi, c0, c1, center, s0, s1):
+def add_to_columns(dy, x, mask, fused, forward, weight, a, lo, hi, c0, c1, center, s0, s1):
     """Add rows lo to hi of x[a], columns c0 to c1, to sums of w and w * (x - center).
 
     w is dy, or x - center if that is None. A row of dy counts as often as its ``weight`` (L,) says,
-    unless that is None.
+    unless that is None. ``forward`` are rows of coefficients of forward, if ``fused`` is not None.
     """
     step, width = x.shape[2], c1 - c0
-    data = take_row(dy, x, mask, 0, x.size)
+    data = with_forward(take_row(dy, x, mask, fused, 0, x.size), forward)
     # Upcoming rows are prefetched, in the order of memory if they are whole.
     spread, stride = (ROWS, LANES) if width == step else (1, step)
     # ROWS rows ahead, or a multiple where they are short; half as far where dy is read as well.
@@ -254,7 +306,7 @@ def count_columns(mask, at, step, n_rows, n):
 @inline
 def add_rows(x, mask, a, lo, hi, c0, c1, shift, n, s1, s2):
     """Add rows lo to hi of x[a], columns c0 to c1, to their counts and shifted sums."""
-    add_to_columns(None, x, mask, None, a, lo, hi, c0, c1, shift, s1, s2)
+    add_to_columns(None, x, mask, None, None, None, a, lo, hi, c0, c1, shift, s1, s2)
     if mask is None:
         for c in range(c1 - c0):
             n[c] += hi - lo
@@ -338,13 +390,26 @@ def n_column_tasks(n_parts, tiles, shape):
     return shape[0] * n_parts * ((shape[2] + tiles[1] - 1) // tiles[1])
 
 
+def _no_rows(forward, a, c0, c1, rows):
+    return None
+
+
+def _rows_of_forward(forward, a, c0, c1, rows):
+    copy_coefficients(forward, a, c0, c1, rows)
+    return ScaleShift(*unstack(rows, 3))
+
+
+_forward_rows = if_none(_no_rows, _rows_of_forward)
+
+
 @kernel
-def reduce_columns(threads, dy, x, mask, tiles, piece_stats, out):
+def reduce_columns(threads, dy, x, mask, fused, forward, tiles, piece_stats, out):
     """Reduce each part of columns: dy or None, x, mask or None (A, L, F * C).
 
     Without dy, ``out`` (4, A, K, C) are count, mean, m2 and rest; else (2, A, K, C) the sums of dy
     and dy * (x - mean), and the mean is the first of ``piece_stats`` (3, A, C). A row holds each
     column F times, once for each of the rows of x that are folded into it, and is one block then.
+    ``forward`` (3, A, C) are as in reduce_rows.
     """
     _, _, n_parts, n_columns = out.shape
     begin, end = thread_range(threads, n_column_tasks(n_parts, tiles, x.shape))
@@ -353,6 +418,7 @@ def reduce_columns(threads, dy, x, mask, tiles, piece_stats, out):
         n = t.c1 - t.c0
         n_unfolded = min(n, n_columns)
         scratch = allocate(4, n, np.float64)
+        rows = allocate(0 if forward is None else 3, n, arithmetic(x))
         clear(scratch)
         s0, s1, center = three_rows(scratch, n)
         if dy is None:
@@ -365,7 +431,10 @@ def reduce_columns(threads, dy, x, mask, tiles, piece_stats, out):
         else:
             (means,), (out_0, out_1) = unstack(piece_stats, 1), unstack(out, 2)
             copy_columns(flat_slice(means, t.a * n_columns, n_columns), t.c0, t.c1, center)
-            add_to_columns(dy, x, mask, None, t.a, t.lo, t.hi, t.c0, t.c1, center, s0, s1)
+            add_to_columns(
+                dy, x, mask, fused, _forward_rows(forward, t.a, t.c0, t.c1, rows), None,
+                t.a, t.lo, t.hi, t.c0, t.c1, center, s0, s1,
+            )  # fmt: skip
         add_folds(s0, n_columns)
         add_folds(s1, n_columns)
         for c in range(n_unfolded):
@@ -375,4 +444,4 @@ def reduce_columns(threads, dy, x, mask, tiles, piece_stats, out):
                 mean[to], m2[to], rest[to] = unshift(counts[c], center[c], s0[c], s1[c])
             else:
                 out_0[to], out_1[to] = s0[c], s1[c]
-        release((scratch,))
+        release((scratch, rows))

@@ -9,13 +9,17 @@ from numpy.typing import ArrayLike, DTypeLike
 
 from numbanorm import methods
 from numbanorm.core.checks import (
+    ActivationLike,
     bool_mask,
+    check_activation,
     check_count,
     check_dtype,
     check_eps,
     check_momentum,
     check_shape,
     float_array,
+    like_x,
+    others,
     output_array,
 )
 from numbanorm.core.geometry import AllBut, Geometry, axis_tuple, geometry, normalize_axes
@@ -24,6 +28,7 @@ from numbanorm.core.memory import arrays
 from numbanorm.core.normalize import backward, normalize
 from numbanorm.core.running import is_finite, track
 from numbanorm.core.types import Array, Axes, Float64
+from numbanorm.kernels.activations import Activation
 from numbanorm.recalibrate import Pool
 
 
@@ -80,6 +85,9 @@ class Norm:
     skip_nonfinite : bool
         Whether a batch whose statistics are not finite leaves the running statistics alone; such
         batches are counted in ``num_batches_skipped``.
+    activation : str or tuple, optional
+        What follows in the same pass: "relu", "leaky_relu" (or with a slope,
+        ``("leaky_relu", 0.2)``), "relu6", "silu", "gelu", "gelu_tanh", "sigmoid" or "tanh".
     dtype : dtype
         Of parameters and running statistics, float32 or float64.
 
@@ -145,6 +153,7 @@ class Norm:
         eps: float | None = 1e-5,
         momentum: float | None = 0.1,
         skip_nonfinite: bool = False,
+        activation: ActivationLike = None,
         dtype: DTypeLike = np.float32,
     ) -> None:
         self.axes = axes if isinstance(axes, AllBut) else axis_tuple(axes, "axes")
@@ -160,6 +169,7 @@ class Norm:
         self.eps = None if eps is None else check_eps(eps)
         self.momentum = check_momentum(momentum)
         self.skip_nonfinite = bool(skip_nonfinite)
+        self.activation = activation
         self.dtype = check_dtype(dtype)
         self.affine = bool(affine)
         self.track_stats = bool(track_stats)
@@ -240,30 +250,55 @@ class Norm:
         """Return the weights of several statistics."""
         return None
 
+    _activation: Activation | None = None
+
+    @property
+    def activation(self) -> ActivationLike:
+        """What follows the norm, or None."""
+        return self.__dict__.get("activation_name")
+
+    @activation.setter
+    def activation(self, activation: ActivationLike) -> None:
+        self._activation = check_activation(activation)
+        self.activation_name = activation
+
     # Whether instances have sample variances, see SwitchableNorm.from_official.
     sample_variance = False
 
     # -- Forward and backward -------------------------------------------------------------------
 
     def __call__(
-        self, x: ArrayLike, *, mask: ArrayLike | None = None, out: Array | None = None
+        self,
+        x: ArrayLike,
+        *,
+        mask: ArrayLike | None = None,
+        residual: ArrayLike | None = None,
+        out: Array | None = None,
     ) -> Array:
         """Return :meth:`forward` of x."""
-        return self.forward(x, mask=mask, out=out)
+        return self.forward(x, mask=mask, residual=residual, out=out)
 
     def forward(
-        self, x: ArrayLike, *, mask: ArrayLike | None = None, out: Array | None = None
+        self,
+        x: ArrayLike,
+        *,
+        mask: ArrayLike | None = None,
+        residual: ArrayLike | None = None,
+        out: Array | None = None,
     ) -> Array:
         """Normalise x, and keep what backward needs.
 
         Parameters
         ----------
-        x : array of float32 or float64
+        x : array of floats
             Any strides. It must stay as it is until :meth:`backward`.
         mask : array of bool, optional
             Broadcasts to x; True where an element counts in the statistics.
+        residual : array of the shape of x, optional
+            Added before the activation; it must stay as it is until :meth:`backward`, too.
         out : array, optional
-            Where y is written; it may be ``x``, and :meth:`backward` is then not possible.
+            Where y is written; it may be ``x`` or ``residual``, and :meth:`backward` is then not
+            possible.
 
         Returns
         -------
@@ -292,8 +327,8 @@ class Norm:
             new = self._new_parameters(shape.param_shape)
         parameters = {**self._parameters, **new}
         running = self._running_or_new(shape.running_shape) if self.track_stats else None
-        counts = bool_mask(mask, array.shape)
-        y, in_place = output_array(out, array, empty=self._empty)
+        counts, added = bool_mask(mask, array.shape), like_x(residual, "residual", array)
+        y, in_place = output_array(out, array, *others(added), empty=self._empty)
         saved = normalize(
             array,
             y,
@@ -306,6 +341,8 @@ class Norm:
             center=self.center,
             sample_variance=self.sample_variance,
             mask=counts,
+            activation=self._activation,
+            residual=added,
             in_place=in_place,
         )
         # An error above has left the layer as it was; from here on nothing can fail.
@@ -321,27 +358,29 @@ class Norm:
         """Return an array for y or dx."""
         return arrays.empty_for(self, like)
 
-    def backward(self, dy: ArrayLike, *, out: Array | None = None) -> Array:
+    def backward(
+        self, dy: ArrayLike, *, out: Array | None = None, out_residual: Array | None = None
+    ) -> Any:
         """Return dx of the last forward, and add the parameters' gradients to ``gradients()``.
 
         Parameters
         ----------
         dy : array of the shape of x
             The gradient of the loss with respect to y.
-        out : array, optional
-            Where dx is written; it may be ``dy``.
+        out, out_residual : array, optional
+            Where dx and the residual's gradient are written; one of them may be ``dy``.
 
         Returns
         -------
-        array
-            dx, of the shape and dtype of x.
+        array, or (array, array)
+            dx, of the shape and dtype of x; after a forward with a residual (dx, dresidual).
 
         Raises
         ------
         TypeError, ValueError
             If dy or out does not fit; the layer is then as before.
         RuntimeError
-            If there was no forward since the last backward, or if it wrote y over x.
+            If there was no forward since the last backward, or if it wrote y over x or residual.
 
         Examples
         --------
@@ -355,14 +394,14 @@ class Norm:
             raise RuntimeError(
                 "backward: a forward is needed first, and each forward serves one backward"
             )
-        dx, gradients = backward(dy, self._saved, out, self._empty)
+        dx, dresidual, gradients = backward(dy, self._saved, out, out_residual, self._empty)
         names = ("weight", "bias", "mean_weight", "var_weight")
         with np.errstate(over="ignore", invalid="ignore"):
             for name, gradient in zip(names, gradients, strict=True):
                 if name in self._gradients and gradient is not None:
                     self._gradients[name] += gradient.astype(self.dtype)
         self._saved = None
-        return dx
+        return dx if dresidual is None else (dx, dresidual)
 
     # -- Parameters and running statistics ------------------------------------------------------
 
@@ -607,7 +646,7 @@ class Norm:
             if argument.kind is argument.KEYWORD_ONLY or name == "bias":
                 default = np.dtype(argument.default) if name == "dtype" else argument.default
                 if value != default:
-                    shown.append(f"{name}={value}")
+                    shown.append(f"{name}={value!r}" if name == "activation" else f"{name}={value}")
             else:
                 shown.append(
                     f"{value}" if argument.default is argument.empty else f"{name}={value}"

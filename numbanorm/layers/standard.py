@@ -1,17 +1,20 @@
 """BatchNorm, InstanceNorm, GroupNorm, LayerNorm, RMSNorm: a Norm with its axes and shapes."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
 from numbanorm.core.checks import (
+    ActivationLike,
     bool_mask,
     check_channel_axis,
     check_count,
     check_eps,
     check_shape,
     float_array,
+    like_x,
 )
 from numbanorm.core.geometry import AllBut
 from numbanorm.core.types import Array
@@ -43,6 +46,8 @@ class BatchNorm(Norm):
     skip_nonfinite : bool
         Whether a batch with non-finite statistics leaves the running ones alone; such batches are
         counted in ``num_batches_skipped``.
+    activation : str or tuple, optional
+        What follows in the same pass, see :class:`~numbanorm.Norm`.
     dtype : dtype
         Of parameters and running statistics, float32 or float64.
 
@@ -81,6 +86,7 @@ class BatchNorm(Norm):
         bias: bool = True,
         axis: int = 1,
         skip_nonfinite: bool = False,
+        activation: ActivationLike = None,
         dtype: DTypeLike = np.float32,
     ) -> None:
         self.num_features = check_count(num_features, "num_features")
@@ -95,6 +101,7 @@ class BatchNorm(Norm):
             eps=check_eps(eps),
             momentum=momentum,
             skip_nonfinite=skip_nonfinite,
+            activation=activation,
             dtype=dtype,
         )
 
@@ -210,6 +217,7 @@ class InstanceNorm(Norm):
         bias: bool = True,
         axis: int = 1,
         skip_nonfinite: bool = False,
+        activation: ActivationLike = None,
         dtype: DTypeLike = np.float32,
     ) -> None:
         self.num_features = check_count(num_features, "num_features")
@@ -224,6 +232,7 @@ class InstanceNorm(Norm):
             eps=check_eps(eps),
             momentum=momentum,
             skip_nonfinite=skip_nonfinite,
+            activation=activation,
             dtype=dtype,
         )
 
@@ -237,30 +246,51 @@ class _SampleOrBatch(InstanceNorm):
     """An InstanceNorm of fixed rank: x with one axis less is a single sample."""
 
     def forward(
-        self, x: ArrayLike, *, mask: ArrayLike | None = None, out: Array | None = None
+        self,
+        x: ArrayLike,
+        *,
+        mask: ArrayLike | None = None,
+        residual: ArrayLike | None = None,
+        out: Array | None = None,
     ) -> Array:
         sample = float_array(x, "x")
         if sample.ndim != self.ranks[0] - 1:
-            return super().forward(sample, mask=mask, out=out)
+            return super().forward(sample, mask=mask, residual=residual, out=out)
         channel = self.axis - 1 if self.axis > 0 else self.axis
         if -sample.ndim <= channel < sample.ndim:
             self._check_sizes(sample, (channel,))
         counts = bool_mask(mask, sample.shape)
         batch_mask = None if counts is None else counts[None]
-        batch_out = out[None] if isinstance(out, np.ndarray) else out
-        y = super().forward(sample[None], mask=batch_mask, out=batch_out)
+        added = like_x(residual, "residual", sample)
+        y = super().forward(
+            sample[None],
+            mask=batch_mask,
+            residual=None if added is None else added[None],
+            out=_batch_of_one(out),
+        )
         return y[0] if out is None else out
 
-    def backward(self, dy: ArrayLike, *, out: Array | None = None) -> Array:
+    def backward(
+        self, dy: ArrayLike, *, out: Array | None = None, out_residual: Array | None = None
+    ) -> Any:
         sample = float_array(dy, "dy")
         if sample.ndim != self.ranks[0] - 1:
-            return super().backward(sample, out=out)
-        batch_out = out[None] if isinstance(out, np.ndarray) else out
-        dx = super().backward(sample[None], out=batch_out)
-        return dx[0] if out is None else out
+            return super().backward(sample, out=out, out_residual=out_residual)
+        outs = out, out_residual
+        results = super().backward(
+            sample[None], out=_batch_of_one(out), out_residual=_batch_of_one(out_residual)
+        )
+        if isinstance(results, tuple):
+            return tuple(y[0] if o is None else o for y, o in zip(results, outs, strict=True))
+        return results[0] if out is None else out
 
     forward.__doc__ = Norm.forward.__doc__
     backward.__doc__ = Norm.backward.__doc__
+
+
+def _batch_of_one(out: Any) -> Any:
+    """Return an output with a batch axis; what is no array is left for the checks."""
+    return out[None] if isinstance(out, np.ndarray) else out
 
 
 class InstanceNorm1d(_SampleOrBatch):
@@ -362,6 +392,7 @@ class GroupNorm(Norm):
         *,
         bias: bool = True,
         axis: int = 1,
+        activation: ActivationLike = None,
         dtype: DTypeLike = np.float32,
     ) -> None:
         self.num_groups = check_count(num_groups, "num_groups")
@@ -380,6 +411,7 @@ class GroupNorm(Norm):
             group_axis=self.axis,
             bias=bias,
             eps=check_eps(eps),
+            activation=activation,
             dtype=dtype,
         )
 
@@ -431,6 +463,7 @@ class LayerNorm(Norm):
         elementwise_affine: bool = True,
         bias: bool = True,
         *,
+        activation: ActivationLike = None,
         dtype: DTypeLike = np.float32,
     ) -> None:
         self.normalized_shape = check_shape(normalized_shape, "normalized_shape")
@@ -442,6 +475,7 @@ class LayerNorm(Norm):
             shape=self.normalized_shape,
             bias=bias,
             eps=check_eps(eps),
+            activation=activation,
             dtype=dtype,
         )
 
@@ -493,6 +527,7 @@ class RMSNorm(Norm):
         eps: float | None = None,
         elementwise_affine: bool = True,
         *,
+        activation: ActivationLike = None,
         dtype: DTypeLike = np.float32,
     ) -> None:
         self.normalized_shape = check_shape(normalized_shape, "normalized_shape")
@@ -505,6 +540,7 @@ class RMSNorm(Norm):
             center=False,
             bias=False,
             eps=eps,
+            activation=activation,
             dtype=dtype,
         )
 

@@ -7,7 +7,13 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from numbanorm import methods
-from numbanorm.core.checks import check_channel_axis, check_count, check_eps, check_over
+from numbanorm.core.checks import (
+    ActivationLike,
+    check_channel_axis,
+    check_count,
+    check_eps,
+    check_over,
+)
 from numbanorm.core.geometry import AllBut, Geometry
 from numbanorm.core.types import Array, Float64
 from numbanorm.layers.norm import Norm, array_property
@@ -43,7 +49,7 @@ class SwitchableNorm(Norm):
     sample_variance : bool
         Whether the variance of an instance is divided by n - 1 instead of n, see
         :meth:`from_official`.
-    bias, axis, skip_nonfinite, dtype
+    bias, axis, skip_nonfinite, activation, dtype
         As in :class:`~numbanorm.BatchNorm`.
 
     Attributes
@@ -90,6 +96,7 @@ class SwitchableNorm(Norm):
         axis: int = 1,
         skip_nonfinite: bool = False,
         sample_variance: bool = False,
+        activation: ActivationLike = None,
         dtype: DTypeLike = np.float32,
     ) -> None:
         self.num_features = check_count(num_features, "num_features")
@@ -113,6 +120,7 @@ class SwitchableNorm(Norm):
             eps=check_eps(eps),
             momentum=momentum,
             skip_nonfinite=skip_nonfinite,
+            activation=activation,
             dtype=dtype,
         )
         if self.zero_init and self.weight is not None:
@@ -272,12 +280,14 @@ class SwitchableNorm1d(SwitchableNorm):
         axis: int = 1,
         skip_nonfinite: bool = False,
         sample_variance: bool = False,
+        activation: ActivationLike = None,
         dtype: DTypeLike = np.float32,
     ) -> None:
         super().__init__(
             num_features, eps, momentum, affine, track_running_stats,
             over=over, num_groups=num_groups, zero_init=zero_init, bias=bias, axis=axis,
-            skip_nonfinite=skip_nonfinite, sample_variance=sample_variance, dtype=dtype,
+            skip_nonfinite=skip_nonfinite, sample_variance=sample_variance, activation=activation,
+            dtype=dtype,
         )  # fmt: skip
 
 

@@ -17,6 +17,7 @@ from numba.extending import intrinsic
 
 from numbanorm.numba_ext.private import declare, unpack
 from numbanorm.numba_ext.views import address_of, field, is_none, make_view, size_of
+from numbanorm.tuning import LANES
 
 # Bytes of a line.
 LINE = 64
@@ -90,12 +91,16 @@ def release(typing_context: Any, arrays: Any) -> Any:
 
 @intrinsic
 def to_next_line(typing_context: Any, array: Any, i: Any) -> Any:
-    """Return how many elements there are from array[i] to where a line begins, from 0 on."""
+    """Return how many elements there are from array[i] to where a line begins, from 0 on.
+
+    Or half a line, where a vector of 16-bit elements is that: there are less than LANES.
+    """
     size = array.dtype.bitwidth // 8
+    line = min(LINE, LANES * size)
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         address = builder.ptrtoint(address_of(context, builder, array, *args), args[1].type)
-        missing = builder.and_(builder.neg(address), ir.Constant(address.type, LINE - 1))
+        missing = builder.and_(builder.neg(address), ir.Constant(address.type, line - 1))
         return builder.udiv(missing, ir.Constant(address.type, size))
 
     return types.intp(array, types.intp), generate
@@ -103,13 +108,15 @@ def to_next_line(typing_context: Any, array: Any, i: Any) -> Any:
 
 @intrinsic
 def stream(typing_context: Any, vector: Any, target: Any, i: Any) -> Any:
-    """Store a whole vector to target[i], where a line begins, by a streaming store."""
+    """Store a whole vector to target[i], whole vectors after where a line begins, streaming."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         values, array, index = args
         place = address_of(context, builder, target, array, index)
         place = builder.bitcast(place, values.type.as_pointer())
-        store = builder.store(values, place, align=LINE)
+        # A vector of 16-bit elements is half a line.
+        align = min(LINE, LANES * size_of(target.dtype))
+        store = builder.store(values, place, align=align)
         one = ir.Constant(ir.IntType(32), 1)
         store.set_metadata("nontemporal", builder.module.add_metadata([one]))
         return context.get_dummy_value()
@@ -147,7 +154,8 @@ if numba.config.DISABLE_JIT:
 
     def to_next_line(array: Any, i: int) -> int:
         """Return how many elements there are from array[i] to where a line begins."""
-        return int(-(array.ctypes.data // array.itemsize + i) % line_size(array))
+        line = min(line_size(array), LANES)
+        return int(-(array.ctypes.data // array.itemsize + i) % line)
 
     def stream(vector: Any, target: Any, i: int) -> None:
         """Store a vector to target[i]."""

@@ -25,6 +25,8 @@ from numbanorm.numba_ext.private import declare
 from numbanorm.numba_ext.views import address_of, is_none, no_value, size_of
 from numbanorm.tuning import LANES
 
+FLOATS = types.float32, types.float64
+
 
 class Vector(types.Type):
     """LANES elements, of which operators make others, one by one.
@@ -70,9 +72,14 @@ for _function, _operation in (
     (operator.truediv, "fdiv"),
 ):  # fmt: skip
     _define(_function, types.Float, _rounded_together(_operation))
-_define(
-    operator.gt, types.Float, lambda builder, a, b: builder.fcmp_ordered(">", a, b), types.boolean
-)
+
+
+def _compared(sign: str) -> Any:
+    return lambda builder, a, b: builder.fcmp_ordered(sign, a, b)
+
+
+for _function, _sign in (operator.gt, ">"), (operator.ge, ">="), (operator.eq, "=="):
+    _define(_function, types.Float, _compared(_sign), types.boolean)
 _define(operator.or_, types.Boolean, lambda builder, a, b: builder.or_(a, b))
 
 
@@ -98,7 +105,8 @@ def _first(builder: Any, n: Any) -> Any:
 
 def _masked(builder: Any, name: str, dtype: Any, result: Any, *args: Any) -> Any:
     """Call llvm.masked.load or store."""
-    suffix = f"v{LANES}{'i8' if dtype == types.boolean else f'f{dtype.bitwidth}'}"
+    kind, bits = "f" if dtype in FLOATS else "i", 8 * size_of(dtype)
+    suffix = f"v{LANES}{kind}{bits}"
     function = declare(
         builder, f"llvm.masked.{name}.{suffix}.p0{suffix}", result, *(arg.type for arg in args)
     )
@@ -178,6 +186,19 @@ def splat(typing_context: Any, value: Any) -> Any:
         return _splat(builder, args[0])
 
     return Vector(value)(value), generate
+
+
+@intrinsic
+def splat_as(typing_context: Any, vector: Any, value: Any) -> Any:
+    """Return a vector of one float64 value, in the type of another vector."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        vector_type, number = args[0].type, args[1]
+        if vector_type.element != number.type:
+            number = builder.fptrunc(number, vector_type.element)
+        return _splat(builder, number)
+
+    return vector(vector, types.float64), generate
 
 
 @intrinsic
@@ -312,6 +333,10 @@ if numba.config.DISABLE_JIT:
     def splat(value: Any) -> Any:
         """Return a vector of one value."""
         return np.full(LANES, value)
+
+    def splat_as(vector: Any, value: Any) -> Any:
+        """Return a vector of one value, in the type of another."""
+        return np.full_like(vector, value)
 
     def total(vector: Any) -> Any:
         """Return the sum of the elements of a vector."""

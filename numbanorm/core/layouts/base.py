@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from numbanorm.core.geometry import Geometry
-from numbanorm.core.types import Array, Axes, Float64
+from numbanorm.core.types import Array, Axes, Float64, stored
+from numbanorm.kernels.activations import Activation
 from numbanorm.kernels.modes import Mode
 from numbanorm.tuning import Tuning
 
@@ -52,6 +53,8 @@ class Job(NamedTuple):
     sample_variance : bool
         Whether the variance of an instance (or, where those are single values, of each group)
         is divided by n - 1 instead of n.
+    fused : tuple or None
+        The fields of :class:`numbanorm.kernels.access.Fused`, of views.
     """
 
     mode: Mode
@@ -60,6 +63,7 @@ class Job(NamedTuple):
     running: tuple[Array, Array] | None = None
     mixture: Float64 | None = None
     sample_variance: bool = False
+    fused: Any = None
 
 
 class Statistics(NamedTuple):
@@ -90,13 +94,17 @@ class Saved(NamedTuple):
     ----------
     layout : Layout
         How x, mask, dy and dx are seen.
-    shape : tuple of int
+    shape, dtype
         Of x, before an axis was split into groups.
     x, mask : array or None
         Views in the layout's order. Without x, :func:`~numbanorm.core.normalize.differentiate` is
         given it.
-    x_is_lost : bool
-        Whether y was written over x.
+    lost : str
+        Whether y was written over "x" or "residual"; else "".
+    activation : Activation or None
+        What follows.
+    residual : array or None
+        What was added, as a view.
     mode, mixture, sample_variance
         As in the Job of forward.
     has_weight, has_bias : bool
@@ -109,9 +117,12 @@ class Saved(NamedTuple):
 
     layout: "Layout"
     shape: Axes
+    dtype: np.dtype[Any]
     x: Array | None
     mask: Array | None
-    x_is_lost: bool
+    lost: str
+    activation: Activation | None
+    residual: Array | None
     mode: Mode
     mixture: Float64 | None
     sample_variance: bool
@@ -254,8 +265,10 @@ class Layout(ABC):
         """Write y; return what was found. All arrays are views."""
 
     @abstractmethod
-    def backward(self, dy: Array, x: Array, saved: Saved, streamed: bool, dx: Array) -> Gradients:
-        """Write dx; return the parameters' gradients. All arrays are views."""
+    def backward(
+        self, dy: Array, x: Array, saved: Saved, fused: Any, streamed: bool, dx: Array
+    ) -> Gradients:
+        """Write dx; return the parameters' gradients. All arrays are views; see Job on fused."""
 
     @abstractmethod
     def restore(self, statistics: list[Statistic], job: Job, dtype: Any) -> Statistics:
@@ -305,6 +318,8 @@ class Layout(ABC):
         if not x.flags.c_contiguous or not self.in_order:
             x = np.ascontiguousarray(x.reshape(self.geometry.shape).transpose(self.order))
         view = x.reshape(self.view)
+        if view.itemsize == 2:
+            view = view.view(stored(view.dtype))
         # Read-only arrays are a type of their own for Numba: with all inputs of that type,
         # there is one machine code for them and for those that the user may write to.
         view.flags.writeable = False
@@ -312,6 +327,8 @@ class Layout(ABC):
 
     def to_target(self, y: Array) -> tuple[Array, Array | None]:
         """Return where the kernels write y, and if that is not y itself, y as it is to be set."""
+        if y.itemsize == 2:
+            y = y.view(stored(y.dtype))
         if self.in_order and y.flags.c_contiguous and y.flags.aligned:
             return y.reshape(self.view), None
         in_memory = y.reshape(self.geometry.shape).transpose(self.order)

@@ -158,17 +158,19 @@ class ElementRows(Elements):
             parameters = np.repeat(parameters, self.view[1] // self.weights[1], axis=2)
         run(
             forward_element_rows, y.size,
-            x, mask, parameters, (*job.mode,), (*self.tiles,), streamed, groups, y,
+            x, mask, job.fused, parameters, (*job.mode,), (*self.tiles,), streamed, groups, y,
         )  # fmt: skip
         return parameters
 
-    def backward(self, dy: Array, x: Array, saved: Saved, streamed: bool, dx: Array) -> Gradients:
+    def backward(
+        self, dy: Array, x: Array, saved: Saved, fused: Any, streamed: bool, dx: Array
+    ) -> Gradients:
         """Write dx, with the gradients of parameters in the same kernel."""
         found, parts = saved.statistics, self._new_gradients(saved)
         run(
             backward_element_rows, dy.size,
-            dy, x, saved.mask, found.parameters, (*saved.mode,), (*self.tiles,), streamed,
-            found.groups, dx, parts,
+            dy, x, saved.mask, fused, found.parameters, (*saved.mode,), (*self.tiles,),
+            streamed, found.groups, dx, parts,
         )  # fmt: skip
         return self._sum_gradients(parts, saved)
 
@@ -207,16 +209,18 @@ class ElementColumns(Elements):
         """Write y; return the parameters."""
         run(
             forward_element_columns, y.size,
-            x, parameters, (*job.mode,), (*self.tiles,), streamed, groups, y,
+            x, job.fused, parameters, (*job.mode,), (*self.tiles,), streamed, groups, y,
         )  # fmt: skip
         return parameters
 
-    def backward(self, dy: Array, x: Array, saved: Saved, streamed: bool, dx: Array) -> Gradients:
+    def backward(
+        self, dy: Array, x: Array, saved: Saved, fused: Any, streamed: bool, dx: Array
+    ) -> Gradients:
         """Write dx, with the gradients of parameters in the same kernel."""
         found, parts = saved.statistics, self._new_gradients(saved)
         run(
             backward_element_columns, dy.size,
-            dy, x, found.parameters, (*saved.mode,), (*self.tiles,), streamed, found.groups, dx,
-            parts,
+            dy, x, fused, found.parameters, (*saved.mode,), (*self.tiles,), streamed,
+            found.groups, dx, parts,
         )  # fmt: skip
         return self._sum_gradients(parts, saved)

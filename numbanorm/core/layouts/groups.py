@@ -116,18 +116,20 @@ class GroupRows(GroupsWithWeights):
         """Write y; return the parameters."""
         run(
             group_rows, y.size,
-            None, x, mask, self.features, parameters, (*job.mode,), (*self.tiles,), streamed,
-            groups, y, None,
+            None, x, mask, job.fused, self.features, parameters, (*job.mode,), (*self.tiles,),
+            streamed, groups, y, None,
         )  # fmt: skip
         return parameters
 
-    def backward(self, dy: Array, x: Array, saved: Saved, streamed: bool, dx: Array) -> Gradients:
+    def backward(
+        self, dy: Array, x: Array, saved: Saved, fused: Any, streamed: bool, dx: Array
+    ) -> Gradients:
         """Write dx, with the sums of each row in the same kernel."""
         found, sums = saved.statistics, np.empty((2, len(self.features)))
         run(
             group_rows, dy.size,
-            dy, x, saved.mask, self.features, found.parameters, (*saved.mode,), (*self.tiles,),
-            streamed, found.groups, dx, sums,
+            dy, x, saved.mask, fused, self.features, found.parameters, (*saved.mode,),
+            (*self.tiles,), streamed, found.groups, dx, sums,
         )  # fmt: skip
         return self._gradients(sums)
 
@@ -170,16 +172,19 @@ class GroupColumns(GroupsWithWeights):
         """Write y; return the parameters."""
         run(
             forward_group_columns, y.size,
-            x, mask, self.features, parameters, (*job.mode,), (*self.tiles,), streamed, groups, y,
+            x, mask, job.fused, self.features, parameters, (*job.mode,), (*self.tiles,),
+            streamed, groups, y,
         )  # fmt: skip
         return parameters
 
-    def backward(self, dy: Array, x: Array, saved: Saved, streamed: bool, dx: Array) -> Gradients:
+    def backward(
+        self, dy: Array, x: Array, saved: Saved, fused: Any, streamed: bool, dx: Array
+    ) -> Gradients:
         """Write dx, with the sums of each span of columns in the same kernel."""
         found, sums = saved.statistics, np.empty((2, len(self.features)))
         run(
             backward_group_columns, dy.size,
-            dy, x, saved.mask, self.features, found.parameters, (*saved.mode,), (*self.tiles,),
-            streamed, found.groups, dx, sums,
+            dy, x, saved.mask, fused, self.features, found.parameters, (*saved.mode,),
+            (*self.tiles,), streamed, found.groups, dx, sums,
         )  # fmt: skip
         return self._gradients(sums)

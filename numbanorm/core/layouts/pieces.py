@@ -27,7 +27,7 @@ from numbanorm.core.layouts.base import (
     Statistics,
     n_folded,
 )
-from numbanorm.core.types import Array, Axes, Float64
+from numbanorm.core.types import Array, Axes, Float64, arithmetic
 from numbanorm.kernels import algebra
 from numbanorm.kernels.apply import apply_columns, apply_rows
 from numbanorm.kernels.modes import PieceTiles
@@ -119,7 +119,7 @@ class Pieces(Layout):
     def reduce(self, x: Array, mask: Array | None) -> Float64:
         """Return count, mean, m2 and the mean's rest of all parts of pieces, (4, A * K * B)."""
         moments = np.empty((4, *self.parts))
-        self._reduce(None, x, mask, None, moments)
+        self._reduce(None, x, mask, None, None, None, moments)
         return moments.reshape(4, -1)
 
     def merge(
@@ -159,9 +159,10 @@ class Pieces(Layout):
             groups[0, place] = 1.0
             for values, running in zip(groups[1:3], job.running, strict=True):
                 values[place].reshape(shape)[...] = running.reshape(grid)
-        statistics, coef = self._coefficients(groups, instances, job, y.dtype)
-        self._apply(None, x, None, coef, streamed, y)
-        return statistics
+        parameters = self.feature_parameters(job)
+        pieces, coef = self._coefficients(groups, parameters, job, y.dtype)
+        self._apply(None, x, None, job.fused, coef, streamed, y)
+        return Statistics(parameters, groups, pieces, instances)
 
     @np.errstate(all="ignore")  # NaN and Inf are the user's, and reach what they should
     def _with_sample_variance(self, parts: Float64) -> tuple[Instances, Float64]:
@@ -174,26 +175,31 @@ class Pieces(Layout):
         return result, np.stack((count, mean, m2 * (count / np.maximum(count - 1, 1)), rest))
 
     def _coefficients(
-        self, groups: Float64, instances: Instances | None, job: Job, dtype: Any
-    ) -> tuple[Statistics, Array]:
-        """Mix the statistics; return all that was found, and m, s and t of each piece, (3, P)."""
-        parameters = self.feature_parameters(job)
-        pieces, coef = np.empty((3, self.n_pieces)), np.empty((3, self.n_pieces), dtype)
+        self, groups: Float64, parameters: Array, job: Job | Saved, dtype: Any
+    ) -> tuple[Float64, Array]:
+        """Mix statistics; return mean, variance, rstd of each piece, and its m, s, t, (3, P)."""
+        shape = 3, self.n_pieces
+        pieces, coef = np.empty(shape), np.empty(shape, arithmetic(dtype))
         mixture = ALONE if job.mixture is None else job.mixture
         run(
             algebra.coefficients, self.n_pieces * self.tuning.piece_work,
             *self.segments, groups, mixture, job.mode.eps, parameters, pieces, coef,
         )  # fmt: skip
-        return Statistics(parameters, groups, pieces, instances), coef
+        return pieces, coef
 
     # -- Backward ----------------------------------------------------------------------------------
 
-    def backward(self, dy: Array, x: Array, saved: Saved, streamed: bool, dx: Array) -> Gradients:
+    def backward(
+        self, dy: Array, x: Array, saved: Saved, fused: Any, streamed: bool, dx: Array
+    ) -> Gradients:
         """Sum up dy and dy * (x - mean), and write dx."""
         found, n = saved.statistics, self.n_pieces
         assert found.pieces is not None
         mixture = ALONE if saved.mixture is None else saved.mixture
-        sums = self._gradient_sums(dy, x, saved)
+        forward = None
+        if fused is not None:
+            _, forward = self._coefficients(found.groups, found.parameters, saved, dx.dtype)
+        sums = self._gradient_sums(dy, x, saved, fused, forward)
         dgroups, dmixture = np.zeros((2, self.groups.total)), np.zeros(mixture.shape)
         dparameters = np.zeros((2, *self.parameter_view))
         run(
@@ -208,24 +214,30 @@ class Pieces(Layout):
         instances = None
         if found.instances is not None:
             instances = np.stack((found.instances.n.ravel(), found.instances.mean.ravel()))
-        coef: Array = np.empty((5, n), dx.dtype)
+        coef: Array = np.empty((5, n), arithmetic(dx.dtype))
         run(
             algebra.gradient_coefficients, n * self.tuning.piece_work,
             *self.segments, found.groups, dgroups, saved.mode.center, given, instances,
             found.parameters, found.pieces, coef,
         )  # fmt: skip
-        if given >= 0 and len(self.geometry.reductions) == 1:
+        is_scale = given >= 0 and len(self.geometry.reductions) == 1
+        if forward is not None:
+            coef = np.concatenate((forward, coef[:1] if is_scale else coef))
+            self._apply(dy, x, saved.mask, fused, coef, streamed, dx)
+        elif is_scale:
             # dx = a * dy: the first field of Gradient is the second of ScaleShift.
             zero = np.zeros_like(coef[0])
-            self._apply(None, dy, None, np.stack((zero, coef[0], zero)), streamed, dx)
+            self._apply(None, dy, None, None, np.stack((zero, coef[0], zero)), streamed, dx)
         else:
-            self._apply(dy, x, saved.mask, coef, streamed, dx)
+            self._apply(dy, x, saved.mask, None, coef, streamed, dx)
         return self.feature_gradients(dparameters, dmixture)
 
-    def _gradient_sums(self, dy: Array, x: Array, saved: Saved) -> Float64:
+    def _gradient_sums(
+        self, dy: Array, x: Array, saved: Saved, fused: Any, forward: Array | None
+    ) -> Float64:
         """Return the sums of dy and of dy * (x - mean) over each piece, (2, P)."""
         sums = np.empty((2, *self.parts))
-        self._reduce(dy, x, saved.mask, saved.statistics.pieces, sums)
+        self._reduce(dy, x, saved.mask, fused, forward, saved.statistics.pieces, sums)
         if self.parts[1] > 1:
             merged = np.zeros((2, self.parts[0], self.parts[2]))
             call(algebra.add_parts, sums, merged)
@@ -235,20 +247,24 @@ class Pieces(Layout):
     # -- Kernels -----------------------------------------------------------------------------------
 
     def _reduce(
-        self, dy: Array | None, x: Array, mask: Array | None, pieces: Float64 | None, out: Float64
-    ) -> None:
+        self, dy: Array | None, x: Array, mask: Array | None, fused: Any, forward: Array | None,
+        pieces: Float64 | None, out: Float64,
+    ) -> None:  # fmt: skip
         a, _, b = self.parts
-        stats = None if pieces is None else pieces.reshape(3, a, b)
-        run(self._kernels[0], x.size, dy, x, mask, (*self.tiles,), stats, out)
+        stats, of_forward = (
+            None if values is None else values.reshape(3, a, b) for values in (pieces, forward)
+        )
+        run(self._kernels[0], x.size, dy, x, mask, fused, of_forward, (*self.tiles,), stats, out)
 
     def _apply(
-        self, dy: Array | None, x: Array, mask: Array | None, coef: Array, streamed: bool, y: Array
-    ) -> None:
+        self, dy: Array | None, x: Array, mask: Array | None, fused: Any, coef: Array,
+        streamed: bool, y: Array,
+    ) -> None:  # fmt: skip
         a, _, b = self.parts
         of_pieces = coef.reshape(len(coef), a, b)
         run(
             self._kernels[1], y.size,
-            dy, x, mask, (*self.tiles,), of_pieces, streamed, y,
+            dy, x, mask, fused, (*self.tiles,), of_pieces, streamed, y,
         )  # fmt: skip
 
     @property
@@ -264,7 +280,8 @@ class Pieces(Layout):
         for place, (_, n, mean, var) in zip(self.groups.slices, statistics, strict=True):
             groups[0, place] = 1.0 if n is None else n.ravel()
             groups[1, place], groups[2, place] = mean.ravel(), var.ravel()
-        return self._coefficients(groups, None, job, dtype)[0]
+        parameters = self.feature_parameters(job)
+        return Statistics(parameters, groups, self._coefficients(groups, parameters, job, dtype)[0])
 
     def statistic(self, groups: Float64, k: int) -> Any:
         """Return a slice of the groups."""

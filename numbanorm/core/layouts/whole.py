@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from numbanorm.core.layouts.base import Job, Layout, Statistic, Statistics
-from numbanorm.core.types import Array, Axes, Float64
+from numbanorm.core.types import Array, Axes, Float64, arithmetic
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -39,7 +39,7 @@ class WholeGroups(Layout):
         else:
             grid = self.geometry.running_grid
             groups = self._from_grid(1.0, *(running.reshape(grid) for running in job.running))
-        parameters = self.parameters(job, y.dtype)
+        parameters = self.parameters(job, arithmetic(y.dtype))
         parameters = self.run_forward(x, mask, parameters, job, streamed, groups, y)
         return Statistics(parameters, groups)
 
