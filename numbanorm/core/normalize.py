@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from numbanorm.core.checks import empty_array, float_array, output_array
+from numbanorm.core.exchange import FORWARD_ROWS, Exchange
 from numbanorm.core.geometry import Geometry, memory_order
 from numbanorm.core.layouts import Instances, Job, Layout, Saved, Statistic, find_layout
 from numbanorm.core.types import Array, Float64, arithmetic
@@ -48,6 +49,7 @@ def normalize(
     activation: Activation | None = None,
     residual: Array | None = None,
     in_place: bool = False,
+    exchange: Exchange | None = None,
 ) -> Saved:
     """Write y, the normalised x; return what backward needs.
 
@@ -78,9 +80,14 @@ def normalize(
         What is added before that.
     in_place : bool
         Whether y is x.
+    exchange : Exchange, optional
+        With processes that share the tracked statistic, if that reduces axis 0.
     """
     affine = weight is not None or bias is not None
-    layout = _layout(x, y, geometry, affine, mask is not None)
+    if exchange is not None and 0 not in geometry.reductions[geometry.tracked]:
+        exchange.gather(np.empty((FORWARD_ROWS, 0)), (0,), 0)  # which no process then shares
+        exchange = None
+    layout = _layout(x, y, geometry, affine, mask is not None, whole_groups=exchange is None)
     target, copied = layout.to_target(y)
     views = layout.to_view(x), None if mask is None else layout.to_view(mask)
     added, lost, fused = None, "x" if in_place else "", None
@@ -97,6 +104,7 @@ def normalize(
         mixture,
         sample_variance,
         fused,
+        exchange,
     )
     streamed = _is_streamed(layout, target, bool(lost) and copied is None)
     statistics = layout.forward(*views, job, streamed, target)
@@ -104,7 +112,7 @@ def normalize(
         copied[...] = target.reshape(copied.shape)
     return Saved(
         layout, x.shape, x.dtype, *views, lost, activation, added, job.mode, mixture,
-        sample_variance, weight is not None, bias is not None, statistics,
+        sample_variance, weight is not None, bias is not None, statistics, exchange,
     )  # fmt: skip
 
 
@@ -141,15 +149,15 @@ def restore(
     instances: Instances | None = None,
     activation: Activation | None = None,
     residual: Array | None = None,
-    all_reduce: Callable[[Float64], object] | None = None,
+    exchange: Exchange | None = None,
 ) -> Saved:
     """Return what :func:`normalize` returned, from x and its statistics.
 
     ``dx`` is where backward is to write; ``instances`` goes with ``sample_variance``. With
-    ``all_reduce`` the statistics are those of several processes, and backward adds up over them.
+    an ``exchange`` the tracked statistic is that of several processes, which backward adds up over.
     """
     affine = weight is not None or has_bias
-    layout = _layout(x, dx, geometry, affine, False, whole_groups=all_reduce is None)
+    layout = _layout(x, dx, geometry, affine, False, whole_groups=exchange is None)
     given = statistics[geometry.tracked]
     running = (given.mean, given.var) if given.n is None else None
     job = Job(
@@ -159,7 +167,7 @@ def restore(
     added = None if residual is None else layout.to_view(residual)
     return Saved(
         layout, x.shape, x.dtype, layout.to_view(x), None, "", activation, added, job.mode, mixture,
-        sample_variance, weight is not None, has_bias, restored, all_reduce,
+        sample_variance, weight is not None, has_bias, restored, exchange,
     )  # fmt: skip
 
 

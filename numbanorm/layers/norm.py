@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from typing import Any, Self
 
 import numpy as np
@@ -22,6 +23,7 @@ from numbanorm.core.checks import (
     others,
     output_array,
 )
+from numbanorm.core.exchange import BACKWARD_ROWS, FORWARD_ROWS, Exchange, check_comm
 from numbanorm.core.geometry import AllBut, Geometry, axis_tuple, geometry, normalize_axes
 from numbanorm.core.layouts import Saved
 from numbanorm.core.memory import arrays
@@ -90,6 +92,8 @@ class Norm:
         ``("leaky_relu", 0.2)``), "relu6", "silu", "gelu", "gelu_tanh", "sigmoid" or "tanh".
     dtype : dtype
         Of parameters and running statistics, float32 or float64.
+    comm : mpi4py communicator, optional
+        Of processes that train together: statistics over axis 0 are those of all their x.
 
     Attributes
     ----------
@@ -121,6 +125,13 @@ class Norm:
     evaluation with running statistics it stays the only one. Running statistics that take it in
     stay NaN, unless ``skip_nonfinite``.
 
+    With ``comm``, a training forward and its backward wait once for those of the other processes,
+    and so each process has to make equally many. Batches may differ in size, and be empty. The
+    statistics have the same bits in every process, dx is that of all losses together, and gradients
+    of parameters are the process's own: :func:`numbanorm.sum_gradients` adds them up. An argument
+    that does not fit in one process is an error in all. Copies share the communicator; pickles
+    keep COMM_WORLD and COMM_SELF, and None for others.
+
     Examples
     --------
     >>> import numpy as np
@@ -137,6 +148,7 @@ class Norm:
     # than one value in each group.
     ranks: tuple[int, ...] = ()
     several_values = False
+    _exchange: Exchange | None = None
 
     def __init__(
         self,
@@ -155,6 +167,7 @@ class Norm:
         skip_nonfinite: bool = False,
         activation: ActivationLike = None,
         dtype: DTypeLike = np.float32,
+        comm: Any = None,
     ) -> None:
         self.axes = axes if isinstance(axes, AllBut) else axis_tuple(axes, "axes")
         if not self.axes:
@@ -182,6 +195,7 @@ class Norm:
         self._saved: Saved | None = None
         self._pool: Pool | None = None
         self._has_bias = bool(bias)
+        self.comm = comm
         if self.affine and self.shape is not None:
             self._adopt(self._new_parameters(self.shape))
         if self.track_stats:
@@ -209,6 +223,12 @@ class Norm:
         self._check_sizes(x, features)
         group_axis = self.group_axis % x.ndim
         return geometry(x.shape, (axes,), features, groups=self.groups, group_axis=group_axis)
+
+    def _may_share(self) -> bool:
+        """Tell whether the tracked statistic may be one over axis 0, whatever x is."""
+        if isinstance(self.axes, AllBut):
+            return 0 not in self.axes.axes
+        return 0 in self.axes or min(self.axes) < 0
 
     def _check_rank(self, x: Array) -> None:
         if self.ranks:
@@ -316,11 +336,25 @@ class Norm:
         >>> numbanorm.LayerNorm(2, eps=0.0).forward([[1.0, 3.0]])
         array([[-1.,  1.]])
         """
+        exchange = self._exchange
+        if exchange is None or not (self.training and exchange.has_others and self._may_share()):
+            return self._forward(x, mask, out)
+        with exchange.turn(FORWARD_ROWS):
+            return self._forward(x, mask, out, exchange)
+
+    def _forward(
+        self,
+        x: ArrayLike,
+        mask: ArrayLike | None,
+        out: Array | None,
+        exchange: Exchange | None = None,
+    ) -> Array:
+        """Return y, with the statistics of all processes if there is an exchange."""
         array = float_array(x, "x")
         shape = self._geometries.get(array.shape) or self._geometry(array)
         self._check_running(array, shape)
         use_batch_stats = self.training or not self.track_stats
-        if self.training and self.several_values:
+        if self.training and self.several_values and exchange is None:
             methods.require_several(shape)
         new = {}
         if self.affine and "weight" not in self._parameters:
@@ -344,6 +378,7 @@ class Norm:
             activation=self._activation,
             residual=added,
             in_place=in_place,
+            exchange=exchange,
         )
         # An error above has left the layer as it was; from here on nothing can fail.
         self._adopt(new)
@@ -394,7 +429,9 @@ class Norm:
             raise RuntimeError(
                 "backward: a forward is needed first, and each forward serves one backward"
             )
-        dx, dresidual, gradients = backward(dy, self._saved, out, out_residual, self._empty)
+        exchange = self._saved.exchange
+        with nullcontext() if exchange is None else exchange.turn(BACKWARD_ROWS):
+            dx, dresidual, gradients = backward(dy, self._saved, out, out_residual, self._empty)
         names = ("weight", "bias", "mean_weight", "var_weight")
         with np.errstate(over="ignore", invalid="ignore"):
             for name, gradient in zip(names, gradients, strict=True):
@@ -485,6 +522,19 @@ class Norm:
         np.copyto(var, statistics.var, where=statistics.known, casting="same_kind")
         self._buffers["num_batches_tracked"][...] = pool.n_forwards
         self.num_batches_skipped = pool.n_skipped
+
+    @property
+    def comm(self) -> Any:
+        """The mpi4py communicator of the processes that share statistics over axis 0, or None."""
+        return None if self._exchange is None else self._exchange.processes.comm
+
+    @comm.setter
+    def comm(self, comm: Any) -> None:
+        processes = check_comm(comm)
+        shape = self.shape if self._features_are_kept() else None
+        self._exchange = None
+        if processes is not None:
+            self._exchange = Exchange(processes, shape, self.several_values)
 
     weight = array_property("_parameters", "weight", "Scale, or None.")
     bias = array_property("_parameters", "bias", "Shift, or None.")

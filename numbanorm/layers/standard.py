@@ -50,6 +50,8 @@ class BatchNorm(Norm):
         What follows in the same pass, see :class:`~numbanorm.Norm`.
     dtype : dtype
         Of parameters and running statistics, float32 or float64.
+    comm : mpi4py communicator, optional
+        Of processes that train together, see :class:`Norm`.
 
     Raises
     ------
@@ -88,6 +90,7 @@ class BatchNorm(Norm):
         skip_nonfinite: bool = False,
         activation: ActivationLike = None,
         dtype: DTypeLike = np.float32,
+        comm: Any = None,
     ) -> None:
         self.num_features = check_count(num_features, "num_features")
         self.axis = check_channel_axis(axis)
@@ -103,6 +106,7 @@ class BatchNorm(Norm):
             skip_nonfinite=skip_nonfinite,
             activation=activation,
             dtype=dtype,
+            comm=comm,
         )
 
     @property

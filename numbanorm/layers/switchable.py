@@ -49,7 +49,7 @@ class SwitchableNorm(Norm):
     sample_variance : bool
         Whether the variance of an instance is divided by n - 1 instead of n, see
         :meth:`from_official`.
-    bias, axis, skip_nonfinite, activation, dtype
+    bias, axis, skip_nonfinite, activation, dtype, comm
         As in :class:`~numbanorm.BatchNorm`.
 
     Attributes
@@ -98,6 +98,7 @@ class SwitchableNorm(Norm):
         sample_variance: bool = False,
         activation: ActivationLike = None,
         dtype: DTypeLike = np.float32,
+        comm: Any = None,
     ) -> None:
         self.num_features = check_count(num_features, "num_features")
         self.over = check_over(over, num_groups)
@@ -122,6 +123,7 @@ class SwitchableNorm(Norm):
             skip_nonfinite=skip_nonfinite,
             activation=activation,
             dtype=dtype,
+            comm=comm,
         )
         if self.zero_init and self.weight is not None:
             self.weight.fill(0)
@@ -135,6 +137,9 @@ class SwitchableNorm(Norm):
         return methods.channel_geometry(
             x, channel, self.over, self.num_groups, by_instance=self.sample_variance
         )
+
+    def _may_share(self) -> bool:
+        return "bn" in self.over
 
     def _mixture(self) -> Float64:
         return methods.mix(self.mean_weight, self.var_weight, len(self.over))
@@ -282,12 +287,13 @@ class SwitchableNorm1d(SwitchableNorm):
         sample_variance: bool = False,
         activation: ActivationLike = None,
         dtype: DTypeLike = np.float32,
+        comm: Any = None,
     ) -> None:
         super().__init__(
             num_features, eps, momentum, affine, track_running_stats,
             over=over, num_groups=num_groups, zero_init=zero_init, bias=bias, axis=axis,
             skip_nonfinite=skip_nonfinite, sample_variance=sample_variance, activation=activation,
-            dtype=dtype,
+            dtype=dtype, comm=comm,
         )  # fmt: skip
 
 

@@ -134,7 +134,7 @@ class _Normalize(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Saved]:
-        y, ctx.saved, _ = ops.forward(outputs.empty_like, *inputs)
+        y, ctx.saved = ops.forward(outputs.empty_like, *inputs)
         _save(ctx, inputs[:7], inputs[7])
         return y, ctx.saved
 
@@ -169,5 +169,5 @@ def normalize(
     if torch.is_grad_enabled():
         y, statistics = private.apply_of(_Normalize)(*tensors, method)
     else:
-        y, statistics, _ = ops.forward(outputs.empty_like, *tensors, method)
+        y, statistics = ops.forward(outputs.empty_like, *tensors, method)
     return y, statistics

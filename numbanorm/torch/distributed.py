@@ -1,15 +1,13 @@
-"""Statistics of several processes: BatchNorm's, and the sums that its gradient needs."""
+"""Processes of ``torch.distributed`` that share BatchNorm's statistics."""
 
-from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-import numbanorm
-from numbanorm.core.layouts import Statistic
-from numbanorm.core.types import Array
-from numbanorm.moments import Moments
+from numbanorm.core.exchange import Exchange, Processes
+from numbanorm.core.types import Array, Float64
 from numbanorm.torch import private
 
 
@@ -21,29 +19,33 @@ def name_of_group(process_group: object) -> str:
     return private.name_of_group(group) if dist.get_world_size(group) > 1 else ""
 
 
-def shared_statistic(x: Array, process_group: str) -> Statistic:
-    """Return BatchNorm's statistic of all processes' x, which may differ in size."""
-    axes = tuple(axis for axis in range(x.ndim) if axis != 1)
-    local = numbanorm.moments(x, axes)
-    count = np.full(local.mean.shape, local.count)
-    packed = torch.from_numpy(np.stack([count, local.mean, local.m2, local._rest]))
-    group = private.process_group(process_group)
-    gathered = [torch.empty_like(packed) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(gathered, packed, group=group)
-    arrays = (tensor.numpy() for tensor in gathered)
-    moments = Moments.merge(Moments._of(n.astype(np.int64), *rest) for n, *rest in arrays)
-    n = np.asarray(moments.count)
-    if n.max() < 2:
-        raise ValueError(
-            f"x: more than one value per channel is needed in training, got shape {x.shape}, "
-            "and no value in the other processes"
-        )
-    grid = [1, -1, *[1] * (x.ndim - 2)]
-    mean, var = moments.mean.reshape(grid), moments.var().reshape(grid)
-    return Statistic(axes, n.reshape(grid), mean, var)
+class ProcessGroup(Processes):
+    """The processes of a group of ``torch.distributed``, by its name."""
+
+    def __init__(self, name: str) -> None:
+        self._group = private.process_group(name)
+
+    @property
+    def count(self) -> int:
+        """How many there are."""
+        return int(dist.get_world_size(self._group))
+
+    def gather(self, values: Float64) -> Float64:
+        """Return the arrays of all processes."""
+        sent = torch.from_numpy(np.ascontiguousarray(values))
+        gathered = np.empty((self.count, *values.shape))
+        dist.all_gather(list(torch.from_numpy(gathered)), sent, group=self._group)
+        return gathered
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """Return a small object of each process."""
+        found: list[Any] = [None] * self.count
+        dist.all_gather_object(found, value, group=self._group)
+        return found
 
 
-def all_reduce(process_group: str) -> Callable[[Array], object]:
-    """Return a function that adds an array up over processes, in place."""
-    group = private.process_group(process_group)
-    return lambda sums: dist.all_reduce(torch.from_numpy(sums), group=group)
+def exchange(process_group: str, x: Array) -> Exchange | None:
+    """Return what shares BatchNorm's statistics of x in a process group, or None without one."""
+    if not process_group:
+        return None
+    return Exchange(ProcessGroup(process_group), x.shape[1:2], several=True)

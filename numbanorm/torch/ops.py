@@ -67,9 +67,9 @@ def _geometry(shape: Axes, method: Method) -> Geometry:
 
 
 @np.errstate(all="ignore")
-def pack(saved: Saved, shared: Statistic | None = None) -> Tensor:
+def pack(saved: Saved) -> Tensor:
     """Return mean, variance for running statistics, variance and count of all groups, (4, S)."""
-    statistics = saved.all_statistics() if shared is None else [shared]
+    statistics = saved.all_statistics()
     sample_variance = saved.sample_variance
     if sample_variance and math.prod(saved.shape[2:]) > 1:
         zeros = np.zeros((*saved.shape[:2], 1))
@@ -123,7 +123,6 @@ def _restore(
         unpacked = _unpack(statistics, geometry, axes)
     if not use_batch_stats:
         unpacked[geometry.tracked] = unpacked[geometry.tracked]._replace(n=None)
-    group = method.process_group
     return restore(
         array,
         dx.numpy(),
@@ -136,7 +135,7 @@ def _restore(
         center=method.statistics != ("rms",),
         sample_variance=method.sample_variance,
         instances=instances,
-        all_reduce=distributed.all_reduce(group) if group else None,
+        exchange=distributed.exchange(method.process_group, array),
     )
 
 
@@ -153,17 +152,14 @@ def forward(
     running_mean: Tensor | None,
     running_var: Tensor | None,
     method: Method,
-) -> tuple[Tensor, Saved, Statistic | None]:
-    """Return y, what backward needs beside x, and the statistic that processes share."""
+) -> tuple[Tensor, Saved]:
+    """Return y, and what backward needs beside x."""
     y = empty_like(x, method)
     array = as_array(x)
-    running, shared = None, None
+    running = None
     if running_mean is not None and running_var is not None:
         running = as_array(running_mean), as_array(running_var)
     with thread_count(torch.get_num_threads()):
-        if method.process_group:
-            shared = distributed.shared_statistic(array, method.process_group)
-            running = shared.mean, shared.var
         saved = normalize(
             array,
             y.numpy(),
@@ -175,8 +171,9 @@ def forward(
             mixture=_mixture(mean_weight, var_weight),
             center=method.statistics != ("rms",),
             sample_variance=method.sample_variance,
+            exchange=distributed.exchange(method.process_group, array),
         )
-    return y, saved.with_x(None), shared  # autograd keeps x, and knows when not to
+    return y, saved.with_x(None)  # autograd keeps x, and knows when not to
 
 
 def backward(
@@ -223,11 +220,11 @@ def normalize_op(
     over: str, number: int, eps: float, sample_variance: bool, process_group: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return y and the statistics; running ones, where given, take the place of "bn"."""
-    y, saved, shared = forward(
+    y, saved = forward(
         empty_like, x, weight, bias, mean_weight, var_weight, running_mean, running_var,
         method_of(over, number, eps, sample_variance, process_group),
     )  # fmt: skip
-    return y, pack(saved, shared)
+    return y, pack(saved)
 
 
 @normalize_op.register_fake

@@ -4,12 +4,13 @@ import dataclasses
 import functools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
+from numbanorm.core.exchange import Exchange
 from numbanorm.core.geometry import Geometry
 from numbanorm.core.types import Array, Axes, Float64, stored
 from numbanorm.kernels.activations import Activation
@@ -55,6 +56,8 @@ class Job(NamedTuple):
         is divided by n - 1 instead of n.
     fused : tuple or None
         The fields of :class:`numbanorm.kernels.access.Fused`, of views.
+    exchange : Exchange or None
+        With the processes that share the tracked statistic.
     """
 
     mode: Mode
@@ -64,6 +67,7 @@ class Job(NamedTuple):
     mixture: Float64 | None = None
     sample_variance: bool = False
     fused: Any = None
+    exchange: Exchange | None = None
 
 
 class Statistics(NamedTuple):
@@ -111,8 +115,8 @@ class Saved(NamedTuple):
         Which gradients there are.
     statistics : Statistics
         What forward found.
-    all_reduce : callable or None
-        Adds an array up, in place, over processes that share the statistics.
+    exchange : Exchange or None
+        With the processes that share the tracked statistic.
     """
 
     layout: "Layout"
@@ -129,7 +133,7 @@ class Saved(NamedTuple):
     has_weight: bool
     has_bias: bool
     statistics: Statistics
-    all_reduce: Callable[[Float64], object] | None = None
+    exchange: Exchange | None = None
 
     def __eq__(self, other: object) -> bool:
         """Tell whether it is the same: arrays are not compared."""

@@ -15,6 +15,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from numbanorm.core.exchange import Exchange
 from numbanorm.core.groups import Groups, Segments, group_of_pieces, number_groups, segments
 from numbanorm.core.layouts.base import (
     Arrangement,
@@ -36,6 +37,30 @@ from numbanorm.numba_ext.threads import call, run
 
 # The mixture of a single statistic.
 ALONE = np.ones((2, 1))
+
+
+def merge_groups(
+    parts: Float64, groups: Groups, of_parts: Segments, center: bool, ddof: int, work: int = 0
+) -> Float64:
+    """Return count, mean, variance, m2 and the mean's rest of all groups, (5, G).
+
+    ``parts`` are count, mean, m2 and the mean's rest of P parts, (4, P). The variance is m2 /
+    (count - ``ddof``), or the mean square if not ``center``; the mean is 0 then.
+    """
+    merged = np.empty((5, groups.total))
+    run(
+        algebra.merge_pieces, work,
+        parts, *of_parts, groups.bounds, center, ddof, merged,
+    )  # fmt: skip
+    return merged
+
+
+def merge_processes(gathered: Float64, center: bool = True, ddof: int = 0) -> Float64:
+    """Return what :func:`merge_groups` does of the same groups in n processes, (n, 4, G)."""
+    n, _, n_groups = gathered.shape
+    parts = np.ascontiguousarray(gathered.swapaxes(0, 1)).reshape(4, n * n_groups)
+    table = np.tile(np.arange(n_groups, dtype=np.uint32), n)[None]
+    return merge_groups(parts, number_groups(((n_groups,),)), segments(table), center, ddof)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -125,17 +150,9 @@ class Pieces(Layout):
     def merge(
         self, parts: Float64, groups: Groups, of_parts: Segments, center: bool = True, ddof: int = 0
     ) -> Float64:
-        """Return count, mean, variance, m2 and the mean's rest of all groups, (5, G).
-
-        The variance is m2 / (count - ``ddof``), or the mean square if not ``center``; the mean is 0
-        then. ``parts`` are as from :meth:`reduce`.
-        """
-        merged = np.empty((5, groups.total))
-        run(
-            algebra.merge_pieces, self._work(parts.shape[1], len(groups.shapes)),
-            parts, *of_parts, groups.bounds, center, ddof, merged,
-        )  # fmt: skip
-        return merged
+        """Return what :func:`merge_groups` does of ``parts``, as from :meth:`reduce`."""
+        work = self._work(parts.shape[1], len(groups.shapes))
+        return merge_groups(parts, groups, of_parts, center, ddof, work)
 
     def forward(
         self, x: Array, mask: Array | None, job: Job, streamed: bool, y: Array
@@ -147,9 +164,12 @@ class Pieces(Layout):
             if job.sample_variance and self._instance_size > 1:
                 instances, parts = self._with_sample_variance(parts)
                 of_parts = self._instances[2]
-            groups = self.merge(
-                parts, self.groups, of_parts, mode.center, self.ddof(job.sample_variance)
-            )
+            ddof = self.ddof(job.sample_variance)
+            # What processes share is merged once more, and needs its means for that.
+            center = mode.center or job.exchange is not None
+            groups = self.merge(parts, self.groups, of_parts, center, ddof)
+            if job.exchange is not None:
+                self._share(groups, job.exchange, mode.center, ddof)
         else:
             groups = np.empty((3, self.groups.total))
         if job.running is not None:
@@ -163,6 +183,19 @@ class Pieces(Layout):
         pieces, coef = self._coefficients(groups, parameters, job, y.dtype)
         self._apply(None, x, None, job.fused, coef, streamed, y)
         return Statistics(parameters, groups, pieces, instances)
+
+    def _share(self, groups: Float64, exchange: Exchange, center: bool, ddof: int) -> None:
+        """Make the tracked statistic that of all processes' x together."""
+        geometry = self.geometry
+        place = self.groups.slices[geometry.tracked]
+        moments = np.delete(groups[:, place], 2, axis=0)
+        sizes, gathered = exchange.gather(moments, geometry.running_shape, geometry.group_size)
+        if exchange.several and sizes.sum() == 1:
+            raise ValueError(
+                "x: more than one value per channel is needed in training, got one in process "
+                f"{int(sizes.argmax())} and none in the others"
+            )
+        groups[:, place] = merge_processes(gathered, center, ddof)
 
     @np.errstate(all="ignore")  # NaN and Inf are the user's, and reach what they should
     def _with_sample_variance(self, parts: Float64) -> tuple[Instances, Float64]:
@@ -208,8 +241,9 @@ class Pieces(Layout):
             self.ddof(saved.sample_variance), mixture, found.parameters, found.pieces,
             dgroups, dmixture, dparameters,
         )  # fmt: skip
-        if saved.all_reduce is not None:
-            saved.all_reduce(dgroups)
+        if saved.exchange is not None:
+            place, shape = self.groups.slices[self.geometry.tracked], self.geometry.running_shape
+            dgroups[:, place] = saved.exchange.gather(dgroups[:, place], shape, 0)[1].sum(0)
         given = -1 if saved.mode.use_batch_stats else self.geometry.tracked
         instances = None
         if found.instances is not None:
