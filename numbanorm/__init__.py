@@ -32,15 +32,19 @@ Functions
 - ``recalibrate``: exact pooled statistics of some batches instead of running averages
 - ``fold_linear``, ``fold_conv``: a BatchNorm made part of the layer before it, for evaluation
 - ``plot_importance``: draws what every SwitchableNorm of a model uses
+- ``sum_gradients``: adds the gradients of processes up that train together, see ``comm=``
 - ``set_num_threads``, ``get_num_threads``: how many threads; results do not depend on it
 
 Modules
 
 - ``numbanorm.functional``: the same methods without state
+- ``numbanorm.dask``: ``moments`` of a Dask array
+- ``numbanorm.sklearn``: ``Standardizer``, a transformer for scikit-learn
 - ``numbanorm.torch``: layers for PyTorch on the CPU; ``convert`` puts them into a model
 """
 
 from numbanorm import functional
+from numbanorm.gradients import sum_gradients
 from numbanorm.inference import fold_conv, fold_linear
 from numbanorm.layers import (
     BatchNorm,
@@ -93,4 +97,5 @@ __all__ = [
     "plot_importance",
     "recalibrate",
     "set_num_threads",
+    "sum_gradients",
 ]

@@ -2,14 +2,16 @@
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from numbanorm.core.checks import bool_mask, float_array
+from numbanorm.core.exchange import FORWARD_ROWS, Exchange, check_comm
 from numbanorm.core.geometry import geometry, memory_order, normalize_axes
 from numbanorm.core.layouts import find_layout
-from numbanorm.core.layouts.pieces import Pieces
+from numbanorm.core.layouts.pieces import Pieces, merge_processes
 from numbanorm.core.types import Float64
 from numbanorm.kernels import algebra
 from numbanorm.numba_ext.threads import call
@@ -181,6 +183,7 @@ def moments(
     *,
     mask: ArrayLike | None = None,
     keepdims: bool = False,
+    comm: Any = None,
 ) -> Moments:
     """Take count, mean and second central moment over some axes, in one pass over x.
 
@@ -194,6 +197,10 @@ def moments(
         Broadcasts to x; True where an element counts. Then ``count`` is an array.
     keepdims : bool
         Keep reduced axes with size 1.
+    comm : mpi4py communicator, optional
+        Of processes, each of which calls this with a part of the data: where axis 0 is reduced, the
+        moments are those of all parts, with the same bits in every process. Parts may differ in
+        size, and be empty; what does not fit in one process is an error in all.
 
     Returns
     -------
@@ -220,6 +227,20 @@ def moments(
     >>> m.count, m.mean, m.m2
     (3, array([1., 4.]), array([2., 2.]))
     """
+    processes = check_comm(comm)
+    if processes is None:
+        return _moments(x, axes, mask, keepdims)
+    with Exchange(processes).turn(FORWARD_ROWS) as exchange:
+        return _moments(x, axes, mask, keepdims, exchange)
+
+
+def _moments(
+    x: ArrayLike,
+    axes: int | Iterable[int] | None,
+    mask: ArrayLike | None,
+    keepdims: bool,
+    exchange: Exchange | None = None,
+) -> Moments:
     array = float_array(x, "x")
     everything = tuple(range(array.ndim))
     reduced = everything if axes is None else normalize_axes(axes, array.ndim)
@@ -229,11 +250,23 @@ def moments(
     assert isinstance(layout, Pieces)
     parts = layout.reduce(layout.to_view(array), None if counts is None else layout.to_view(counts))
     merged = layout.merge(parts, layout.groups, layout.part_segments)
+    size = math.prod(array.shape[axis] for axis in reduced)
+    masked = counts is not None
+    if exchange is not None:
+        shape = tuple(n for axis, n in enumerate(array.shape) if axis not in reduced)
+        if 0 not in reduced:
+            exchange.gather(np.empty((FORWARD_ROWS, 0)), (0,), 0)
+        else:
+            # A size below 0 says that there is a mask.
+            sizes, gathered = exchange.gather(
+                np.delete(merged, 2, axis=0), shape, -1 if masked else size
+            )
+            merged = merge_processes(gathered)
+            masked, size = bool((sizes < 0).any()), int(sizes.sum())
     shape = tuple(
         1 if axis in reduced else n
         for axis, n in enumerate(array.shape)
         if keepdims or axis not in reduced
     )
     count, mean, _, m2, rest = merged.reshape(5, *shape)
-    size = math.prod(array.shape[axis] for axis in reduced)
-    return Moments._of(size if counts is None else count.astype(np.int64), mean, m2, rest)
+    return Moments._of(count.astype(np.int64) if masked else size, mean, m2, rest)

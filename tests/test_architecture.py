@@ -22,14 +22,14 @@ ROOMS = (
     ("core",),
     ("methods",),
     ("moments", "functional"),
-    ("recalibrate", "inference", "plot"),
+    ("recalibrate", "inference", "plot", "gradients", "dask", "sklearn"),
     ("layers",),
     ("torch", "warmup"),
     ("__init__", "__main__"),
 )
 LEVEL = {name: level for level, names in enumerate(ROOMS) for name in names}
 # Nothing that runs at import may come from an optional dependency.
-OPTIONAL = ("torch", "matplotlib", "sklearn", "tqdm")
+OPTIONAL = ("torch", "matplotlib", "sklearn", "tqdm", "mpi4py", "dask")
 
 
 def imported(path):

@@ -12,7 +12,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from numbanorm.core.types import Axes, Float64
+from numbanorm.core.types import Float64
 
 # Rows of a value for each group: count, mean, m2, rest in forward; dmean, dvar in backward.
 FORWARD_ROWS, BACKWARD_ROWS = 4, 2
@@ -80,10 +80,14 @@ class Exchange:
         Sizes of the groups that all processes had the last time, or that they were made with.
     several : bool
         Whether a group of a single value in all of them together is an error.
+    needed : str
+        What has to be the same in all processes, for the error where it is not.
     """
 
+    needed = "x: equal sizes of the kept axes"
+
     def __init__(
-        self, processes: Processes, shape: Axes | None = None, several: bool = False
+        self, processes: Processes, shape: tuple[Any, ...] | None = None, several: bool = False
     ) -> None:
         self.processes, self.shape, self.several = processes, shape, several
         self._rows = 0  # of this turn, or 0 where the others wait for nothing
@@ -114,14 +118,14 @@ class Exchange:
             everyone = self._gather(rows, None, 0, None)
             self._reports(everyone, error)
 
-    def gather(self, rows: Float64, shape: Axes, size: int) -> tuple[Float64, Float64]:
+    def gather(self, rows: Float64, shape: tuple[Any, ...], size: int) -> tuple[Float64, Float64]:
         """Return each process's ``size`` (n,), and its rows (n, rows, groups).
 
         Parameters
         ----------
         rows : array (rows, groups)
             A value for each group.
-        shape : tuple of int
+        shape : tuple
             The sizes of the groups, which have to be the same in all processes.
         size : int
             How many elements a group has in this process.
@@ -137,7 +141,7 @@ class Exchange:
             gathered, self.shape = self.processes.gather(rows), shape
         return sizes, gathered
 
-    def _gather(self, n_rows: int, shape: Axes | None, size: int, rows: Any) -> Float64:
+    def _gather(self, n_rows: int, shape: tuple[Any, ...] | None, size: int, rows: Any) -> Float64:
         """Send a header, and rows where all know how long they are."""
         n_groups = 0 if self.shape is None else int(np.prod(self.shape))
         sent = np.zeros(HEADER + n_rows * n_groups)
@@ -146,7 +150,7 @@ class Exchange:
             sent[HEADER:] = rows.ravel()
         return self.processes.gather(sent)
 
-    def _reports(self, everyone: Float64, own: Axes | Exception) -> Exception:
+    def _reports(self, everyone: Float64, own: tuple[Any, ...] | Exception) -> Exception:
         """Return the error of all, once each has told its own or what sizes it has."""
         found = self.processes.gather_objects(
             (isinstance(own, TypeError), str(own)) if isinstance(own, Exception) else own
@@ -155,7 +159,7 @@ class Exchange:
             is_type, text = found[rank]
             return (TypeError if is_type else ValueError)(f"in process {rank}, {text}")
         return ValueError(
-            "x: equal sizes of the kept axes are needed in all processes, got "
+            f"{self.needed} are needed in all processes, got "
             + ", ".join(f"{shape} in process {rank}" for rank, shape in enumerate(found))
         )
 
@@ -168,7 +172,7 @@ class Exchange:
         return _named, (self.processes.name, self.shape, self.several)
 
 
-def _named(name: str | None, shape: Axes | None, several: bool) -> Exchange | None:
+def _named(name: str | None, shape: tuple[Any, ...] | None, several: bool) -> Exchange | None:
     """Return an exchange that was pickled, or None where there are no such processes."""
     if name is None:
         return None
