@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from numbanorm.core.layouts import Saved, Statistic
-from numbanorm.core.running import ddof_of_running
+from numbanorm.core.running import ddof_of_running, sample_sums
 from numbanorm.core.types import Float64
 from numbanorm.moments import Moments
 
@@ -32,12 +32,17 @@ class Pool:
         self.n_forwards = 0
         self.n_skipped = 0
         self._moments: Moments | None = None
-        self._samples: NDArray[np.int64] | None = None
+        self._samples: Float64 | None = None
         self._mean = self._var = np.zeros(())
         self._ddof = 1
 
     def add(self, saved: Saved) -> None:
         """Add the tracked statistic of one forward."""
+        if saved.samples is not None:
+            n, mean, var = saved.samples.reshape(3, *saved.layout.geometry.running_shape)
+            self.n_forwards += 1
+            self._add_samples(n, n * mean, n * var)
+            return
         self.add_statistic(
             saved.batch,
             saved.layout.geometry.running_shape,
@@ -62,13 +67,13 @@ class Pool:
             moments = Moments(n.reshape(shape), mean.reshape(shape), m2.reshape(shape))
             self._moments = moments if self._moments is None else self._moments + moments
             return
-        known = n > 0
-        unbiased = var * (np.maximum(n - ddof_of_batch, 1) / np.maximum(n - ddof, 1))
-        sums = (np.where(known, values, 0).sum(0).reshape(shape) for values in (mean, unbiased))
-        mean_sum, var_sum = sums
-        samples = known.sum(0).reshape(shape)
-        self._samples = samples if self._samples is None else self._samples + samples
-        self._mean, self._var = self._mean + mean_sum, self._var + var_sum
+        sums = sample_sums(batch, ddof, ddof_of_batch)
+        self._add_samples(*sums.reshape(3, *shape))
+
+    def _add_samples(self, n: Float64, mean: Float64, var: Float64) -> None:
+        """Add the number of samples, and sums of their means and variances."""
+        self._samples = n if self._samples is None else self._samples + n
+        self._mean, self._var = self._mean + mean, self._var + var
 
     def statistics(self) -> Running:
         """Return means and unbiased variances of all forwards, of which there is at least one."""

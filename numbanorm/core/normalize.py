@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from numbanorm.core.checks import empty_array, float_array, output_array
-from numbanorm.core.exchange import FORWARD_ROWS, Exchange
+from numbanorm.core.exchange import Exchange
 from numbanorm.core.geometry import Geometry, memory_order
 from numbanorm.core.layouts import Instances, Job, Layout, Saved, Statistic, find_layout
 from numbanorm.core.types import Array, Float64, arithmetic
@@ -84,8 +84,7 @@ def normalize(
         With processes that share the tracked statistic, if that reduces axis 0.
     """
     affine = weight is not None or bias is not None
-    if exchange is not None and 0 not in geometry.reductions[geometry.tracked]:
-        exchange.gather(np.empty((FORWARD_ROWS, 0)), (0,), 0)  # which no process then shares
+    if 0 not in geometry.reductions[geometry.tracked]:
         exchange = None
     layout = _layout(x, y, geometry, affine, mask is not None, whole_groups=exchange is None)
     target, copied = layout.to_target(y)

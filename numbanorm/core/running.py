@@ -2,8 +2,9 @@
 
 import numpy as np
 
-from numbanorm.core.layouts import Saved
-from numbanorm.core.types import Array
+from numbanorm.core.exchange import FORWARD_ROWS, Exchange
+from numbanorm.core.layouts import Saved, Statistic
+from numbanorm.core.types import Array, Float64
 from numbanorm.kernels import algebra
 from numbanorm.numba_ext.threads import call
 
@@ -23,8 +24,13 @@ def track(
     leaves the statistics alone.
     """
     flat = [_flat(array) for array in (running_mean, running_var)]
+    if saved.samples is None:
+        tracked = saved.layout.tracked(saved.statistics.groups)
+    else:
+        n, mean, var = saved.samples
+        tracked = np.array((n > 0, mean, var)), 0, len(n)
     skipped = call(
-        algebra.track, *saved.layout.tracked(saved.statistics.groups), ddof_of_running(saved),
+        algebra.track, *tracked, ddof_of_running(saved),
         saved.layout.ddof(saved.sample_variance), momentum, skip_nonfinite, *flat, n_batches,
     )  # fmt: skip
     for array, values in zip((running_mean, running_var), flat, strict=True):
@@ -39,8 +45,36 @@ def _flat(array: Array) -> Array:
     return array if one_run else np.ascontiguousarray(array).reshape(-1)
 
 
+@np.errstate(all="ignore")
+def sample_sums(batch: Statistic, ddof: int = 1, ddof_of_batch: int = 0) -> Float64:
+    """Return the number of samples that have something, and sums of their means and variances.
+
+    Variances were divided by n - ``ddof_of_batch``, and those that are summed by n - ``ddof``.
+    """
+    _, n, mean, var = batch
+    assert n is not None
+    known = n > 0
+    unbiased = var * (np.maximum(n - ddof_of_batch, 1) / np.maximum(n - ddof, 1))
+    return np.stack([np.where(known, values, 0).sum(0) for values in (1, mean, unbiased)])
+
+
+@np.errstate(all="ignore")
+def share_samples(saved: Saved, exchange: Exchange) -> Saved:
+    """Return the same with averages over the samples of all processes, where axis 0 is kept."""
+    shape = saved.layout.geometry.running_shape
+    ddof_of_batch = saved.layout.ddof(saved.sample_variance)
+    own = sample_sums(saved.batch, ddof_of_running(saved), ddof_of_batch).reshape(3, -1)
+    rows = np.concatenate((own, np.zeros((FORWARD_ROWS - 3, own.shape[1]))))
+    _, gathered = exchange.gather(rows, shape, 0)
+    n, mean_sum, var_sum, _ = gathered.sum(0)
+    n_samples = np.maximum(n, 1)
+    return saved._replace(samples=np.stack((n, mean_sum / n_samples, var_sum / n_samples)))
+
+
 def is_finite(saved: Saved) -> bool:
     """Tell whether the tracked statistic of a forward has neither NaN nor Inf."""
+    if saved.samples is not None:
+        return bool(np.isfinite(saved.samples).all())
     return bool(np.isfinite(saved.batch.mean).all() and np.isfinite(saved.batch.var).all())
 
 

@@ -28,7 +28,7 @@ from numbanorm.core.geometry import AllBut, Geometry, axis_tuple, geometry, norm
 from numbanorm.core.layouts import Saved
 from numbanorm.core.memory import arrays
 from numbanorm.core.normalize import backward, normalize
-from numbanorm.core.running import is_finite, track
+from numbanorm.core.running import is_finite, share_samples, track
 from numbanorm.core.types import Array, Axes, Float64
 from numbanorm.kernels.activations import Activation
 from numbanorm.recalibrate import Pool
@@ -225,10 +225,10 @@ class Norm:
         return geometry(x.shape, (axes,), features, groups=self.groups, group_axis=group_axis)
 
     def _may_share(self) -> bool:
-        """Tell whether the tracked statistic may be one over axis 0, whatever x is."""
+        """Tell whether, for some x, anything is a mean over axis 0."""
         if isinstance(self.axes, AllBut):
-            return 0 not in self.axes.axes
-        return 0 in self.axes or min(self.axes) < 0
+            return self.track_stats or 0 not in self.axes.axes
+        return self.track_stats or 0 in self.axes or min(self.axes) < 0
 
     def _check_rank(self, x: Array) -> None:
         if self.ranks:
@@ -380,6 +380,8 @@ class Norm:
             in_place=in_place,
             exchange=exchange,
         )
+        if exchange is not None and saved.exchange is None:
+            saved = share_samples(saved, exchange)
         # An error above has left the layer as it was; from here on nothing can fail.
         self._adopt(new)
         if len(self._geometries) < 64:

@@ -117,6 +117,9 @@ class Saved(NamedTuple):
         What forward found.
     exchange : Exchange or None
         With the processes that share the tracked statistic.
+    samples : array (3, R) or None
+        What is tracked where processes share averages over samples: their number, and the averages
+        of their means and unbiased variances.
     """
 
     layout: "Layout"
@@ -134,6 +137,7 @@ class Saved(NamedTuple):
     has_bias: bool
     statistics: Statistics
     exchange: Exchange | None = None
+    samples: Float64 | None = None
 
     def __eq__(self, other: object) -> bool:
         """Tell whether it is the same: arrays are not compared."""
