@@ -24,13 +24,14 @@ from numbanorm.core.checks import (
     output_array,
 )
 from numbanorm.core.exchange import BACKWARD_ROWS, FORWARD_ROWS, Exchange, check_comm
-from numbanorm.core.geometry import AllBut, Geometry, axis_tuple, geometry, normalize_axes
+from numbanorm.core.geometry import AllBut, Geometry, axis_tuple
 from numbanorm.core.layouts import Saved
 from numbanorm.core.memory import arrays
 from numbanorm.core.normalize import backward, normalize
 from numbanorm.core.running import is_finite, share_samples, track
-from numbanorm.core.types import Array, Axes, Float64
+from numbanorm.core.types import Array, Float64
 from numbanorm.kernels.activations import Activation
+from numbanorm.layers.axes import OverAxes
 from numbanorm.recalibrate import Pool
 
 
@@ -52,7 +53,7 @@ def array_property(group: str, name: str, doc: str) -> Any:
     return property(get, replace, doc=doc)
 
 
-class Norm:
+class Norm(OverAxes):
     """Normalise x over any axes: y = (x - mean) / sqrt(var + eps) * weight + bias.
 
     All other layers are a ``Norm`` with axes and shapes of their own.
@@ -144,10 +145,9 @@ class Norm:
     (1,)
     """
 
-    # A layer of fixed rank says which number of axes x may have, and whether training needs more
-    # than one value in each group.
-    ranks: tuple[int, ...] = ()
+    # Whether training needs more than one value in each group.
     several_values = False
+    # Layers that were pickled before there was such a thing have none.
     _exchange: Exchange | None = None
 
     def __init__(
@@ -203,68 +203,6 @@ class Norm:
                 mean, var = self._running_or_new(self.shape)
                 self._buffers.update(running_mean=mean, running_var=var)
             self._buffers["num_batches_tracked"] = np.zeros((), np.int64)
-
-    # -- Axes and shapes ------------------------------------------------------------------------
-
-    def _features_are_kept(self) -> bool:
-        """Tell whether parameters and running statistics have the same shape, whatever x is."""
-        if isinstance(self.axes, AllBut):
-            return set(self.axes.axes) - {0} == set(self.feature_axes or ())
-        return 0 in self.axes and self.feature_axes is None
-
-    def _geometry(self, x: Array) -> Geometry:
-        """Return over which axes of x statistics and parameters are."""
-        self._check_rank(x)
-        axes = normalize_axes(self.axes, x.ndim)
-        if self.feature_axes is not None:
-            features = normalize_axes(self.feature_axes, x.ndim, "feature_axes")
-        else:
-            features = normalize_axes(AllBut(axes), x.ndim) if 0 in axes else axes
-        self._check_sizes(x, features)
-        group_axis = self.group_axis % x.ndim
-        return geometry(x.shape, (axes,), features, groups=self.groups, group_axis=group_axis)
-
-    def _may_share(self) -> bool:
-        """Tell whether, for some x, anything is a mean over axis 0."""
-        if isinstance(self.axes, AllBut):
-            return self.track_stats or 0 not in self.axes.axes
-        return self.track_stats or 0 in self.axes or min(self.axes) < 0
-
-    def _check_rank(self, x: Array) -> None:
-        if self.ranks:
-            if x.ndim not in self.ranks:
-                needed = " or ".join(map(str, self.ranks))
-                raise ValueError(
-                    f"x: {type(self).__name__} needs {needed} axes, got shape {x.shape}"
-                )
-            return
-        given = self.axes.axes if isinstance(self.axes, AllBut) else self.axes
-        given += self.feature_axes or ()
-        if self.groups > 1:
-            given += (self.group_axis,)
-        least = max(axis + 1 if axis >= 0 else -axis for axis in given)
-        if x.ndim < least:
-            raise ValueError(
-                f"x: {type(self).__name__} needs at least {least} axes, got shape {x.shape}"
-            )
-
-    def _check_sizes(self, x: Array, features: Axes) -> None:
-        """Raise if parameters are there, or declared, but of other sizes."""
-        expected = self.shape if self.weight is None else self.weight.shape
-        sizes = tuple(x.shape[axis] for axis in features)
-        if expected is not None and expected != sizes:
-            raise ValueError(
-                f"x: sizes {expected} are needed on the feature axes {features}, got {sizes} "
-                f"in shape {x.shape}"
-            )
-
-    def _check_running(self, x: Array, shape: Geometry) -> None:
-        mean = self._buffers.get("running_mean")
-        if mean is not None and mean.shape != shape.running_shape:
-            raise ValueError(
-                f"x: sizes {mean.shape} are needed on the kept axes, as running_mean "
-                f"has them, got {shape.running_shape} in shape {x.shape}"
-            )
 
     def _mixture(self) -> Float64 | None:
         """Return the weights of several statistics."""
