@@ -2,8 +2,11 @@
 
 import importlib.util
 
-# Its doctests need PyTorch, which is optional.
-collect_ignore = [] if importlib.util.find_spec("torch") else ["numbanorm/torch"]
+# Their doctests need what is optional.
+NEEDS = {"torch": "torch", "dask": "dask.py", "sklearn": "sklearn.py"}
+collect_ignore = [
+    f"numbanorm/{file}" for name, file in NEEDS.items() if not importlib.util.find_spec(name)
+]
 
 
 def pytest_ignore_collect(collection_path, config):

@@ -11,7 +11,7 @@ from numbanorm.core.checks import bool_mask, float_array
 from numbanorm.core.exchange import FORWARD_ROWS, Exchange, check_comm
 from numbanorm.core.geometry import geometry, memory_order, normalize_axes
 from numbanorm.core.layouts import find_layout
-from numbanorm.core.layouts.pieces import Pieces, merge_processes
+from numbanorm.core.layouts.pieces import Pieces, merge_stacked
 from numbanorm.core.types import Float64
 from numbanorm.kernels import algebra
 from numbanorm.numba_ext.threads import call
@@ -261,7 +261,7 @@ def _moments(
             sizes, gathered = exchange.gather(
                 np.delete(merged, 2, axis=0), shape, -1 if masked else size
             )
-            merged = merge_processes(gathered)
+            merged = merge_stacked(gathered)
             masked, size = bool((sizes < 0).any()), int(sizes.sum())
     shape = tuple(
         1 if axis in reduced else n

@@ -55,7 +55,7 @@ def merge_groups(
     return merged
 
 
-def merge_processes(gathered: Float64, center: bool = True, ddof: int = 0) -> Float64:
+def merge_stacked(gathered: Float64, center: bool = True, ddof: int = 0) -> Float64:
     """Return what :func:`merge_groups` does of the same groups in n processes, (n, 4, G)."""
     n, _, n_groups = gathered.shape
     parts = np.ascontiguousarray(gathered.swapaxes(0, 1)).reshape(4, n * n_groups)
@@ -195,7 +195,7 @@ class Pieces(Layout):
                 "x: more than one value per channel is needed in training, got one in process "
                 f"{int(sizes.argmax())} and none in the others"
             )
-        groups[:, place] = merge_processes(gathered, center, ddof)
+        groups[:, place] = merge_stacked(gathered, center, ddof)
 
     @np.errstate(all="ignore")  # NaN and Inf are the user's, and reach what they should
     def _with_sample_variance(self, parts: Float64) -> tuple[Instances, Float64]:
