@@ -1,5 +1,6 @@
 """Count, mean and second central moment of data, in one pass, and how they merge."""
 
+import itertools
 import math
 from collections.abc import Iterable
 from typing import Any
@@ -12,9 +13,11 @@ from numbanorm.core.exchange import FORWARD_ROWS, Exchange, check_comm
 from numbanorm.core.geometry import geometry, memory_order, normalize_axes
 from numbanorm.core.layouts import find_layout
 from numbanorm.core.layouts.pieces import Pieces, merge_stacked
-from numbanorm.core.types import Float64
+from numbanorm.core.mapped import give_back, mapping_of
+from numbanorm.core.types import Array, Axes, Float64
 from numbanorm.kernels import algebra
 from numbanorm.numba_ext.threads import call
+from numbanorm.tuning import tuning
 
 
 class Moments:
@@ -190,7 +193,8 @@ def moments(
     Parameters
     ----------
     x : array of float32 or float64
-        Any shape and strides; there is a copy only if x has gaps in memory.
+        Any shape and strides; there is a copy only if x has gaps in memory. A ``numpy.memmap`` may
+        be larger than memory: it is read in parts, which do not stay in the process.
     axes : int or tuple of int, optional
         The axes to reduce, negative allowed; by default all.
     mask : array of bool, optional
@@ -241,15 +245,11 @@ def _moments(
     keepdims: bool,
     exchange: Exchange | None = None,
 ) -> Moments:
-    array = float_array(x, "x")
-    everything = tuple(range(array.ndim))
-    reduced = everything if axes is None else normalize_axes(axes, array.ndim)
+    mapped = mapping_of(x) is not None
+    array = np.asarray(x) if mapped else float_array(x, "x")
+    reduced = tuple(range(array.ndim)) if axes is None else normalize_axes(axes, array.ndim)
     counts = bool_mask(mask, array.shape)
-    order = memory_order(array, array.shape) or everything
-    layout = find_layout(geometry(array.shape, (reduced,), ()), order, False, whole_groups=False)
-    assert isinstance(layout, Pieces)
-    parts = layout.reduce(layout.to_view(array), None if counts is None else layout.to_view(counts))
-    merged = layout.merge(parts, layout.groups, layout.part_segments)
+    merged = _merged(array, reduced, counts, mapped).reshape(5, -1)
     size = math.prod(array.shape[axis] for axis in reduced)
     masked = counts is not None
     if exchange is not None:
@@ -270,3 +270,39 @@ def _moments(
     )
     count, mean, _, m2, rest = merged.reshape(5, *shape)
     return Moments._of(count.astype(np.int64) if masked else size, mean, m2, rest)
+
+
+def _merged(array: Array, reduced: Axes, counts: Array | None, mapped: bool = False) -> Float64:
+    """Return count, mean, variance, m2 and rest with the axes of x, the reduced ones of size 1.
+
+    What is mapped from a file is read, and given back, in parts along its slowest axis.
+    """
+    most = tuning().mapped_part
+    if mapped and array.nbytes > most and array.size > 1:
+        strides = [abs(s) if n > 1 else -1 for n, s in zip(array.shape, array.strides, strict=True)]
+        axis = int(np.argmax(strides))
+        n = array.shape[axis]
+        n_parts = min(n, -(-array.nbytes // most))
+        parts: list[Float64] = []
+        for first, end in itertools.pairwise(n * k // n_parts for k in range(n_parts + 1)):
+            here = (*[slice(None)] * axis, slice(first, end))
+            x_part, mask_part = array[here], None if counts is None else counts[here]
+            parts.append(_merged(x_part, reduced, mask_part, mapped))
+            give_back(x_part)
+            give_back(mask_part)
+            if axis in reduced and len(parts) == 2:
+                parts = [_merge(*parts)]
+        return np.concatenate(parts, axis + 1)
+    x = float_array(array, "x")
+    order = memory_order(x, x.shape) or tuple(range(x.ndim))
+    layout = find_layout(geometry(x.shape, (reduced,), ()), order, False, whole_groups=False)
+    assert isinstance(layout, Pieces)
+    pieces = layout.reduce(layout.to_view(x), None if counts is None else layout.to_view(counts))
+    merged = layout.merge(pieces, layout.groups, layout.part_segments)
+    return merged.reshape(5, *(1 if a in reduced else n for a, n in enumerate(x.shape)))
+
+
+def _merge(a: Float64, b: Float64) -> Float64:
+    """Return the statistics of two parts together, all as :func:`_merged` returns them."""
+    parts = np.delete(np.stack((a, b)), 2, axis=1)
+    return merge_stacked(parts.reshape(2, 4, -1)).reshape(a.shape)

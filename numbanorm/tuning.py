@@ -142,6 +142,10 @@ class Tuning:
     tasks: int = 64
     """Tasks of a call: enough for many cores."""
 
+    mapped_part: int = 1 << 26
+    """Bytes of a file in memory that are read at a time, and then given back: more than a disk
+    needs to be fast, and less than anyone misses."""
+
     recycle_tensors_from: int = 1 << 20
     """Bytes from which a tensor's memory is recycled: what is smaller malloc has at hand."""
     recycle_arrays_from: int = 1 << 22
