@@ -10,7 +10,7 @@ from numbanorm.numba_ext.jit import KERNELS
 ROOT = Path(__file__).parents[1]
 
 
-def run(function, *args, root=ROOT, **env):
+def run(function, *args, root=ROOT, timeout=1800, **env):
     """Call a function in a new process, where every warning is an error; return what it printed.
 
     `root` is where the package is, `env` are environment variables. A result other than 0, of an
@@ -30,7 +30,7 @@ def run(function, *args, root=ROOT, **env):
         cwd=ROOT / "tests",
         capture_output=True,
         text=True,
-        timeout=1800,  # only a process that hangs takes so long
+        timeout=timeout,  # only a process that hangs takes so long
         check=False,
     )
     assert done.returncode == 0, f"exit status {done.returncode}\n{done.stdout}\n{done.stderr}"

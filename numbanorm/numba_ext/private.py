@@ -7,9 +7,11 @@ What ``numba.extending`` hands to an intrinsic (``context``, ``builder``) is Num
 extensions, and LLVM's instructions are llvmlite's: those are used elsewhere in this room, too.
 """
 
+import ctypes
 import importlib
 import operator
 import pickle
+import sys
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -356,3 +358,16 @@ class ThreadCount:
 def compiler_lock() -> Any:
     """Return what a thread has that compiles, or None."""
     return _find("numba.core.compiler_lock:global_compiler_lock") if has("lock") else None
+
+
+def keep_tbb() -> None:
+    """Have Numba's module for tbb stay when Python ends, which would wait for ever at times.
+
+    Numba starts tbb's threads by a task that does nothing, and waits for that task when the module
+    goes. Where tbb has one CPU there is no thread to take it but the one that started them: it has
+    gone if it was a ``threading.Thread``, and its tasks have if there was a fork. The end of the
+    process ends tbb's threads in any case.
+    """
+    module = sys.modules.get("numba.np.ufunc.tbbpool")
+    if module is not None:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(module))

@@ -6,10 +6,12 @@ nothing is being compiled. A forked child where Numba's threads are not to be ha
 one.
 """
 
+import atexit
 import contextlib
 import ctypes
 import functools
 import importlib.metadata
+import math
 import os
 import sys
 import threading
@@ -23,9 +25,19 @@ import numba
 from numbanorm.numba_ext import private
 from numbanorm.numba_ext.cache import uninterrupted
 from numbanorm.numba_ext.launch import SERIAL, in_threads, launch, one_share
+from numbanorm.numba_ext.quota import cpu_quota
 from numbanorm.tuning import tuning
 
-_num_threads: int | None = 1 if numba.config.NUMBA_NUM_THREADS == 1 else None
+
+def default_num_threads(quota: float) -> int | None:
+    """Return how many threads kernels use as long as nobody says it, None for as many as Numba."""
+    most = numba.config.NUMBA_NUM_THREADS
+    if most == numba.config.NUMBA_DEFAULT_NUM_THREADS and most > quota:
+        return math.ceil(quota)
+    return 1 if most == 1 else None
+
+
+_num_threads = default_num_threads(cpu_quota())
 _lock = threading.RLock()
 # The Python thread that started Numba's threads, as long as it alone has used them.
 _only_user: int | None = None
@@ -141,7 +153,8 @@ def set_num_threads(n: int) -> None:
     Parameters
     ----------
     n : int
-        From 1 to Numba's maximum (``NUMBA_NUM_THREADS``, by default the number of cores).
+        From 1 to Numba's maximum (``NUMBA_NUM_THREADS``, by default the number of cores). As long
+        as neither is set, a container uses no more than its CPU quota.
 
     Raises
     ------
@@ -254,6 +267,8 @@ def _after_fork_in_child() -> None:
 
 
 _load_tbb()
+# Runs before modules are taken apart.
+atexit.register(private.keep_tbb)
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(
         before=_before_fork,
