@@ -1,13 +1,21 @@
 """SyncBatchNorm in several real processes, and layers in the workers of a DataLoader."""
 
 import importlib.metadata
+import os
+import sys
 from pathlib import Path
 
+import numba
+import numpy as np
 import pytest
+import test_launch
 from cases import assert_close, normal
 from children import run
 
+import numbanorm
+from numbanorm.numba_ext import launch
 from numbanorm.numba_ext import threads as _threads
+from numbanorm.tuning import use
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed: pip install torch")
 ours = pytest.importorskip("numbanorm.torch")
@@ -212,28 +220,95 @@ def test_data_loader(start):
     assert ours.BatchNorm2d(4)(torch.rand(8, 4, 96, 96)).isfinite().all()
 
 
-# -- Threading layer -----------------------------------------------------------------------------
+# -- Threads -------------------------------------------------------------------------------------
 
 
 BRINGS_OPENMP = any(Path(torch.__file__).parent.glob("lib/libgomp*"))
+X = torch.rand(8, 3, 64, 64)
+
+
+@numba.njit(parallel=True)
+def double(x):
+    """Do what a user has Numba do, on the threading layer of the process."""
+    y = np.empty_like(x)
+    for i in numba.prange(x.size):
+        y[i] = 2 * x[i]
+    return y
+
+
+def check_double():
+    np.testing.assert_array_equal(double(np.arange(9.0)), 2 * np.arange(9.0))
 
 
 @pytest.mark.parametrize(
-    ("environment", "expected"),
+    ("environment", "ours_expected"),
     [
-        ({}, "omp" if BRINGS_OPENMP else "tbb"),
+        ({"NUMBA_THREADING_LAYER": "default"}, "None" if BRINGS_OPENMP else "tbb"),
         ({"NUMBA_THREADING_LAYER": "tbb"}, "tbb"),
         ({"NUMBA_THREADING_LAYER_PRIORITY": "tbb omp workqueue"}, "tbb"),
     ],
     ids=["PyTorch's", "asked for", "order asked for"],
 )
-def test_threading_layer(environment, expected):
-    if expected == "tbb" and not any(d.name == "tbb" for d in importlib.metadata.distributions()):
+def test_the_threading_layer_is_left_as_it_is(environment, ours_expected):
+    if not any(d.name == "tbb" for d in importlib.metadata.distributions()):
         pytest.skip("tbb is not installed")
-    assert run(print_threading_layer, **environment).strip() == expected
+    assert run(print_threading_layers, **environment).split() == [ours_expected, "tbb"]
 
 
-def print_threading_layer():
+def print_threading_layers():
     torch.set_num_threads(2)
-    ours.BatchNorm2d(3)(torch.rand(8, 3, 64, 64))
+    ours.BatchNorm2d(3)(X)
     print(_threads.threading_layer())
+    check_double()
+    print(_threads.threading_layer())
+
+
+needs_openmp = pytest.mark.skipif(not BRINGS_OPENMP, reason="this PyTorch brings no OpenMP")
+
+
+@needs_openmp
+def test_kernels_on_the_threads_of_openmp():
+    run(check_openmp, NUMBA_THREADING_LAYER="default")
+
+
+def check_openmp():
+    torch.set_num_threads(2)
+    test_launch.in_threads = lambda n: launch.in_threads(_threads._address_of_openmp(), n)
+    for n_threads in (1, 2, 3, 8):
+        for n_tasks in (0, 1, 7, 100):
+            test_launch.test_each_task_is_done_once(n_tasks, n_threads)
+        for kind in (ValueError, MemoryError):
+            test_launch.test_exception([1, 4, 8], kind, n_threads)
+    expected, *others = (layer_on(n) for n in (1, 2, 4, 7))
+    assert all(np.array_equal(expected, other) for other in others)
+    assert _threads.threading_layer() is None
+
+
+def layer_on(n_threads):
+    torch.set_num_threads(n_threads)
+    with use(parallel_from=1):
+        return ours.BatchNorm2d(3)(X).detach().numpy()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+@pytest.mark.parametrize("before", ["ours", "PyTorch's", "the user's"])
+def test_fork(before):
+    run(use_and_fork, before, timeout=600, NUMBA_THREADING_LAYER="default")
+
+
+def use_and_fork(before):
+    torch.set_num_threads(2)
+    {
+        "ours": lambda: layer_on(2),
+        "PyTorch's": lambda: X + 1,
+        "the user's": check_double,
+    }[before]()
+    sys.stdout.flush()
+    pid = os.fork()
+    if pid == 0:  # PyTorch's own operations on several threads would wait for ever
+        check_double()
+        np.testing.assert_array_equal(layer_on(2), numbanorm.BatchNorm2d(3)(X.numpy()))
+        sys.exit()
+    assert os.waitpid(pid, 0)[1] == 0
+    np.testing.assert_array_equal(layer_on(2), numbanorm.BatchNorm2d(3)(X.numpy()))
+    check_double()

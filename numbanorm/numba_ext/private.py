@@ -186,13 +186,16 @@ def declare(builder: Any, name: str, result: Any, *args: Any) -> Any:
 THREE = (types.intp,) * 3
 
 
-def call_address(context: Any, builder: Any, address: Any, args: Any) -> None:
-    """Call a compiled function of three integers; its exception becomes that of the caller."""
+def call_address(
+    context: Any, builder: Any, address: Any, args: Any, propagate: bool = True
+) -> None:
+    """Call a compiled function of three integers; its exception may become that of the caller."""
     function_type = context.call_conv.get_function_type(types.none, THREE)
     function = builder.inttoptr(address, function_type.as_pointer())
     status, _ = context.call_conv.call_function(builder, function, types.none, THREE, args)
-    with builder.if_then(status.is_error, likely=False):
-        context.call_conv.return_status_propagate(builder, status)
+    if propagate:
+        with builder.if_then(status.is_error, likely=False):
+            context.call_conv.return_status_propagate(builder, status)
 
 
 class Share:

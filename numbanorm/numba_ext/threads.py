@@ -15,14 +15,14 @@ import math
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numba
 
-from numbanorm.numba_ext import private
+from numbanorm.numba_ext import openmp, private
 from numbanorm.numba_ext.cache import uninterrupted
 from numbanorm.numba_ext.launch import SERIAL, in_threads, launch, one_share
 from numbanorm.numba_ext.quota import cpu_quota
@@ -42,6 +42,8 @@ _lock = threading.RLock()
 # The Python thread that started Numba's threads, as long as it alone has used them.
 _only_user: int | None = None
 _lost_threads = False
+# Whether there are OpenMP's threads for PyTorch, and whether a fork has taken them.
+_openmp = _lost_openmp = False
 # Whether Numba's threads are known to run: asking Numba takes as long as a small array.
 _started = False
 
@@ -88,6 +90,9 @@ def run(kernel: Any, size: int, *args: object) -> None:
         kernel(SERIAL, *args)
         return
     with _lock:
+        if n is not None and _openmp and _per_thread.num_threads:
+            kernel(in_threads(_address_of_openmp(), n), *args)
+            return
         this_thread = threading.get_ident()
         if not _started:
             if threading_layer() is None:
@@ -126,6 +131,11 @@ def address_of_launch() -> int:
 
 
 @functools.cache
+def _address_of_openmp() -> int:
+    return private.address_of_compiled(openmp.launch_openmp, private.THREE)
+
+
+@functools.cache
 def _thread_count() -> private.ThreadCount:
     return private.ThreadCount()
 
@@ -134,7 +144,7 @@ class thread_count:
     """Let this Python thread use ``n`` threads, or Numba's maximum, whatever is set for all."""
 
     def __init__(self, n: int) -> None:
-        self.n = min(n, numba.config.NUMBA_NUM_THREADS)
+        self.n = 1 if _lost_openmp else min(n, numba.config.NUMBA_NUM_THREADS)
 
     def __enter__(self) -> None:
         """Begin."""
@@ -230,11 +240,15 @@ def _load_tbb() -> None:
             return
 
 
-def prefer_openmp() -> None:
-    """Have Numba take its OpenMP layer, unless a layer was asked for or runs already."""
+def use_openmp(libraries: Iterable[Path]) -> None:
+    """Have calls within :class:`thread_count` run on the threads of GNU OpenMP, if it is there.
+
+    Not where a layer of Numba's was asked for.
+    """
+    global _openmp
     asked_for = numba.config.THREADING_LAYER != "default"
     if not asked_for and "NUMBA_THREADING_LAYER_PRIORITY" not in os.environ:
-        numba.config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]
+        _openmp = private.has("launch") and any(map(openmp.load, libraries))
 
 
 # A thread that compiles or starts Numba's threads has locks that nobody would release in a child.
@@ -257,8 +271,10 @@ def _after_fork() -> None:
 
 
 def _after_fork_in_child() -> None:
-    global _lost_threads
+    global _lost_threads, _lost_openmp
     _after_fork()
+    # PyTorch may have used the threads that the child has not; it would wait for them for ever.
+    _lost_openmp = _openmp
     layer = threading_layer()
     # Before a fork Numba ends tbb's threads and then starts them again, which only works in the
     # thread that started them, and if no other has used them. GNU OpenMP kills the child.

@@ -7,7 +7,8 @@ are seen as arrays, without a copy and in their own order in memory (``channels_
 gradient of x is written over that of y where nobody else has it, by hook, name or memory. The
 memory of outputs is kept for other outputs when nobody has it any more.
 
-Numba's threads are then those of PyTorch, where it brings GNU OpenMP with it.
+Kernels run on PyTorch's threads where it brings GNU OpenMP with it; Numba's threading layer is left
+as it is.
 
 Other devices and types, forward-mode and second derivatives are left to PyTorch's own code.
 """
@@ -54,7 +55,6 @@ __all__ = [
 for _name in __all__:
     globals()[_name].__module__ = __name__
 
-# PyTorch for Linux brings GNU OpenMP with it, which Numba's OpenMP layer finds as well: the threads
-# that wait for PyTorch's next operation, and keep the cores busy with it, are those that run ours.
-if any(Path(torch.__file__).parent.glob("lib/libgomp*")):
-    threads.prefer_openmp()
+# PyTorch for Linux brings GNU OpenMP with it: the threads that wait for PyTorch's next operation,
+# and keep the cores busy with it, are those that run ours.
+threads.use_openmp(Path(torch.__file__).parent.glob("lib/libgomp*"))
