@@ -4,9 +4,13 @@ Numba's own cache keeps an index for each function. Two processes that fill one 
 its entries; a damaged file, a full disk or a folder that cannot be written to raises. Here the
 name of a file says what it is for and of which source, and a checksum says that it is whole. What
 cannot be read is compiled; what cannot be written is compiled again by the next process.
+
+What is read is run. So files are read that this user or root has written, in a folder that nobody
+else can write to; the checksum is that of the name, too, lest a file is put in another's place.
 """
 
 import contextlib
+import errno
 import functools
 import gc
 import hashlib
@@ -105,8 +109,9 @@ def folders() -> list[Path]:
     package = Path(__file__).resolve().parents[1]
     if numba.config.CACHE_DIR:
         return [Path(numba.config.CACHE_DIR, package.name)]
+    own, user = package / "__pycache__" / package.name, _user_folder(package.name)
     # Without a home, the path starts with a tilde.
-    return [package / "__pycache__", *(f for f in [_user_folder(package.name)] if f.is_absolute())]
+    return [own, user] if user.is_absolute() else [own]
 
 
 def _user_folder(name: str) -> Path:
@@ -118,13 +123,39 @@ def _user_folder(name: str) -> Path:
 
 
 def is_writable(folder: Path) -> bool:
-    """Tell whether files can be written to a folder, which is made if need be."""
+    """Tell whether kernels can be kept in a folder, which is made if need be."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        _make(folder)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError:
         return False
     return True
+
+
+def _make(folder: Path) -> None:
+    """Make a folder for this user alone, and those around it; raise if others may write to it."""
+    if not folder.is_dir():
+        if not folder.parent.is_dir():
+            _make(folder.parent)
+        of_python = folder.name == "__pycache__"
+        with contextlib.suppress(FileExistsError):  # as of another process
+            folder.mkdir(0o777 if of_python else 0o700)
+            if not of_python:
+                folder.chmod(0o700)  # whatever the umask
+    if folder.name != "__pycache__":
+        problem = _problem_of_trust(folder.stat())
+        if problem:
+            raise PermissionError(errno.EPERM, problem)
+
+
+def _problem_of_trust(stat: os.stat_result) -> str:
+    """Return why a file or a folder may hold what others have written, "" if it does not."""
+    if not hasattr(os, "geteuid"):
+        return ""
+    if stat.st_uid not in (0, os.geteuid()):
+        return f"it belongs to user {stat.st_uid}"
+    mode = stat.st_mode & 0o777
+    return f"others can write to it, mode {mode:o}" if mode & 0o022 else ""
 
 
 # -- What a kernel is compiled from --------------------------------------------------------------
@@ -231,12 +262,17 @@ class KernelCache:
         if not private.has("disk"):
             return None
         try:
-            content = _read(self.file_name(signature, target_context))
-            if content is not None:
-                return private.unpack_compiled(target_context, content)
+            name = self.file_name(signature, target_context)
         except Exception as error:
             private.lose("disk", repr(error))
             return None
+        content = _read(name)
+        if content is not None:
+            try:
+                return private.unpack_compiled(target_context, content)
+            except Exception as error:
+                private.lose("disk", repr(error))
+                return None
         lost = private.lost()
         private.run_self_tests()
         if private.lost() == lost:
@@ -269,28 +305,39 @@ class KernelCache:
         return f"{self._kernel}-{digest}-{self._source.hex()[:16]}.nbc"
 
 
-def _checksum(content: bytes) -> bytes:
-    return hashlib.sha256(content).digest()
+def _checksum(name: str, content: bytes) -> bytes:
+    return hashlib.sha256(name.encode() + content).digest()
 
 
 def _read(name: str) -> bytes | None:
+    problems = []
     for folder in folders():
-        with contextlib.suppress(OSError):
-            file = (folder / name).read_bytes()
-            checksum, content = file[:32], file[32:]
-            if checksum == _checksum(content):
+        with contextlib.suppress(OSError), open(folder / name, "rb") as file:
+            places = (folder, folder.stat()), (folder / name, os.fstat(file.fileno()))
+            distrusted = [f"{path}: {p}" for path, stat in places if (p := _problem_of_trust(stat))]
+            if distrusted:
+                problems += distrusted
+                continue
+            checksum, content = file.read(32), file.read()
+            if checksum == _checksum(name, content):
                 return content
+    if problems:
+        _warn(
+            f"numbanorm does not read compiled kernels that others may have written "
+            f"({'; '.join(problems)}), and compiles them anew; take that right from others if the "
+            f"files are yours (chmod -R go-w), or"
+        )
     return None
 
 
 def _write(name: str, content: bytes) -> None:
-    global _has_warned
     problems = []
     for folder in folders():
         unfinished = folder / f"{name}.{os.urandom(8).hex()}"
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            unfinished.write_bytes(_checksum(content) + content)
+            _make(folder)
+            with open(unfinished, "xb", opener=_open_own) as file:
+                file.write(_checksum(name, content) + content)
             unfinished.replace(folder / name)
             _make_room(folder, name)
             return
@@ -299,12 +346,28 @@ def _write(name: str, content: bytes) -> None:
         finally:
             with contextlib.suppress(OSError):
                 unfinished.unlink()
+    _warn(
+        f"numbanorm cannot keep its compiled kernels ({'; '.join(problems)}), and every "
+        f"process compiles them anew;"
+    )
+
+
+def _open_own(path: str, flags: int) -> int:
+    """Open a new file that is this user's alone, whatever the umask."""
+    descriptor = os.open(path, flags, 0o600)
+    if hasattr(os, "fchmod"):
+        os.fchmod(descriptor, 0o600)
+    return descriptor
+
+
+def _warn(problem: str) -> None:
+    """Warn once, and say what would do."""
+    global _has_warned
     if not _has_warned:
         _has_warned = True
         warnings.warn(
-            f"numbanorm cannot keep its compiled kernels ({'; '.join(problems)}), and every "
-            f"process compiles them anew; set the environment variable NUMBA_CACHE_DIR to a folder "
-            f"that can be written to",
+            f"{problem} set the environment variable NUMBA_CACHE_DIR to a folder of your own that "
+            f"can be written to, or that python -m numbanorm warmup has filled",
             RuntimeWarning,
             stacklevel=2,
         )
