@@ -10,7 +10,7 @@ from numbanorm.core.layouts import Saved, Statistic
 from numbanorm.core.running import track
 from numbanorm.recalibrate import Pool
 from numbanorm.torch import private
-from numbanorm.torch.ops import as_array
+from numbanorm.torch.memory import as_array
 
 
 def can_take(x: Tensor, *others: Tensor | None) -> bool:
@@ -87,7 +87,7 @@ class TrackingLayer(nn.Module):
             return
         if self._pool is not None:
             shape = (4, *([] if samples is None else [samples]), self.num_features)
-            mean, _, var, n = statistics.numpy(force=True).reshape(shape)
+            mean, _, var, n = as_array(statistics).reshape(shape)
             batch = Statistic((0,) if samples is None else (), n.astype(np.int64), mean, var)
             ddof = 0 if self.sample_variance else 1
             self._pool.add_statistic(batch, (self.num_features,), ddof)

@@ -25,7 +25,7 @@ from numbanorm.core.normalize import differentiate, normalize, restore
 from numbanorm.core.types import Array, Axes, Float64
 from numbanorm.numba_ext.threads import thread_count
 from numbanorm.torch import distributed
-from numbanorm.torch.memory import empty_like
+from numbanorm.torch.memory import as_array, empty_like
 from numbanorm.torch.method import (
     Method,
     feature_shape,
@@ -34,12 +34,6 @@ from numbanorm.torch.method import (
     method_of,
     of_rows,
 )
-
-
-def as_array(tensor: Tensor) -> Array:
-    """Return a tensor's memory as an array."""
-    array: Array = tensor.data.numpy()
-    return array
 
 
 def _optional(tensor: Tensor | None) -> Array | None:
@@ -77,7 +71,9 @@ def pack(saved: Saved) -> Tensor:
         instances = saved.statistics.instances or empty
         var = instances.m2 / np.maximum(instances.n, 1)
         statistics = [*statistics, Statistic((), instances.n, instances.mean, var)]
-    first, packed = 0, np.empty((4, sum(statistic.mean.size for statistic in statistics)))
+    shape = 4, sum(statistic.mean.size for statistic in statistics)
+    tensor = torch.empty(shape, dtype=torch.float64, device="cpu")
+    first, packed = 0, as_array(tensor)
     for _, n, mean, var in statistics:
         count: Any = np.zeros(1) if n is None else n
         unbiased = var * (count / np.maximum(count - (0 if sample_variance else 1), 1))
@@ -85,12 +81,12 @@ def pack(saved: Saved) -> Tensor:
         for row, values in zip(packed, (mean, unbiased, var, count), strict=True):
             row[first:last] = values.ravel()
         first = last
-    return torch.from_numpy(packed)
+    return tensor
 
 
 def _unpack(statistics: Tensor, geometry: Geometry, axes: Iterable[Axes]) -> list[Statistic]:
     """Return the statistics over these axes again."""
-    rows, first, unpacked = statistics.numpy(force=True), 0, []
+    rows, first, unpacked = as_array(statistics), 0, []
     for reduced in axes:
         shape = [1 if axis in reduced else n for axis, n in enumerate(geometry.shape)]
         last = first + math.prod(shape)
@@ -125,7 +121,7 @@ def _restore(
         unpacked[geometry.tracked] = unpacked[geometry.tracked]._replace(n=None)
     return restore(
         array,
-        dx.numpy(),
+        as_array(dx),
         geometry,
         _optional(weight),
         has_bias,
@@ -162,7 +158,7 @@ def forward(
     with thread_count(torch.get_num_threads()):
         saved = normalize(
             array,
-            y.numpy(),
+            as_array(y),
             _geometry(array.shape, method),
             _optional(weight),
             _optional(bias),
@@ -200,10 +196,12 @@ def backward(
             statistics, x, dx, weight, mean_weight, var_weight, has_bias, use_batch_stats, method
         )
     with thread_count(torch.get_num_threads()):
-        gradients = differentiate(as_array(dy), saved, dx.numpy(), dx is dy)
-    dtype = dx.numpy().dtype
+        gradients = differentiate(as_array(dy), saved, as_array(dx), dx is dy)
     dweight, dbias, dmean_weight, dvar_weight = (
-        torch.from_numpy(gradient.astype(dtype)) if is_given and gradient is not None else None
+        # A copy has memory of PyTorch's own, which may be resized.
+        torch.from_numpy(gradient).to(x.dtype, copy=True)
+        if is_given and gradient is not None
+        else None
         for gradient, is_given in zip(gradients, given, strict=True)
     )
     return dx, dweight, dbias, dmean_weight, dvar_weight
