@@ -31,7 +31,9 @@ def _save(ctx: Any, tensors: tuple[Any, ...], method: Method, *statistics: Tenso
 def _gradients(ctx: Any, dy: Tensor | None, *statistics: Tensor) -> Iterable[Any]:
     """Return the gradients of x, weight, bias and logits by the operator."""
     if dy is None:
-        return (None,) * 5
+        if not ctx.method.process_group:
+            return (None,) * 5
+        dy = torch.zeros_like(ctx.saved_tensors[0])  # other processes wait for this one
     arguments = *ctx.saved_tensors, *statistics, *ctx.rest, *ctx.method.arguments()
     return _where(ctx.given, _normalize_backward(dy, *arguments))
 
@@ -143,6 +145,7 @@ class _Normalize(torch.autograd.Function):
         if dy is None or torch.is_grad_enabled() or not private.is_eager(dy):
             return *_gradients(ctx, dy, ops.pack(ctx.saved)), *[None] * 3
         x, *parameters = ctx.saved_tensors
+        dy = dy.resolve_neg()
         sole = private.sole_owner_counts()
         is_free = sole is not None and private.owner_counts(dy) == sole
         dx = gradient_like(x, dy, is_free, ctx.method)
@@ -160,7 +163,17 @@ def normalize(
     logits: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> tuple[Tensor, Tensor | Saved]:
     """Return a layer's y and the statistics: what was saved where nothing else needs a tensor."""
+    if type(method.eps) is not float:  # PyTorch takes a tensor
+        method = method._replace(eps=float(method.eps))
     tensors = x, weight, bias, *logits, *running
+    if private.has_tangent(tensors):
+        # Forward mode within forward mode is wrong in PyTorch's own layers.
+        if method.process_group:
+            raise NotImplementedError(
+                "SyncBatchNorm over several processes has no forward-mode derivative"
+            )
+        filled = fill(x, weight, bias, *logits, method)
+        return definition(*filled, method=method, running=running)
     if method.process_group or not private.is_eager(x):
         y, statistics = _normalize_forward(*tensors, *method.arguments())
         return y, statistics

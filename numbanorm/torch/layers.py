@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from numbanorm.torch import distributed
 from numbanorm.torch.autograd import normalize
-from numbanorm.torch.base import TrackingLayer, can_take
+from numbanorm.torch.base import Layer, TrackingLayer, can_take
 from numbanorm.torch.method import Method
 
 
@@ -23,11 +23,13 @@ class _BatchNorm(TrackingLayer):
         use_batch_stats = self.training or self.running_mean is None
         group = self._group_name() if self.training else ""
         running = (None, None) if use_batch_stats else (self.running_mean, self.running_var)
-        values = input.numel() // max(self.num_features, 1)
+        tensors = self.weight, self.bias, self.running_mean, self.running_var
+        least = (2 if use_batch_stats else 1) * max(self.num_features, 1)
         if (
-            not can_take(input, self.weight, self.bias, self.running_mean, self.running_var)
+            self.is_odd
+            or not can_take(input, (self.num_features,), *tensors)
             or input.shape[1] != self.num_features
-            or (values < (2 if use_batch_stats else 1) and not group)
+            or (input.numel() < least and not group)
         ):
             self._not_pooling()
             return super().forward(input)
@@ -119,17 +121,20 @@ class _InstanceNorm(TrackingLayer):
     def forward(self, input: Tensor) -> Tensor:
         if input.dim() not in self._ranks:
             return super().forward(input)
-        x = input.unsqueeze(0) if input.dim() == self._ranks[0] else input
         use_batch_stats = self.training or not self.track_running_stats
-        running = (None, None) if use_batch_stats else (self.running_mean, self.running_var)
+        tensors = self.weight, self.bias, self.running_mean, self.running_var
         if (
-            not can_take(x, self.weight, self.bias, self.running_mean, self.running_var)
-            or x.shape[1] != self.num_features
-            or x.numel() < (2 if use_batch_stats else 1) * x.shape[0] * x.shape[1]
-            or x.numel() == 0
+            self.is_odd
+            or not (use_batch_stats or self.tracks)
+            or not can_take(input, (self.num_features,), *tensors)
+            or input.shape[-self._ranks[0]] != self.num_features
+            or input.shape[1 - self._ranks[0] :].numel() < (2 if use_batch_stats else 1)
+            or input.numel() == 0
         ):
             self._not_pooling()
             return super().forward(input)
+        x = input.unsqueeze(0) if input.dim() == self._ranks[0] else input
+        running = (None, None) if use_batch_stats else (self.running_mean, self.running_var)
         # With running statistics a sample has no part in it: that is BatchNorm.
         method = Method(("in" if use_batch_stats else "bn",), self.eps)
         y, statistics = normalize(self, x, self.weight, self.bias, method, running)
@@ -186,7 +191,7 @@ class InstanceNorm3d(_InstanceNorm, nn.InstanceNorm3d):
     _ranks = (4, 5)
 
 
-class GroupNorm(nn.GroupNorm):
+class GroupNorm(Layer, nn.GroupNorm):
     """:class:`torch.nn.GroupNorm`, computed by numbanorm.
 
     Examples
@@ -201,7 +206,7 @@ class GroupNorm(nn.GroupNorm):
     def forward(self, input: Tensor) -> Tensor:
         """Normalise each sample over groups of channels."""
         if (
-            not can_take(input, self.weight, self.bias)
+            not can_take(input, (self.num_channels,), self.weight, self.bias)
             or input.dim() < 2
             or input.shape[1] != self.num_channels
             or input.numel() <= self.num_groups
@@ -212,7 +217,7 @@ class GroupNorm(nn.GroupNorm):
         return y
 
 
-class LayerNorm(nn.LayerNorm):
+class LayerNorm(Layer, nn.LayerNorm):
     """:class:`torch.nn.LayerNorm`, computed by numbanorm.
 
     Examples
@@ -229,7 +234,7 @@ class LayerNorm(nn.LayerNorm):
         """Normalise over the trailing axes."""
         row_axes = len(self.normalized_shape)
         if (
-            not can_take(input, self.weight, self.bias)
+            not can_take(input, self.normalized_shape, self.weight, self.bias)
             or input.shape[input.dim() - row_axes :] != self.normalized_shape
             or input.numel() == 0
         ):
@@ -239,7 +244,7 @@ class LayerNorm(nn.LayerNorm):
         return y
 
 
-class RMSNorm(nn.RMSNorm):
+class RMSNorm(Layer, nn.RMSNorm):
     """:class:`torch.nn.RMSNorm`, computed by numbanorm.
 
     Examples
@@ -255,7 +260,7 @@ class RMSNorm(nn.RMSNorm):
         """Divide by the root mean square over the trailing axes."""
         row_axes = len(self.normalized_shape)
         if (
-            not can_take(input, self.weight)
+            not can_take(input, self.normalized_shape, self.weight)
             or input.shape[input.dim() - row_axes :] != self.normalized_shape
             or input.numel() == 0
         ):

@@ -123,7 +123,10 @@ class _SwitchableNorm(TrackingLayer):
             sample_variance=self.sample_variance,
         )
         statistics: Tensor | Saved
-        if can_take(x, *affine, *logits, self.running_mean, self.running_var):
+        buffers = self.running_mean, self.running_var
+        if can_take(x, (self.num_features,), *affine, *buffers) and can_take(
+            x, (len(self.over),), *logits
+        ):
             y, statistics = normalize(self, x, *affine, method, running, logits)
         else:
             filled = fill(x, *affine, *logits, method)
