@@ -276,14 +276,15 @@ class Norm(OverAxes):
         """
         exchange = self._exchange
         if exchange is None or not (self.training and exchange.has_others and self._may_share()):
-            return self._forward(x, mask, out)
+            return self._forward(x, mask, residual, out)
         with exchange.turn(FORWARD_ROWS):
-            return self._forward(x, mask, out, exchange)
+            return self._forward(x, mask, residual, out, exchange)
 
     def _forward(
         self,
         x: ArrayLike,
         mask: ArrayLike | None,
+        residual: ArrayLike | None,
         out: Array | None,
         exchange: Exchange | None = None,
     ) -> Array:
