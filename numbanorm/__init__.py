@@ -39,11 +39,12 @@ Modules
 
 - ``numbanorm.functional``: the same methods without state
 - ``numbanorm.dask``: ``moments`` of a Dask array
+- ``numbanorm.jit``: functions that the user's own ``@njit`` code may call
 - ``numbanorm.sklearn``: ``Standardizer``, a transformer for scikit-learn
 - ``numbanorm.torch``: layers for PyTorch on the CPU; ``convert`` puts them into a model
 """
 
-from numbanorm import functional
+from numbanorm import functional, jit
 from numbanorm.gradients import sum_gradients
 from numbanorm.inference import fold_conv, fold_linear
 from numbanorm.layers import (
@@ -93,6 +94,7 @@ __all__ = [
     "fold_linear",
     "functional",
     "get_num_threads",
+    "jit",
     "moments",
     "plot_importance",
     "recalibrate",

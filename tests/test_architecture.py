@@ -22,7 +22,7 @@ ROOMS = (
     ("core",),
     ("methods",),
     ("moments", "functional"),
-    ("recalibrate", "inference", "plot", "gradients", "dask", "sklearn"),
+    ("recalibrate", "inference", "plot", "gradients", "dask", "sklearn", "jit"),
     ("layers",),
     ("torch", "warmup"),
     ("__init__", "__main__"),

@@ -177,6 +177,11 @@ def _digest_of_source(module: str) -> bytes:
     return hashlib.sha256(content).digest()
 
 
+def digest_of_modules(*modules: str) -> bytes:
+    """Return a digest of the code of these modules alone."""
+    return hashlib.sha256(b"".join(_code_of_module(name)[0] for name in modules)).digest()
+
+
 @functools.cache
 def _code_of_module(name: str) -> tuple[bytes, list[str]]:
     """Return a digest of a module's own code, and what it imports of its package."""
