@@ -75,18 +75,14 @@ def _gradients_of(x: Any, weight: Any, n_parameters: int = 2) -> Any:
 # -- Statistics, and back --------------------------------------------------------------------------
 
 
+@np.errstate(all="ignore")  # NaN and Inf are the user's
 def _statistics(saved: Saved, shape: Axes) -> tuple[Float64, Float64, Float64]:
     """Return mean, variance and rstd in one shape."""
     found = saved.batch
-    assert found.n is not None
     mean, var = (np.ascontiguousarray(a).reshape(shape) for a in (found.mean, found.var))
-    shifted = var + saved.mode.eps
-    rstd = np.zeros(shape)
-    with np.errstate(all="ignore"):  # NaN and Inf are the user's
-        # As kernels do: 0 for an empty group, or where var + eps is 0.
-        np.divide(
-            1.0, np.sqrt(shifted), out=rstd, where=(shifted != 0) & (found.n.reshape(shape) > 0)
-        )
+    rstd = np.asarray(1.0 / np.sqrt(var + saved.mode.eps))
+    # As kernels do: 0 for an empty group, or where var + eps is 0.
+    rstd[np.isinf(rstd) if saved.layout.geometry.group_size else ...] = 0.0
     return mean, var, rstd
 
 
@@ -101,7 +97,7 @@ def _var_of(rstd: Float64) -> Float64:
             break
         var = np.where(larger, np.nextafter(var, np.inf), var)
         var = np.where(smaller, np.nextafter(var, 0.0), var)
-    return var
+    return np.where(rstd == 0.0, 0.0, var)
 
 
 def _differentiate(

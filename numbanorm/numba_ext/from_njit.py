@@ -12,13 +12,12 @@ import inspect
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from llvmlite import ir
 from numba import types
 from numba.core.errors import TypingError
 from numba.extending import intrinsic, overload, register_jitable
 
 from numbanorm.numba_ext.cache import digest_of_modules
-from numbanorm.numba_ext.private import declare, unpack
+from numbanorm.numba_ext.private import call_python, has, unpack
 from numbanorm.numba_ext.threads import thread_count
 
 AFunction = TypeVar("AFunction", bound=Callable[..., Any])
@@ -71,7 +70,9 @@ def from_njit(result: Callable[..., Any]) -> Callable[[AFunction], AFunction]:
     ``result`` returns Numba's type of the function's result for the types of its arguments.
     """
 
-    def declare_function(function: AFunction) -> AFunction:
+    def declare(function: AFunction) -> AFunction:
+        if not has("python"):
+            return function
         signature = inspect.signature(function)
         names = ", ".join(signature.parameters)
 
@@ -85,7 +86,7 @@ def from_njit(result: Callable[..., Any]) -> Callable[[AFunction], AFunction]:
 
         return function
 
-    return declare_function
+    return declare
 
 
 def _check_types(signature: inspect.Signature, given: tuple[Any, ...]) -> None:
@@ -108,34 +109,14 @@ def _call(function: Callable[..., Any], result_type: Any) -> Any:
     """Return an intrinsic that calls a function with a tuple of arguments, by a Callback."""
     callback = Callback(function)
     optional = types.Optional(result_type)
-    returned_type = types.Tuple((types.unicode_type, optional))
+    outcome = types.Tuple((types.unicode_type, optional))
 
     @intrinsic
     def call(typing_context: Any, args: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-            has_gil = builder.call(declare(builder, "PyGILState_Check", ir.IntType(32)), ())
-            python, environment = context.get_python_api(builder), context.get_env_manager(builder)
-            lock = python.gil_ensure()
-            objects = [python.long_from_signed_int(has_gil)]
-            for kind, value in zip(args, unpack(builder, values[0], len(args)), strict=True):
-                context.nrt.incref(builder, kind, value)  # it becomes the object's
-                objects.append(python.from_native_value(kind, value, environment))
-            called = environment.read_const(environment.add_const(callback))
-            returned = python.call_function_objargs(called, objects)
-            for item in objects:
-                python.decref(item)
-            has_failed = builder.icmp_unsigned("==", returned, returned.type(None))
-            with builder.if_then(has_failed, likely=False):
-                python.gil_release(lock)
-                context.call_conv.return_exc(builder)
-            native = python.to_native_value(returned_type, returned)
-            if native.cleanup is not None:
-                native.cleanup()
-            python.decref(returned)
-            python.gil_release(lock)
-            with builder.if_then(native.is_error, likely=False):
-                context.call_conv.return_exc(builder)
-            message, result = unpack(builder, native.value, 2)
+            arguments = unpack(builder, values[0], len(args))
+            returned = call_python(context, builder, callback, args, arguments, outcome)
+            message, result = unpack(builder, returned, 2)
             # Zeros where there is none.
             result = context.make_helper(builder, optional, result).data
             return context.make_tuple(builder, signature.return_type, [message, result])

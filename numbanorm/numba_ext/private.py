@@ -26,6 +26,7 @@ WITHOUT = {
     "inlining": "kernels take longer to compile",
     "disk": "every process compiles its kernels anew",
     "count": "a call on several threads takes longer to begin",
+    "python": "code that the user compiles cannot call numbanorm.jit",
     "lock": "a child that is forked while another thread compiles may wait for ever",
     "_nrt": "kernels count references, and rows that are short take twice as long",
     "forceinline": "kernels take longer",
@@ -58,6 +59,10 @@ NAMES = {
     "count": [
         "numba.np.ufunc.parallel:_get_num_threads",
         "numba.np.ufunc.parallel:_set_num_threads",
+    ],
+    "python": [
+        "numba.core.callconv:CPUCallConv.return_exc",
+        "numba.core.cpu:CPUContext.get_env_manager",
     ],
     "lock": ["numba.core.compiler_lock:global_compiler_lock.acquire"],
     "_nrt": ["numba.core.cpu:CPUTargetOptions._nrt"],
@@ -307,6 +312,42 @@ def inlined() -> dict[str, Any]:
     """Return flags of ``numba.njit`` for what only kernels call."""
     flags = known(no_cpython_wrapper=True)
     return {"pipeline_class": _inlined_compiler(), **flags} if has("inlining") else flags
+
+
+# -- Python --------------------------------------------------------------------------------------
+
+
+def call_python(
+    context: Any, builder: Any, called: Any, kinds: Any, values: Any, returned_type: Any
+) -> Any:
+    """Call a Python object with whether the caller has the GIL, and with values of some types.
+
+    Return what it returns as a value of a type; what it raises is raised. Numba keeps the object
+    with the code that it compiles, also on disk.
+    """
+    has_gil = builder.call(declare(builder, "PyGILState_Check", ir.IntType(32)), ())
+    python, environment = context.get_python_api(builder), context.get_env_manager(builder)
+    gil = python.gil_ensure()
+    objects = [python.long_from_signed_int(has_gil)]
+    for kind, value in zip(kinds, values, strict=True):
+        context.nrt.incref(builder, kind, value)  # it becomes the object's
+        objects.append(python.from_native_value(kind, value, environment))
+    function = environment.read_const(environment.add_const(called))
+    returned = python.call_function_objargs(function, objects)
+    for item in objects:
+        python.decref(item)
+    has_raised = builder.icmp_unsigned("==", returned, returned.type(None))
+    with builder.if_then(has_raised, likely=False):
+        python.gil_release(gil)
+        context.call_conv.return_exc(builder)
+    native = python.to_native_value(returned_type, returned)
+    if native.cleanup is not None:
+        native.cleanup()
+    python.decref(returned)
+    python.gil_release(gil)
+    with builder.if_then(native.is_error, likely=False):
+        context.call_conv.return_exc(builder)
+    return native.value
 
 
 # -- On disk -------------------------------------------------------------------------------------
