@@ -16,7 +16,7 @@ import pytest
 from reference import Naive, channel_statistic, statistic
 
 FOLDER = Path(__file__).parents[1] / "asv_benchmarks"
-MODULES = ("accuracy", "backward", "forward", "memory", "moments", "small", "startup")
+MODULES = ("accuracy", "backward", "forward", "memory", "moments", "njit", "small", "startup")
 
 
 @pytest.fixture(scope="module")

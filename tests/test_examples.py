@@ -266,6 +266,35 @@ def test_figure_of_one_norm_and_few_samples(example, tmp_path, capsys):
     assert "batch: 100%" in captured.err  # the progress bar
 
 
+def test_a_whole_step_inside_njit(example, capsys):
+    runs = example("train_njit").main(["--epochs", "3"])
+    out = capsys.readouterr().out
+    assert float(re.search(r"first epoch (\S+)", out)[1]) < 1e-5
+    for way, (_, losses, accuracy, _) in runs.items():
+        assert losses.shape == (3, 1347 // 32)
+        assert losses[2].mean() < 0.3 * losses[0].mean()
+        assert accuracy > 0.93
+        assert re.search(rf"^{way} +{losses[2].mean():.4f} +{accuracy:.3f} ", out, re.MULTILINE)
+
+
+def test_a_whole_step_descends_along_the_gradient(example, rng):
+    script = example("train_njit")
+    x, targets = rng.normal(size=(6, 64)), np.eye(10)[rng.integers(10, size=6)]
+    parameters, *running = script.initial(5, rng)
+    parameters = tuple(p + 0.1 * rng.normal(size=p.shape) for p in parameters)  # float64
+
+    def loss():
+        copies = [p.copy() for p in (*parameters, *running)]
+        return script.step(x, targets, tuple(copies[:5]), *copies[5:], 0.0)
+
+    expected = [central_difference(loss, p) for p in parameters]
+    for way, (step, _) in script.WAYS.items():
+        stepped = tuple(p.copy() for p in parameters)
+        step(x, targets, stepped, *(r.copy() for r in running), 1.0)
+        for new, old, gradient in zip(stepped, parameters, expected, strict=True):
+            np.testing.assert_allclose(old - new, gradient, rtol=1e-5, atol=1e-7, err_msg=way)
+
+
 @pytest.mark.parametrize("option", [["--epochs", "0"], ["--batch-size", "-1"], ["--norm", "fog"]])
 def test_wrong_options_are_named(example, capsys, option):
     with pytest.raises(SystemExit):
