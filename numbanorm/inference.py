@@ -1,5 +1,7 @@
 """Folding: at test time BatchNorm is linear, and becomes part of the layer before it."""
 
+from __future__ import annotations
+
 import math
 from typing import Any
 

@@ -1,5 +1,7 @@
 """Count, mean and second central moment of data, in one pass, and how they merge."""
 
+from __future__ import annotations
+
 import itertools
 import math
 from collections.abc import Iterable
@@ -105,14 +107,14 @@ class Moments:
         """
         return np.asarray(np.sqrt(self.var(ddof)))
 
-    def __add__(self, other: "Moments") -> "Moments":
+    def __add__(self, other: Moments) -> Moments:
         """Return the moments of both data together."""
         if not isinstance(other, Moments):
             return NotImplemented
         return Moments.merge((self, other))
 
     @classmethod
-    def empty(cls, shape: int | tuple[int, ...] = ()) -> "Moments":
+    def empty(cls, shape: int | tuple[int, ...] = ()) -> Moments:
         """Return the moments of no data, the neutral element of ``+``.
 
         Parameters
@@ -129,7 +131,7 @@ class Moments:
         return cls(0, np.zeros(shape), np.zeros(shape))
 
     @classmethod
-    def merge(cls, moments: Iterable["Moments"]) -> "Moments":
+    def merge(cls, moments: Iterable[Moments]) -> Moments:
         """Return the moments of all data together.
 
         Parameters
@@ -174,7 +176,7 @@ class Moments:
     @classmethod
     def _of(
         cls, count: int | NDArray[np.int64], mean: Float64, m2: Float64, rest: Float64
-    ) -> "Moments":
+    ) -> Moments:
         new = cls(count, mean, m2)
         new._rest = rest
         return new

@@ -1,5 +1,7 @@
 """Exact running statistics: the batch average of the SwitchableNorm paper."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, TypeVar
 

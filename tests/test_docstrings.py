@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import pydoc
 import re
 
 import pytest
@@ -82,3 +83,15 @@ def test_layers_have_formula_paper_and_errors(layer):
     doc = getattr(numbanorm, layer).__doc__
     for needed in "y = (x - mean) / sqrt(var + eps)", "Raises", "arXiv:":
         assert needed in doc.replace("\n", "")
+
+
+def test_help_is_readable():
+    """Types have their short names, and a function its own."""
+    # Python 3.14 has no quotes there.
+    shown = pydoc.plain(pydoc.render_doc(numbanorm.BatchNorm2d)).replace("'", "")
+    assert "forward(self, x: ArrayLike, *, mask: ArrayLike | None = None" in shown
+    for module in numbanorm, numbanorm.functional:
+        for name, found in public(module):
+            signature = pydoc.plain(pydoc.render_doc(found)).split("\n")[2]
+            assert name.rpartition(".")[2] in signature
+            assert "numpy._typing" not in signature

@@ -5,6 +5,10 @@ returns y and what backward needs, ``batch_norm_backward(dy, saved)`` returns th
 They differ in nothing but the axes that they reduce.
 """
 
+import functools
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
 from numbanorm.functional.channels import (
     batch_norm,
     batch_norm_forward,
@@ -26,6 +30,9 @@ from numbanorm.functional.switchable import (
     switchable_norm_backward,
     switchable_norm_forward,
 )
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 __all__ = [
     "Gradients",
@@ -52,8 +59,24 @@ __all__ = [
     "switchable_norm_forward",
 ]
 
-batch_norm_backward = norm_backward
-layer_norm_backward = norm_backward
-instance_norm_backward = norm_backward
-group_norm_backward = norm_backward
-rms_norm_backward = norm_backward
+
+def _renamed(function: Callable[P, T], name: str) -> Callable[P, T]:
+    """Return a function under another name, which ``help`` shows."""
+
+    @functools.wraps(function)
+    def renamed(*args: P.args, **kwargs: P.kwargs) -> T:
+        return function(*args, **kwargs)
+
+    renamed.__name__ = renamed.__qualname__ = name
+    return renamed
+
+
+batch_norm_backward = _renamed(norm_backward, "batch_norm_backward")
+layer_norm_backward = _renamed(norm_backward, "layer_norm_backward")
+instance_norm_backward = _renamed(norm_backward, "instance_norm_backward")
+group_norm_backward = _renamed(norm_backward, "group_norm_backward")
+rms_norm_backward = _renamed(norm_backward, "rms_norm_backward")
+
+# Help, pickles and reprs name what is public by this module.
+for _name in __all__:
+    globals()[_name].__module__ = __name__

@@ -1,5 +1,7 @@
 """BatchNorm, InstanceNorm and GroupNorm of arrays with a channel axis."""
 
+from __future__ import annotations
+
 from numpy.typing import ArrayLike
 
 from numbanorm.core.checks import ActivationLike, check_count, float_array

@@ -1,5 +1,7 @@
 """What all methods share: gradients, checks of running statistics, and the one backward."""
 
+from __future__ import annotations
+
 from typing import NamedTuple
 
 import numpy as np

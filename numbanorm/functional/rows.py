@@ -1,5 +1,7 @@
 """LayerNorm and RMSNorm over trailing axes."""
 
+from __future__ import annotations
+
 from collections.abc import Iterable
 
 from numpy.typing import ArrayLike

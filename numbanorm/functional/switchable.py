@@ -1,5 +1,7 @@
 """SwitchableNorm: learned mixtures of statistics."""
 
+from __future__ import annotations
+
 from collections.abc import Iterable
 
 from numpy.typing import ArrayLike

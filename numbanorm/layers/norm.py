@@ -1,5 +1,7 @@
 """Norm, the one generic layer: parameters, running statistics, modes, forward and backward."""
 
+from __future__ import annotations
+
 import inspect
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
@@ -38,11 +40,11 @@ from numbanorm.recalibrate import Pool
 def array_property(group: str, name: str, doc: str) -> Any:
     """Return a property for an array of the layer, which stays the same array when it is set."""
 
-    def get(layer: "Norm") -> Array | None:
+    def get(layer: Norm) -> Array | None:
         array: Array | None = getattr(layer, group).get(name)
         return array
 
-    def replace(layer: "Norm", value: ArrayLike) -> None:
+    def replace(layer: Norm, value: ArrayLike) -> None:
         array = get(layer)
         if array is None:
             raise AttributeError(f"{name}: this layer has none")

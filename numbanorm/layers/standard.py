@@ -1,5 +1,7 @@
 """BatchNorm, InstanceNorm, GroupNorm, LayerNorm, RMSNorm: a Norm with its axes and shapes."""
 
+from __future__ import annotations
+
 from collections.abc import Iterable
 from typing import Any
 
@@ -116,7 +118,7 @@ class BatchNorm(Norm):
 
 
 class BatchNorm1d(BatchNorm):
-    """:class:`BatchNorm` for x of shape (N, C) or (N, C, L).
+    """:class:`BatchNorm`, same parameters, for x of shape (N, C) or (N, C, L).
 
     Examples
     --------
@@ -132,7 +134,7 @@ class BatchNorm1d(BatchNorm):
 
 
 class BatchNorm2d(BatchNorm):
-    """:class:`BatchNorm` for x of shape (N, C, H, W).
+    """:class:`BatchNorm`, same parameters, for x of shape (N, C, H, W).
 
     Examples
     --------
@@ -148,7 +150,7 @@ class BatchNorm2d(BatchNorm):
 
 
 class BatchNorm3d(BatchNorm):
-    """:class:`BatchNorm` for x of shape (N, C, D, H, W).
+    """:class:`BatchNorm`, same parameters, for x of shape (N, C, D, H, W).
 
     Examples
     --------
@@ -298,7 +300,7 @@ def _batch_of_one(out: Any) -> Any:
 
 
 class InstanceNorm1d(_SampleOrBatch):
-    """:class:`InstanceNorm` for x of shape (N, C, L) or (C, L).
+    """:class:`InstanceNorm`, same parameters, for x of shape (N, C, L) or (C, L).
 
     Examples
     --------
@@ -313,7 +315,7 @@ class InstanceNorm1d(_SampleOrBatch):
 
 
 class InstanceNorm2d(_SampleOrBatch):
-    """:class:`InstanceNorm` for x of shape (N, C, H, W) or (C, H, W).
+    """:class:`InstanceNorm`, same parameters, for x of shape (N, C, H, W) or (C, H, W).
 
     Examples
     --------
@@ -329,7 +331,7 @@ class InstanceNorm2d(_SampleOrBatch):
 
 
 class InstanceNorm3d(_SampleOrBatch):
-    """:class:`InstanceNorm` for x of shape (N, C, D, H, W) or (C, D, H, W).
+    """:class:`InstanceNorm`, same parameters, for x of shape (N, C, D, H, W) or (C, D, H, W).
 
     Examples
     --------

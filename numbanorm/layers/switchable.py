@@ -1,5 +1,7 @@
 """SwitchableNorm: learns how much of which statistics to use."""
 
+from __future__ import annotations
+
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Self
 
@@ -255,9 +257,10 @@ class SwitchableNorm(Norm):
 
 
 class SwitchableNorm1d(SwitchableNorm):
-    """:class:`SwitchableNorm` for x of shape (N, C) or (N, C, L), by default over LN and BN.
+    """:class:`SwitchableNorm`, same parameters, for x of shape (N, C) or (N, C, L).
 
-    In (N, C) an instance is a single value: its mean is that value, its variance is 0.
+    By default it is over LN and BN, as in (N, C) an instance is a single value: its
+    mean is that value, its variance is 0.
 
     Examples
     --------
@@ -298,7 +301,7 @@ class SwitchableNorm1d(SwitchableNorm):
 
 
 class SwitchableNorm2d(SwitchableNorm):
-    """:class:`SwitchableNorm` for x of shape (N, C, H, W).
+    """:class:`SwitchableNorm`, same parameters, for x of shape (N, C, H, W).
 
     Examples
     --------
@@ -315,7 +318,7 @@ class SwitchableNorm2d(SwitchableNorm):
 
 
 class SwitchableNorm3d(SwitchableNorm):
-    """:class:`SwitchableNorm` for x of shape (N, C, D, H, W).
+    """:class:`SwitchableNorm`, same parameters, for x of shape (N, C, D, H, W).
 
     Examples
     --------
