@@ -1,10 +1,22 @@
 """What pytest does not collect."""
 
 import importlib.util
+import re
+from pathlib import Path
 
+DOCS = Path(__file__).parent / "docs"
 # Their doctests need what is optional.
 NEEDS = {"torch": "torch", "dask": "dask.py", "sklearn": "sklearn.py"}
-collect_ignore = [
+
+
+def missing(page):
+    """Tell whether the examples of a page import something optional that is not installed."""
+    names = re.findall(r"^ *>>> (?:import|from) (\w+)", page.read_text(encoding="utf-8"), re.M)
+    return any(importlib.util.find_spec(name) is None for name in names)
+
+
+collect_ignore = [DOCS / "conf.py", DOCS / "_build", *filter(missing, DOCS.glob("*.md"))]
+collect_ignore += [
     f"numbanorm/{file}" for name, file in NEEDS.items() if not importlib.util.find_spec(name)
 ]
 

@@ -94,7 +94,7 @@ def layer_norm(
 
     Parameters
     ----------
-    x : array of floats, (..., *normalized_shape)
+    x : array of floats, ``(..., *normalized_shape)``
         Any number of axes may stand before the normalised ones.
     normalized_shape : int or sequence of int
         The sizes of the trailing axes.
@@ -198,7 +198,7 @@ def rms_norm(
 
     Parameters
     ----------
-    x : array of floats, (..., *normalized_shape)
+    x : array of floats, ``(..., *normalized_shape)``
         Any number of axes may stand before the normalised ones.
     normalized_shape : int or sequence of int
         The sizes of the trailing axes.

@@ -100,10 +100,14 @@ class Norm(OverAxes):
 
     Attributes
     ----------
-    weight, bias : array or None
-        Scale and shift, from 1 and 0; an optimiser updates them in place.
-    running_mean, running_var : array or None
-        Running statistics; the variance is the unbiased one.
+    weight : array or None
+        Scale, from 1; an optimiser updates it in place.
+    bias : array or None
+        Shift, from 0; likewise.
+    running_mean : array or None
+        Average of the batches' means.
+    running_var : array or None
+        Average of the batches' unbiased variances.
     num_batches_tracked : array of int64, 0-d, or None
         Training forwards so far.
     training : bool

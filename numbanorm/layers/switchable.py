@@ -56,8 +56,10 @@ class SwitchableNorm(Norm):
 
     Attributes
     ----------
-    mean_weight, var_weight : array (K,)
-        A logit for each statistic, initially 1.
+    mean_weight : array (K,)
+        A logit for each statistic in the mean, initially 1.
+    var_weight : array (K,)
+        A logit for each statistic in the variance, initially 1.
 
     Raises
     ------

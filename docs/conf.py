@@ -1,0 +1,86 @@
+"""How Sphinx makes a site of these pages: ``sphinx-build -W docs docs/_build``."""
+
+import contextlib
+import re
+from pathlib import Path
+from urllib.request import urlopen
+
+import numbanorm
+
+HERE = Path(__file__).parent
+
+project = "numbanorm"
+author = "The numbanorm developers"
+copyright = f"2026, {author}"
+version = release = numbanorm.__version__
+
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
+    "sphinx.ext.intersphinx",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+    "sphinx_copybutton",
+]
+exclude_patterns = ["_build"]
+templates_path = ["_templates"]
+myst_enable_extensions = ["colon_fence"]
+myst_heading_anchors = 3
+copybutton_exclude = ".linenos, .gp, .go"
+
+# Fences without a language are text.
+highlight_language = "text"
+
+autodoc_member_order = "bysource"
+autodoc_preserve_defaults = True
+# Docstrings say which shapes and dtypes an array has; the aliases keep their short names.
+autodoc_type_aliases = {name: name for name in ("Array", "ArrayLike", "DTypeLike", "Float64")}
+napoleon_google_docstring = False
+napoleon_use_ivar = True
+napoleon_use_rtype = False
+
+
+def inventory(name: str, url: str) -> Path:
+    """Return the file with the names that a site documents; without a network there is none."""
+    path = HERE / "_build" / "inventories" / f"{name}.inv"
+    if not path.exists():
+        with contextlib.suppress(OSError), urlopen(f"{url}objects.inv", timeout=5) as answer:
+            names = answer.read()
+            if names.startswith(b"# Sphinx inventory"):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(names)
+    return path
+
+
+SITES = {
+    "python": "https://docs.python.org/3/",
+    "numpy": "https://numpy.org/doc/stable/",
+    "torch": "https://docs.pytorch.org/docs/stable/",
+}
+intersphinx_mapping = {
+    name: (url, str(inventory(name, url)))
+    for name, url in SITES.items()
+    if inventory(name, url).exists()
+}
+
+html_theme = "furo"
+html_title = f"numbanorm {release}"
+html_static_path = ["_static"]
+html_css_files = ["numbanorm.css"]
+
+
+def short_types(app, what, name, obj, options, signature, returns):
+    """Take the aliases in unions for what they stand for."""
+    return re.sub(r"TypeAliasForwardRef\('(\w+)'\)", r"\1", signature or "") or None, returns
+
+
+def without_last_line(app, name, source):
+    """Drop the empty line that ends the output of a doctest before its fence."""
+    source[0] = re.sub(r"\n\n( *```\n)", r"\n\1", source[0])
+
+
+def setup(app):
+    """Register both."""
+    app.connect("autodoc-process-signature", short_types)
+    app.connect("source-read", without_last_line)
