@@ -5,6 +5,8 @@ import re
 from pathlib import Path
 from urllib.request import urlopen
 
+from sphinx.util.inspect import TypeAliasForwardRef
+
 import numbanorm
 
 HERE = Path(__file__).parent
@@ -36,6 +38,7 @@ autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
 # Docstrings say which shapes and dtypes an array has; the aliases keep their short names.
 autodoc_type_aliases = {name: name for name in ("Array", "ArrayLike", "DTypeLike", "Float64")}
+TypeAliasForwardRef.__repr__ = lambda alias: alias.name  # in unions as well
 napoleon_google_docstring = False
 napoleon_use_ivar = True
 napoleon_use_rtype = False
@@ -70,17 +73,11 @@ html_static_path = ["_static"]
 html_css_files = ["numbanorm.css"]
 
 
-def short_types(app, what, name, obj, options, signature, returns):
-    """Take the aliases in unions for what they stand for."""
-    return re.sub(r"TypeAliasForwardRef\('(\w+)'\)", r"\1", signature or "") or None, returns
-
-
 def without_last_line(app, name, source):
     """Drop the empty line that ends the output of a doctest before its fence."""
     source[0] = re.sub(r"\n\n( *```\n)", r"\n\1", source[0])
 
 
 def setup(app):
-    """Register both."""
-    app.connect("autodoc-process-signature", short_types)
+    """Register it."""
     app.connect("source-read", without_last_line)
