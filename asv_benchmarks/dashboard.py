@@ -1,9 +1,14 @@
-"""Publish what asv has measured, and take a picture of it or serve it.
+"""Show what asv has measured over the commits, take a picture of it, or measure more.
 
-    python asv_benchmarks/dashboard.py [--serve] [--picture FILE] [--offline]
+    python asv_benchmarks/dashboard.py [--serve] [--measure [N]] [--picture FILE] [--offline]
 
-The pages of asv load their scripts from content delivery networks. With ``--offline`` npm installs
-the same scripts beside the pages, which then need nothing from outside.
+The results of some commits are in the repository, in ``asv_benchmarks/results``, so that a clone
+has something to show. ``--measure`` adds N commits between the first that has layers and the one
+that is checked out, a few benchmarks each, under a minute a commit on an idle machine; what is
+measured already is not measured again. Ctrl-C keeps the commits that are done.
+
+The pages of asv load their scripts from content delivery networks. Where these cannot be reached,
+or with ``--offline``, npm installs the same scripts beside the pages.
 
 ``--picture`` (extra ``dashboard``) looks at the pages in a headless Chromium: the one that
 ``playwright install chromium`` has brought, or the one of the system, or ``--browser``. It fails
@@ -14,22 +19,30 @@ import argparse
 import contextlib
 import functools
 import http.server
+import json
+import platform
 import re
 import shutil
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 HERE = Path(__file__).resolve().parent
 HTML = HERE.parent / ".asv" / "html"
-# As in the address of its page: p- is a parameter, which may stand there several times.
-BENCHMARK = (
-    "forward.Images.time_train?x-axis-scale=even&y-axis-scale=log&p-shape='resnet 56x56'"
-    "&p-library='numbanorm'&p-library='torch'"
+RESULTS = HERE / "results"
+# The last commit without layers.
+FIRST = "601c59a"
+# Each layer forward and backward on large arrays, and the way to the kernels.
+HISTORY = (
+    r"^((forward|backward)\.(Images|Rows)\.\w+\('(\w+', 'resnet 56x56|layer', 'bert)'\)|small\.)"
 )
+# As in the address of its page: p- is a parameter, which may stand there several times.
+BENCHMARK = "forward.Images.time_train?x-axis-scale=even&y-axis-scale=log&p-shape='resnet 56x56'"
 SIZE = {"width": 1280, "height": 760}
 # The address that asv writes ends thus; the package of npm, and the file in it.
 SCRIPTS = {
@@ -46,9 +59,53 @@ SCRIPTS = {
 }
 
 
+def run_asv(*arguments: str, quiet: bool = False) -> None:
+    """Run asv here; if it fails, end with what it says, and without a traceback of our own."""
+    if find_spec("asv") is None:
+        raise SystemExit("asv is not installed: pip install -e '.[bench]'")
+    done = subprocess.run(
+        [sys.executable, "-m", "asv", *arguments], cwd=HERE, check=False, text=True,
+        stdout=subprocess.PIPE if quiet else None, stderr=subprocess.STDOUT if quiet else None,
+    )  # fmt: skip
+    if done.returncode:
+        said = (done.stdout or "").strip()
+        raise SystemExit(f"{said}\nasv {arguments[0]} ended with status {done.returncode}".strip())
+
+
+def measure(commits: int, machine: str) -> None:
+    """Measure some commits, evenly spread over the history."""
+    print(
+        f"measuring up to {commits} commits, under a minute each, and some minutes once for "
+        "their environment; Ctrl-C keeps the commits that are done",
+        flush=True,
+    )
+    run_asv("machine", "--yes", "--machine", machine, quiet=True)
+    try:
+        run_asv(
+            "run", "--machine", machine, "--steps", str(commits), "--skip-existing-commits",
+            "--attribute", "rounds=1", "--bench", HISTORY, f"{FIRST}..HEAD",
+        )  # fmt: skip
+    except KeyboardInterrupt:
+        kept = len(list((RESULTS / machine).glob("*-*.json")))
+        raise SystemExit(
+            f"interrupted: {kept} commits are kept in {RESULTS / machine}; the same command goes on"
+        ) from None
+
+
 def publish() -> None:
     """Write the pages."""
-    subprocess.run([sys.executable, "-m", "asv", "publish"], cwd=HERE, check=True)
+    again = "python asv_benchmarks/dashboard.py --measure"
+    if not list(RESULTS.glob("*/*-*.json")):
+        raise SystemExit(f"there are no results in {RESULTS} yet: {again}")
+    git = ["git", "-C", str(HERE), "rev-parse", "--is-shallow-repository"]
+    shallow = subprocess.run(git, capture_output=True, text=True, check=False)
+    if shallow.returncode:
+        raise SystemExit("the commits are needed: run it in a clone of the repository")
+    if shallow.stdout.strip() == "true":
+        raise SystemExit("this clone lacks older commits: git fetch --unshallow")
+    run_asv("publish", "--no-pull", quiet=True)
+    if not json.loads((HTML / "index.json").read_text())["graph_param_list"]:
+        raise SystemExit(f"none of the commits measured is behind what is checked out: {again}")
 
 
 def localize(page: str) -> tuple[str, list[str]]:
@@ -74,21 +131,32 @@ def make_offline(html: Path) -> None:
     packages = html.parent / "npm"
     packages.mkdir(exist_ok=True)
     (packages / "package.json").write_text("{}")
-    wanted = sorted({SCRIPTS[name][0] for name in names})
-    npm = shutil.which("npm")
-    if npm is None:
-        raise SystemExit("--offline: npm is needed, and is not installed")
-    subprocess.run(
-        [npm, "install", "--no-audit", "--no-fund", "--ignore-scripts", *wanted],
-        cwd=packages, check=True,
-    )  # fmt: skip
+    wanted = {name: (packages / "node_modules" / package.rpartition("@")[0] / file, package)
+              for name in names for package, file in [SCRIPTS[name]]}  # fmt: skip
+    if not all(source.exists() for source, _ in wanted.values()):
+        command = ["npm", "install", "--no-audit", "--no-fund", "--ignore-scripts"]
+        command += sorted({package for _, package in wanted.values()})
+        try:
+            subprocess.run(command, cwd=packages, check=True, capture_output=True, text=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            raise SystemExit(
+                "the pages load their scripts from the network, which cannot be reached, and npm "
+                f"could not install them: {getattr(error, 'stderr', '') or error}".strip()
+            ) from None
     (html / "scripts").mkdir(exist_ok=True)
-    for name in names:
-        package, file = SCRIPTS[name]
-        shutil.copy(
-            packages / "node_modules" / package.split("@")[0] / file, html / "scripts" / name
-        )
+    for name, (source, _) in wanted.items():
+        shutil.copy(source, html / "scripts" / name)
     (html / "index.html").write_text(page)
+
+
+def reachable(html: Path) -> bool:
+    """Tell whether the first script of the pages can be loaded."""
+    script = re.search(r'src="(https://[^"]+\.js)"', (html / "index.html").read_text())
+    try:
+        with urlopen(script[1] if script else "", timeout=3):
+            return True
+    except (OSError, ValueError):
+        return False
 
 
 @contextlib.contextmanager
@@ -100,7 +168,11 @@ def served(html: Path, port: int = 0) -> Iterator[str]:
             pass
 
     handler = functools.partial(Quiet, directory=str(html))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", port), handler) as server:
+    try:
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", port), handler)
+    except OSError as error:
+        raise SystemExit(f"port {port}: {error}; --port 0 takes a free one") from None
+    with server:
         thread = threading.Thread(target=server.serve_forever, daemon=True)
         thread.start()
         try:
@@ -118,49 +190,67 @@ def browser_of_system() -> str | None:
 
 def look(address: str, benchmark: str, folder: Path, browser: str | None) -> None:
     """Take pictures of the grid, of a plot over commits and of the regressions."""
-    from playwright.sync_api import sync_playwright
+    try:
+        from playwright.sync_api import Error, sync_playwright
+    except ImportError:
+        raise SystemExit(
+            "--picture: playwright is not installed: pip install -e '.[dashboard]'"
+        ) from None
 
     pages = {
         "grid": ("", ".summary-grid, #summarygrid-display"),
         "plot": (benchmark, "#main-graph canvas"),
         "regressions": ("regressions", "#regressions-body table, #regressions-body p"),
     }
-    with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(
-            executable_path=browser or browser_of_system(),
-            # A container has no sandbox, and often little shared memory; the pages are ours.
-            args=["--no-sandbox", "--disable-dev-shm-usage"],
-        )
-        page = chromium.new_page(viewport=SIZE)
-        problems: list[str] = []
-        page.on("pageerror", lambda error: problems.append(str(error)))
-        page.on("requestfailed", lambda request: problems.append(f"not loaded: {request.url}"))
-        for name, (where, selector) in pages.items():
-            page.goto(f"{address}#{where}" if where else address)
-            page.wait_for_selector(selector, timeout=20_000)
-            page.wait_for_load_state("networkidle")
-            # The plot is drawn when its data have come.
-            page.wait_for_timeout(1000)
-            page.screenshot(path=folder / f"{name}.png")
-        chromium.close()
+    problems: list[str] = []
+    try:
+        with sync_playwright() as playwright:
+            chromium = playwright.chromium.launch(
+                executable_path=browser or browser_of_system(),
+                # A container has no sandbox, and often little shared memory; the pages are ours.
+                args=["--no-sandbox", "--disable-dev-shm-usage"],
+            )
+            page = chromium.new_page(viewport=SIZE)
+            page.on("pageerror", lambda error: problems.append(str(error)))
+            page.on("requestfailed", lambda request: problems.append(f"not loaded: {request.url}"))
+            for name, (where, selector) in pages.items():
+                page.goto(f"{address}#{where}" if where else address)
+                page.wait_for_selector(selector, timeout=20_000)
+                page.wait_for_load_state("networkidle")
+                # The plot is drawn when its data have come.
+                page.wait_for_timeout(1000)
+                message = page.locator("#error-message")
+                if message.is_visible():
+                    problems.append(f"{name}: {message.inner_text()}")
+                page.screenshot(path=folder / f"{name}.png")
+            chromium.close()
+    except Error as error:
+        hint = " (playwright install chromium, or --browser)" if "xecutable" in str(error) else ""
+        problems.append(f"{str(error).splitlines()[0]}{hint}")
     if problems:
-        raise SystemExit("the dashboard has errors:\n" + "\n".join(sorted(set(problems))))
+        raise SystemExit("--picture: there is none:\n" + "\n".join(sorted(set(problems))))
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Publish, look, serve."""
+    """Measure, publish, look, serve."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--serve", action="store_true", help="until Ctrl-C")
     parser.add_argument("--port", type=int, default=8080)
+    parser.add_argument("--measure", type=int, nargs="?", const=12, metavar="N", help="12 commits")
+    parser.add_argument(
+        "--machine", default=platform.node() or "unknown", help="the name its results go under"
+    )
     parser.add_argument("--offline", action="store_true", help="install the scripts of the pages")
     parser.add_argument("--picture", type=Path, help="a PNG file of the plot of --benchmark")
     parser.add_argument("--benchmark", default=BENCHMARK, help="and its parameters, as in its URL")
     parser.add_argument("--browser", help="the path of a Chromium")
     options = parser.parse_args(arguments)
+    if options.measure:
+        measure(options.measure, options.machine)
     publish()
-    if options.offline:
+    if options.offline or ((options.serve or options.picture) and not reachable(HTML)):
         make_offline(HTML)
     if options.picture:
         folder = HTML.parent / "pictures"
@@ -174,6 +264,8 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"{address} (Ctrl-C ends it)", flush=True)
             with contextlib.suppress(KeyboardInterrupt):
                 threading.Event().wait()
+    elif not options.picture:
+        print(f"{HTML}; --serve shows it")
     return 0
 
 

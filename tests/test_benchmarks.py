@@ -16,7 +16,9 @@ import pytest
 from reference import Naive, channel_statistic, statistic
 
 FOLDER = Path(__file__).parents[1] / "asv_benchmarks"
-MODULES = ("accuracy", "backward", "forward", "memory", "moments", "njit", "small", "startup")
+MODULES = (
+    "accuracy", "backward", "baselines", "forward", "memory", "moments", "njit", "small", "startup",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""What asv measures at every commit; see the README of the repository.
+"""What asv measures at every commit; see docs/benchmarks.md.
 
 asv imports this package into a process that it then forks for each benchmark, whatever commit is
 installed: nothing here may fail where an old commit lacks something, and no thread may start.
@@ -32,12 +32,13 @@ if "ASV_COMMIT" in os.environ:
     # would take the machine code of one commit for that of another.
     os.environ["NUMBA_CACHE_DIR"] = str(SCRATCH / "kernels" / _digest_of_package())
 
-# After NUMBA_CACHE_DIR is set, which Numba reads when it is imported.
-from numba.core.registry import cpu_target  # noqa: E402
-
-# Done once and not in every benchmark. Numba is slow to get ready for its first kernel.
+# Done once and not in every benchmark, after NUMBA_CACHE_DIR is set, which Numba reads when it is
+# imported. Numba is slow to get ready for its first kernel; what does that is no public name.
 for _library in ("numbanorm", "torch"):
     with contextlib.suppress(ImportError):
         __import__(_library)
-cpu_target.typing_context.refresh()
-cpu_target.target_context.refresh()
+with contextlib.suppress(ImportError, AttributeError):
+    from numba.core.registry import cpu_target
+
+    cpu_target.typing_context.refresh()
+    cpu_target.target_context.refresh()

@@ -12,29 +12,38 @@ class _Backward:
         super().setup(*params)
         self.runner.train()
 
-    def time_backward(self, *_: Any) -> None:
-        self.runner.backward()
-
 
 class Images(_Backward, by.Images):
-    """By shape, beside PyTorch and NumPy."""
+    """By shape."""
+
+    time_backward = by.timed("Backward, images, by shape", "backward")
 
 
 class Rows(_Backward, by.Rows):
-    """By shape, beside PyTorch and NumPy."""
+    """By shape."""
+
+    time_backward = by.timed("Backward, rows, by shape", "backward")
 
 
 class Layouts(_Backward, by.Layouts):
     """By layout."""
 
+    time_backward = by.timed("Backward, channels first and last", "backward")
+
 
 class Dtypes(_Backward, by.Dtypes):
     """By dtype."""
+
+    time_backward = by.timed("Backward, by dtype", "backward")
 
 
 class Threads(_Backward, by.Threads):
     """By threads."""
 
+    time_backward = by.timed("Backward, by number of threads", "backward")
+
 
 class Memory(_Backward, by.Memory):
     """By what is written to."""
+
+    time_backward = by.timed("Backward, into out= and fresh memory", "backward")

@@ -1,46 +1,46 @@
 """Forward in training, and in evaluation where it does something else."""
 
-from typing import Any
-
 from . import by
 
 
-class _Train:
-    runner: Any
+class Images(by.Images):
+    """By shape."""
 
-    def time_train(self, *_: Any) -> None:
-        self.runner.train()
-
-
-class Images(_Train, by.Images):
-    """By shape, beside PyTorch and NumPy."""
+    time_train = by.timed("Forward in training, images, by shape", "train")
 
 
-class Rows(_Train, by.Rows):
-    """By shape, beside PyTorch and NumPy."""
+class Rows(by.Rows):
+    """By shape."""
+
+    time_train = by.timed("Forward in training, rows, by shape", "train")
 
 
-class Layouts(_Train, by.Layouts):
+class Layouts(by.Layouts):
     """By layout."""
 
+    time_train = by.timed("Forward in training, channels first and last", "train")
 
-class Dtypes(_Train, by.Dtypes):
+
+class Dtypes(by.Dtypes):
     """By dtype."""
 
+    time_train = by.timed("Forward in training, by dtype", "train")
 
-class Threads(_Train, by.Threads):
+
+class Threads(by.Threads):
     """By threads."""
 
+    time_train = by.timed("Forward in training, by number of threads", "train")
 
-class Memory(_Train, by.Memory):
+
+class Memory(by.Memory):
     """By what is written to."""
+
+    time_train = by.timed("Forward in training, into out= and fresh memory", "train")
 
 
 class Evaluation(by.Images):
     """With running statistics."""
 
     params = (("batch",), *by.Images.params[1:])
-
-    def time_evaluate(self, *_: Any) -> None:
-        """Time a forward in evaluation."""
-        self.runner.evaluate()
+    time_evaluate = by.timed("Forward in evaluation, BatchNorm of images, by shape", "evaluate")

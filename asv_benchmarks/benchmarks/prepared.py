@@ -19,7 +19,6 @@ import plain
 
 from . import SCRATCH
 
-LIBRARIES = ("numbanorm", "torch", "numpy")
 TOLERANCE = {"float32": 2e-3, "float64": 1e-8}
 
 

@@ -55,6 +55,8 @@ class Bound(_Measured):
         """Return the median share."""
         return round(float(rows[layer]["bound"][phase]), 3)
 
+    track_share.pretty_name = "Share of the speed of memory (more is better)"
+
 
 class PyTorch(_Measured):
     """PyTorch's time over ours: forward and backward in training, or evaluation into out=."""
@@ -72,3 +74,5 @@ class PyTorch(_Measured):
     def track_ratio(self, rows: dict[str, Any], layer: str, into: str) -> float:
         """Return the median of the ratios of pairs."""
         return round(float(rows[layer]["ratios"]["torch"][into]), 2)
+
+    track_ratio.pretty_name = "Times faster than PyTorch, in turns (more is better)"

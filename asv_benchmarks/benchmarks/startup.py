@@ -34,6 +34,7 @@ runner = cases.numbanorm_runner(cases.Case({case.layer!r}, {case.shape!r}, {case
 class Import:
     """Importing."""
 
+    version = "1"
     rounds = 1
     repeat = 5
     warmup_time = 0
@@ -49,6 +50,9 @@ class Import:
     def timeraw_beyond_numba_and_numpy(self) -> tuple[str, str]:
         """Time what comes on top."""
         return "import numbanorm", "import numba, numpy"
+
+    timeraw_numbanorm.pretty_name = "Import of numbanorm"
+    timeraw_beyond_numba_and_numpy.pretty_name = "Import of numbanorm, beyond Numba's and NumPy's"
 
 
 class FirstCall(by.Prepared):
@@ -71,10 +75,16 @@ class FirstCall(by.Prepared):
         """Time it where nothing has been compiled."""
         return CALL, EMPTY_CACHE + _make(layer)
 
+    timeraw_warm_cache.pretty_name = "First call of a layer, kernels on disk"
+    timeraw_cold_cache.pretty_name = "First call of a layer, nothing compiled"
     timeraw_cold_cache.repeat = 1
 
     def track_compile(self, layer: str) -> float:
-        """Return how much of it Numba compiles for, with an empty cache."""
+        """Return how much of it Numba compiles for, with an empty cache; if it tells."""
+        try:
+            prepared.need("numba.core.event", "install_timer")  # no public name
+        except NotImplementedError:
+            return float("nan")
         timed = textwrap.dedent(
             f"""
             from numba.core import event
@@ -88,3 +98,4 @@ class FirstCall(by.Prepared):
         return float(ran.stdout)
 
     track_compile.unit = "seconds"
+    track_compile.pretty_name = "First call of a layer, nothing compiled: Numba's share"

@@ -1,0 +1,70 @@
+"""PyTorch and NumPy at the same: no commit changes them, but the machine may."""
+
+from . import accuracy, by, moments, small
+
+OTHERS = ("torch", "numpy")
+
+
+class Images(by.Images):
+    """Layers of images by shape."""
+
+    param_names = (*by.Images.param_names, "library")
+    params = (*by.Images.params, OTHERS)
+    time_train_and_backward = by.timed(
+        "PyTorch and NumPy: forward and backward, images, by shape", "train", "backward"
+    )
+
+
+class Rows(by.Rows):
+    """Layers of rows by shape."""
+
+    param_names = (*by.Rows.param_names, "library")
+    params = (*by.Rows.params, OTHERS)
+    time_train_and_backward = by.timed(
+        "PyTorch and NumPy: forward and backward, rows, by shape", "train", "backward"
+    )
+
+
+class Small(small.Small):
+    """A hundred calls."""
+
+    param_names = (*small.Small.param_names, "library")
+    params = (*small.Small.params, ("torch",))
+    time_evaluate_100 = by.timed(
+        "PyTorch: 100 forwards of small arrays in evaluation", *("evaluate",) * small.CALLS
+    )
+    time_train_and_backward_100 = by.timed(
+        "PyTorch: 100 times forward and backward of small arrays",
+        *("train", "backward") * small.CALLS,
+    )
+
+
+class Moments(moments.Images):
+    """Mean and variance of images by shape."""
+
+    param_names = (*moments.Images.param_names, "library")
+    params = (*moments.Images.params, OTHERS)
+    time_moments = moments.timed("PyTorch and NumPy: mean and variance of images, by shape")
+
+
+class MomentsOfRows(moments.Rows):
+    """Mean and variance of rows by shape."""
+
+    param_names = (*moments.Rows.param_names, "library")
+    params = (*moments.Rows.params, OTHERS)
+    time_moments = moments.timed("PyTorch and NumPy: mean and variance of rows, by shape")
+
+
+class Offset(accuracy.Offset):
+    """The largest error of y."""
+
+    param_names = (*accuracy.Offset.param_names, "library")
+    params = (*accuracy.Offset.params, OTHERS)
+
+    def track_largest_error(self, _: str, library: str = "torch") -> float:
+        """Return it."""
+        return super().track_largest_error(_, library)
+
+    track_largest_error.pretty_name = (  # type: ignore[attr-defined]
+        "PyTorch and NumPy: largest error of y, for data around a million"
+    )
