@@ -41,15 +41,19 @@ def describe(folder: Path) -> str:
     return f"{folder} ({n} kernels{'' if cache.is_writable(folder) else ', cannot be written to'})"
 
 
-def warmup() -> int:
-    """Compile every kernel into the cache; return the exit status."""
+def warmup(everything: bool) -> int:
+    """Compile kernels into the cache; return the exit status."""
     writable = [folder for folder in cache.folders() if cache.is_writable(folder)]
     if not writable:
         show()
         print("Set the environment variable NUMBA_CACHE_DIR to a folder that can be written to.")
         return 1
     start = time.perf_counter()
-    n = warming.warmup()
+    kinds = "float32, float64"
+    if everything:
+        kinds += ", float16, bfloat16, with and without an activation and a residual"
+    print(f"compiling for {kinds}", flush=True)
+    n = warming.warmup(everything)
     print(f"{n} kernels in {time.perf_counter() - start:.0f} s: {describe(writable[0])}")
     return 0
 
@@ -67,8 +71,16 @@ def main() -> int:
         choices=["warmup"],
         help="compile all kernels, for float32 and float64, so that no process needs to wait",
     )
-    if parser.parse_args().command == "warmup":
-        return warmup()
+    parser.add_argument(
+        "--all",
+        action="store_true",
+        help="with warmup: for float16 and bfloat16, and with activations and residuals, too",
+    )
+    arguments = parser.parse_args()
+    if arguments.command == "warmup":
+        return warmup(arguments.all)
+    if arguments.all:
+        parser.error("--all: it goes with warmup")
     show()
     return 0
 

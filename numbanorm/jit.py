@@ -124,7 +124,7 @@ def _differentiate(
     saved = restore(
         x, dx, geometry, weight, weight is not None, 0.0, [statistic], center=center is not None
     )
-    dx, gradients = backward(dy, saved, dx)
+    dx, _, gradients = backward(dy, saved, dx)
     return dx, gradients.weight, gradients.bias
 
 

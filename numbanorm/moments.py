@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from numbanorm.core.checks import bool_mask, float_array
+from numbanorm.core.checks import as_array, bool_mask, float_array
 from numbanorm.core.exchange import FORWARD_ROWS, Exchange, check_comm
 from numbanorm.core.geometry import geometry, memory_order, normalize_axes
 from numbanorm.core.layouts import find_layout
@@ -194,7 +194,7 @@ def moments(
 
     Parameters
     ----------
-    x : array of float32 or float64
+    x : array of floats, integers or booleans
         Any shape and strides; there is a copy only if x has gaps in memory. A ``numpy.memmap`` may
         be larger than memory: it is read in parts, which do not stay in the process.
     axes : int or tuple of int, optional
@@ -216,7 +216,7 @@ def moments(
     Raises
     ------
     TypeError
-        If x is not of float32 or float64, or mask is not boolean.
+        If x is of another type, or mask is not boolean.
     ValueError
         If an axis is out of range or stands twice, or mask does not broadcast to x.
 
@@ -247,11 +247,15 @@ def _moments(
     keepdims: bool,
     exchange: Exchange | None = None,
 ) -> Moments:
-    mapped = mapping_of(x) is not None
-    array = np.asarray(x) if mapped else float_array(x, "x")
+    array = float_array(x, "x") if isinstance(x, np.ma.MaskedArray) else as_array(x, "x")
+    in_parts = mapping_of(x) is not None
+    if array.dtype.kind in "biu":
+        in_parts = True  # each is converted
+    elif not in_parts:
+        array = float_array(x, "x")
     reduced = tuple(range(array.ndim)) if axes is None else normalize_axes(axes, array.ndim)
     counts = bool_mask(mask, array.shape)
-    merged = _merged(array, reduced, counts, mapped).reshape(5, -1)
+    merged = _merged(array, reduced, counts, in_parts).reshape(5, -1)
     size = math.prod(array.shape[axis] for axis in reduced)
     masked = counts is not None
     if exchange is not None:
@@ -274,13 +278,14 @@ def _moments(
     return Moments._of(count.astype(np.int64) if masked else size, mean, m2, rest)
 
 
-def _merged(array: Array, reduced: Axes, counts: Array | None, mapped: bool = False) -> Float64:
+def _merged(array: Array, reduced: Axes, counts: Array | None, in_parts: bool = False) -> Float64:
     """Return count, mean, variance, m2 and rest with the axes of x, the reduced ones of size 1.
 
-    What is mapped from a file is read, and given back, in parts along its slowest axis.
+    What is mapped from a file is read, and given back, in parts along its slowest axis. So are
+    integers converted, to a type of float that has them all.
     """
     most = tuning().mapped_part
-    if mapped and array.nbytes > most and array.size > 1:
+    if in_parts and array.nbytes > most and array.size > 1:
         strides = [abs(s) if n > 1 else -1 for n, s in zip(array.shape, array.strides, strict=True)]
         axis = int(np.argmax(strides))
         n = array.shape[axis]
@@ -289,12 +294,14 @@ def _merged(array: Array, reduced: Axes, counts: Array | None, mapped: bool = Fa
         for first, end in itertools.pairwise(n * k // n_parts for k in range(n_parts + 1)):
             here = (*[slice(None)] * axis, slice(first, end))
             x_part, mask_part = array[here], None if counts is None else counts[here]
-            parts.append(_merged(x_part, reduced, mask_part, mapped))
+            parts.append(_merged(x_part, reduced, mask_part, in_parts))
             give_back(x_part)
             give_back(mask_part)
             if axis in reduced and len(parts) == 2:
                 parts = [_merge(*parts)]
         return np.concatenate(parts, axis + 1)
+    if array.dtype.kind in "biu":
+        array = array.astype(np.float32 if array.itemsize <= 2 else np.float64)
     x = float_array(array, "x")
     order = memory_order(x, x.shape) or tuple(range(x.ndim))
     layout = find_layout(geometry(x.shape, (reduced,), ()), order, False, whole_groups=False)

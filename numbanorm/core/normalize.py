@@ -125,8 +125,9 @@ def _fused(
     dresidual: Array | None = None,
 ) -> Any:  # fmt: skip
     """Return the fields of kernels.access.Fused; in the place of what is not there are others."""
-    aligned = dx is not None and dresidual is not None
-    aligned = aligned and (dx.ctypes.data - dresidual.ctypes.data) % LINE == 0
+    aligned = False
+    if dx is not None and dresidual is not None:
+        aligned = (dx.ctypes.data - dresidual.ctypes.data) % LINE == 0
     return (
         tuple(activation or NO_ACTIVATION), residual is not None,
         x if residual is None else residual, dx if dresidual is None else dresidual, aligned,
@@ -226,7 +227,7 @@ def backward(
     if saved.residual is None:
         dx, in_place = output_array(out, gradient, x, empty=empty)
         return dx, None, differentiate(gradient, saved, dx, in_place)
-    inputs = x, saved.residual
+    inputs: tuple[Array, ...] = x, saved.residual
     dx, in_place = output_array(out, gradient, *inputs, empty=empty)
     if out_residual is not None:
         inputs = *inputs, dx

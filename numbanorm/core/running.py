@@ -4,7 +4,7 @@ import numpy as np
 
 from numbanorm.core.exchange import FORWARD_ROWS, Exchange
 from numbanorm.core.layouts import Saved, Statistic
-from numbanorm.core.types import Array, Float64
+from numbanorm.core.types import Array, Float64, arithmetic
 from numbanorm.kernels import algebra
 from numbanorm.numba_ext.threads import call
 
@@ -41,8 +41,9 @@ def track(
 
 def _flat(array: Array) -> Array:
     """Return an array (R,) for the kernel, the same one where it can be."""
-    one_run = array.ndim == 1 and array.flags.c_contiguous
-    return array if one_run else np.ascontiguousarray(array).reshape(-1)
+    if array.ndim == 1 and array.flags.c_contiguous and array.itemsize > 2:
+        return array
+    return np.ascontiguousarray(array, arithmetic(array.dtype)).reshape(-1)
 
 
 @np.errstate(all="ignore")

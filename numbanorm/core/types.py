@@ -33,4 +33,5 @@ def stored(dtype: np.dtype[Any]) -> np.dtype[Any]:
 @functools.lru_cache(maxsize=64)
 def arithmetic(dtype: np.dtype[Any]) -> np.dtype[Any]:
     """Return the type that x of a type is calculated with."""
-    return np.dtype(ARITHMETIC[stored(dtype)])
+    found: np.dtype[Any] = np.dtype(ARITHMETIC[stored(dtype)])
+    return found

@@ -70,11 +70,6 @@ def polynomial(for_float32: Sequence[float], for_float64: Sequence[float]) -> An
     return evaluate_vector
 
 
-# A float of this size has no fraction: what is added to it is rounded to an integer, which stands
-# in the last bits.
-to_integer = constant(1.5 * 2.0**23, 1.5 * 2.0**52)
-
-
 @intrinsic
 def times_power_of_two(typing_context: Any, x: Any, n: Any) -> Any:
     """Return x * 2**n, where n has had to_integer added; in two steps, as 2**n may overflow."""
@@ -98,6 +93,10 @@ def times_power_of_two(typing_context: Any, x: Any, n: Any) -> Any:
 
     return x(x, x), generate
 
+
+# A float of this size has no fraction: what is added to it is rounded to an integer, which stands
+# in the last bits.
+to_integer = constant(1.5 * 2.0**23, 1.5 * 2.0**52)
 
 if numba.config.DISABLE_JIT:
     # Kernels are Python functions then, and vectors arrays.
