@@ -60,6 +60,10 @@ class Recycler(Generic[AMemory]):
             gone = functools.partial(self._note_gone, id(layer))
             self._layers[id(layer)] = weakref.ref(layer, gone)
 
+    def not_used_by(self, layer: object) -> None:
+        """Keep no memory for this layer any more."""
+        self._note_gone(id(layer), None)
+
     def _note_gone(self, layer_id: int, _: object) -> None:
         self._layers.pop(layer_id, None)
         if not self._layers:

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from numbanorm.numba_ext import threads
-from numbanorm.torch.convert import convert, convert_switchable
+from numbanorm.torch.convert import convert, convert_switchable, revert
 from numbanorm.torch.layers import (
     BatchNorm1d,
     BatchNorm2d,
@@ -48,6 +48,7 @@ __all__ = [
     "SyncBatchNorm",
     "convert",
     "convert_switchable",
+    "revert",
 ]
 
 # Pickles and reprs name what is public by this module.

@@ -7,6 +7,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 
 from numbanorm.core import checks
 from numbanorm.torch import layers, switchable
+from numbanorm.torch.memory import outputs
 
 _OURS: dict[type, type] = {
     getattr(nn, ours.__name__): ours
@@ -16,6 +17,8 @@ _OURS: dict[type, type] = {
         layers.GroupNorm, layers.LayerNorm, layers.RMSNorm,
     )
 }  # fmt: skip
+# The way back goes by the class, so that a layer has nothing that it did not have.
+_ORIGINS = {ours: theirs for theirs, ours in _OURS.items()}
 _SWITCHABLE: dict[type, type] = {
     batch: ours
     for theirs, converted, ours in (
@@ -48,6 +51,11 @@ def convert(module: nn.Module) -> nn.Module:
     torch.nn.Module
         The same object.
 
+    Raises
+    ------
+    TypeError
+        If ``module`` is no module.
+
     Examples
     --------
     >>> import torch
@@ -55,12 +63,59 @@ def convert(module: nn.Module) -> nn.Module:
     >>> type(numbanorm.torch.convert(torch.nn.Sequential(torch.nn.LayerNorm(4)))[0])
     <class 'numbanorm.torch.LayerNorm'>
     """
-    for layer in module.modules():
+    for layer in _modules(module):
         if type(layer) in _OURS:
             layer.__class__ = _OURS[type(layer)]
         elif isinstance(layer, LazyModuleMixin) and layer.cls_to_become in _OURS:
             layer.cls_to_become = _OURS[layer.cls_to_become]
     return module
+
+
+def revert(module: nn.Module) -> nn.Module:
+    """Undo :func:`convert`, in place: layers have the classes of before.
+
+    Parameters, buffers, hooks and mode are untouched, so that nothing is left of the conversion.
+    A layer that was made as one of this module becomes PyTorch's of the same name; those that
+    PyTorch has no class for, as SwitchableNorm, stay.
+
+    Parameters
+    ----------
+    module : torch.nn.Module
+        A model, or a single layer.
+
+    Returns
+    -------
+    torch.nn.Module
+        The same object.
+
+    Raises
+    ------
+    TypeError
+        If ``module`` is no module.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import numbanorm.torch
+    >>> model = numbanorm.torch.convert(torch.nn.Sequential(torch.nn.LayerNorm(4)))
+    >>> type(numbanorm.torch.revert(model)[0])
+    <class 'torch.nn.modules.normalization.LayerNorm'>
+    """
+    for layer in _modules(module):
+        # A lazy layer is told in itself what to become, and remembers that.
+        if vars(layer).get("cls_to_become") in _ORIGINS:
+            del layer.cls_to_become
+        if type(layer) in _ORIGINS:
+            layer.__class__ = _ORIGINS[type(layer)]
+            outputs.not_used_by(layer)
+    return module
+
+
+def _modules(module: nn.Module) -> list[nn.Module]:
+    """Return a module and all that are in it."""
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"module: a torch.nn.Module is needed, got {type(module).__name__}")
+    return list(module.modules())
 
 
 def convert_switchable(
@@ -98,7 +153,7 @@ def convert_switchable(
     {'mean': {'ln': 0.5, 'bn': 0.5}, 'var': {'ln': 0.5, 'bn': 0.5}}
     """
     names = None if over is None else checks.check_over(over, num_groups)
-    layers = list(module.modules())
+    layers = _modules(module)
     for layer in layers:
         if getattr(layer, "cls_to_become", None) in _SWITCHABLE:
             raise ValueError(f"module: {layer} has no size yet; run the model once before")
