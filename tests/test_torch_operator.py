@@ -115,7 +115,25 @@ def test_the_operator_is_sound(make, shape):
 def test_channels_last_and_strides_of_the_fake():
     x = tensor(2, 4, 5, 6).contiguous(memory_format=torch.channels_last)
     for layout in (x, x[:, :, ::2], x.transpose(2, 3), x[:1].expand(3, 4, 5, 6)):
-        args = (layout, None, None, None, None, None, None, "gn", 2, 1e-5, False, "")
+        args = (
+            layout,
+            None,
+            None,
+            None,
+            None,
+            None,
+            None,
+            None,
+            "gn",
+            1e-5,
+            2,
+            [],
+            [],
+            1,
+            True,
+            False,
+            "",
+        )
         torch.library.opcheck(NORMALIZE, args, test_utils=("test_faketensor",))
 
 

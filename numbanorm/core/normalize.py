@@ -102,6 +102,7 @@ def restore(
     mixture: Float64 | None = None,
     center: bool = True,
     sample_variance: bool = False,
+    mask: Array | None = None,
     instances: Instances | None = None,
     all_reduce: Callable[[Float64], object] | None = None,
 ) -> Saved:
@@ -111,15 +112,16 @@ def restore(
     ``all_reduce`` the statistics are those of several processes, and backward adds up over them.
     """
     affine = weight is not None or has_bias
-    layout = _layout(x, dx, geometry, affine, False, whole_groups=all_reduce is None)
+    layout = _layout(x, dx, geometry, affine, mask is not None, all_reduce is None)
     given = statistics[geometry.tracked]
     running = (given.mean, given.var) if given.n is None else None
     job = Job(
         _mode(x.dtype, eps, center, running is None), weight, None, None, mixture, sample_variance
     )
     restored = layout.restore(statistics, job, x.dtype)._replace(instances=instances)
+    views = layout.to_view(x), None if mask is None else layout.to_view(mask)
     return Saved(
-        layout, x.shape, layout.to_view(x), None, False, job.mode, mixture, sample_variance,
+        layout, x.shape, *views, False, job.mode, mixture, sample_variance,
         weight is not None, has_bias, restored, all_reduce,
     )  # fmt: skip
 

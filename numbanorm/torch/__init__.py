@@ -27,9 +27,11 @@ from numbanorm.torch.layers import (
     InstanceNorm2d,
     InstanceNorm3d,
     LayerNorm,
+    LayerNorm2d,
     RMSNorm,
     SyncBatchNorm,
 )
+from numbanorm.torch.norm import Norm
 from numbanorm.torch.switchable import SwitchableNorm1d, SwitchableNorm2d, SwitchableNorm3d
 
 __all__ = [
@@ -41,6 +43,8 @@ __all__ = [
     "InstanceNorm2d",
     "InstanceNorm3d",
     "LayerNorm",
+    "LayerNorm2d",
+    "Norm",
     "RMSNorm",
     "SwitchableNorm1d",
     "SwitchableNorm2d",

@@ -1,6 +1,6 @@
-"""What the layers have in common: whether numbanorm can do it, and running statistics."""
+"""What the layers have in common: one forward, and running statistics."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -10,6 +10,9 @@ from numbanorm.core.layouts import Saved, Statistic
 from numbanorm.core.running import track
 from numbanorm.recalibrate import Pool
 from numbanorm.torch import private
+from numbanorm.torch.autograd import normalize
+from numbanorm.torch.definition import definition
+from numbanorm.torch.method import Inputs, Method
 from numbanorm.torch.ops import as_array
 
 
@@ -26,16 +29,102 @@ def can_take(x: Tensor, *others: Tensor | None) -> bool:
     return not private.has_tangent(tensors)
 
 
-class TrackingLayer(nn.Module):
+def check_mask(mask: Tensor, x: Tensor) -> Tensor:
+    """Return mask broadcast to the shape of x."""
+    if not isinstance(mask, Tensor) or mask.dtype is not torch.bool:
+        kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(
+            f"mask: a tensor of bool, True where an element counts, is needed, got {kind}"
+        )
+    if mask.device != x.device:
+        raise ValueError(f"mask: a tensor on {x.device}, as x, is needed, got {mask.device}")
+    try:
+        return mask.expand(x.shape)
+    except RuntimeError:
+        raise ValueError(
+            f"mask: a shape that broadcasts to x, {tuple(x.shape)}, is needed, "
+            f"got {tuple(mask.shape)}"
+        ) from None
+
+
+class NormLayer(nn.Module):
+    """The road from a layer to numbanorm, and to the code that it had before.
+
+    A subclass says with which tensors and how, and the next class after it in line has that code.
+    """
+
+    # Whether there is such a class; if not, the definition does what numbanorm cannot.
+    _has_other: ClassVar[bool] = True
+    # The modules in it that a converted layer runs afterwards, as dropout and activation of timm's.
+    _then: ClassVar[tuple[str, ...]] = ()
+
+    def _tensors(self) -> tuple[Tensor | None, ...]:
+        """Return parameters and buffers, which numbanorm has to be able to take."""
+        raise NotImplementedError
+
+    def _plan(self, x: Tensor, mask: Tensor | None) -> tuple[Inputs, Method] | None:
+        """Return what is normalised and how, or None for a shape that is PyTorch's to judge."""
+        raise NotImplementedError
+
+    def _note(self, inputs: Inputs, method: Method, statistics: Tensor | Saved) -> None:
+        """Take note of the statistics of a forward."""
+
+    def forward(self, input: Tensor, *, mask: Tensor | None = None) -> Tensor:
+        """Normalise x.
+
+        Parameters
+        ----------
+        input : Tensor
+            x, on any device.
+        mask : Tensor of bool, optional
+            Broadcasts to x; True where an element counts in the statistics.
+
+        Returns
+        -------
+        Tensor
+            y, of the shape and dtype of x.
+        """
+        counts = None if mask is None else check_mask(mask, input)
+        by_numbanorm = can_take(input, *self._tensors())
+        if not by_numbanorm and counts is None and self._has_other:
+            return self._elsewhere(input)
+        planned = self._plan(input, counts)
+        if planned is None:
+            y = self._elsewhere(input)
+            if counts is not None and counts.numel():
+                raise ValueError(f"mask: {self} has none for x of shape {tuple(input.shape)}")
+            return y
+        inputs, method = planned
+        y, statistics = (
+            normalize(self, inputs, method) if by_numbanorm else definition(inputs, method)
+        )
+        self._note(inputs, method, statistics)
+        if y.dim() != input.dim():
+            y = y.squeeze(0)
+        for name in self._then:
+            y = getattr(self, name)(y)
+        return y
+
+    def _elsewhere(self, x: Tensor) -> Tensor:
+        """Return y of the code that stood there before."""
+        y: Tensor = super().forward(x)
+        return y
+
+    def _get_name(self) -> str:
+        return f"numbanorm.{type(self).__name__}"
+
+
+class TrackingLayer(NormLayer):
     """Running statistics, and what :func:`numbanorm.recalibrate` asks of a layer."""
 
     training: bool
-    num_features: int
     momentum: float | None
     running_mean: Any
     running_var: Any
     num_batches_tracked: Any
+    num_batches_skipped: Any
     sample_variance = False
+    skip_nonfinite = False
     _pool: Pool | None = None
     # Whether num_batches_tracked is what its name says.
     _counts = True
@@ -66,7 +155,10 @@ class TrackingLayer(nn.Module):
 
     def _momentum(self, n_before: Any) -> Any:
         """Return the weight of a new value after so many."""
-        return 1 / (n_before + 1) if self.momentum is None else self.momentum
+        if self.momentum is not None:
+            return self.momentum
+        skipped = self.num_batches_skipped.item() if self.skip_nonfinite else 0
+        return 1 / (n_before - skipped + 1)
 
     def _track(self, statistics: Tensor | Saved, samples: int | None = None) -> None:
         """Move the running statistics towards those of a batch, or the mean of its samples'.
@@ -82,29 +174,37 @@ class TrackingLayer(nn.Module):
             momentum = float(self._momentum(n_batches))
             if not self._counts:
                 n_batches = n_batches.copy()
-            track(statistics, mean, var, n_batches, momentum)
+            if track(statistics, mean, var, n_batches, momentum, self.skip_nonfinite):
+                self.num_batches_skipped.add_(1)
             torch.autograd.graph.increment_version(buffers)
             return
+        shape = tuple(self.running_mean.shape)
+        rows = statistics.detach().reshape(4, samples or 1, *shape)
         if self._pool is not None:
-            shape = (4, *([] if samples is None else [samples]), self.num_features)
-            mean, _, var, n = statistics.numpy(force=True).reshape(shape)
+            mean, _, var, n = rows.numpy(force=True)
             batch = Statistic((0,) if samples is None else (), n.astype(np.int64), mean, var)
-            ddof = 0 if self.sample_variance else 1
-            self._pool.add_statistic(batch, (self.num_features,), ddof)
+            self._pool.add_statistic(batch, shape, 0 if self.sample_variance else 1)
             return
-        momentum = self._momentum(self.num_batches_tracked.to(self.running_mean.dtype))
+        dtype = self.running_mean.dtype
+        mean, var, _, n = rows.to(dtype)
+        known = (n > 0).to(dtype)
+        n_known = known.sum(0)
+        # A group with nothing in it leaves its running statistics alone.
+        moved = (n_known > 0).to(dtype) * self._momentum(self.num_batches_tracked.to(dtype))
         if self._counts:
-            self.num_batches_tracked.add_(1)
-        moved = statistics[:2].detach()
-        if samples is not None:
-            moved = moved.reshape(2, samples, -1).mean(1)
-        mean, var = moved.to(self.running_mean.dtype)
-        self.running_mean.lerp_(mean, momentum)
-        self.running_var.lerp_(var, momentum)
+            self.num_batches_tracked.add_(n_known.any())
+        if self.skip_nonfinite:
+            is_finite = (mean + var).isfinite().all()
+            self.num_batches_skipped.add_(~is_finite)
+            moved = moved * is_finite
+        for running, values in ((self.running_mean, mean), (self.running_var, var)):
+            found = torch.where(known > 0, values, 0).sum(0) / n_known.clamp(min=1)
+            running.copy_(torch.where(moved > 0, running.lerp(found, moved), running))
 
-    def _not_pooling(self) -> None:
+    def _elsewhere(self, x: Tensor) -> Tensor:
         if self._pool is not None:
             raise TypeError(
                 "recalibrate: x and the layer need to be float32 or float64 on the CPU, "
                 f"and x of a shape that {self} trains with"
             )
+        return super()._elsewhere(x)

@@ -1,4 +1,8 @@
-"""PyTorch's layers: subclasses with a forward of their own."""
+"""PyTorch's layers: subclasses with a forward of their own.
+
+What a layer of ours adds to PyTorch's stands in a class of its own with an underscore, which goes
+before that of any library that means the same: see :mod:`numbanorm.torch.foreign`.
+"""
 
 from collections.abc import Container
 from typing import Any, ClassVar
@@ -6,36 +10,49 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from numbanorm.core import checks
+from numbanorm.core.layouts import Saved
 from numbanorm.torch import distributed
-from numbanorm.torch.autograd import normalize
-from numbanorm.torch.base import TrackingLayer, can_take
-from numbanorm.torch.method import Method
+from numbanorm.torch.base import NormLayer, TrackingLayer
+from numbanorm.torch.method import BY_AXES, Inputs, Method
 
 
-class _BatchNorm(TrackingLayer):
+class _ChannelNorm(TrackingLayer):
+    """Of each channel, with running statistics."""
+
+    weight: Any
+    bias: Any
+    eps: float
+    track_running_stats: bool
+
+    def _tensors(self) -> tuple[Tensor | None, ...]:
+        return self.weight, self.bias, self.running_mean, self.running_var
+
+    def _inputs(self, x: Tensor, mask: Tensor | None, use_batch_stats: bool) -> Inputs:
+        mean, var = (None, None) if use_batch_stats else (self.running_mean, self.running_var)
+        return Inputs(x, self.weight, self.bias, None, None, mean, var, mask)
+
+
+class _BatchNorm(_ChannelNorm):
     # How many axes x may have.
     _ranks: ClassVar[Container[int]]
 
-    def forward(self, input: Tensor) -> Tensor:
+    def _plan(self, x: Tensor, mask: Tensor | None) -> tuple[Inputs, Method] | None:
         # What is wrong here PyTorch says in its own words.
-        if input.dim() not in self._ranks:
-            return super().forward(input)
+        if x.dim() not in self._ranks or x.shape[1] != self.num_features:
+            return None
         use_batch_stats = self.training or self.running_mean is None
         group = self._group_name() if self.training else ""
-        running = (None, None) if use_batch_stats else (self.running_mean, self.running_var)
-        values = input.numel() // max(self.num_features, 1)
-        if (
-            not can_take(input, self.weight, self.bias, self.running_mean, self.running_var)
-            or input.shape[1] != self.num_features
-            or (values < (2 if use_batch_stats else 1) and not group)
-        ):
-            self._not_pooling()
-            return super().forward(input)
-        method = Method(("bn",), self.eps, process_group=group)
-        y, statistics = normalize(self, input, self.weight, self.bias, method, running)
+        values = x.numel() // max(self.num_features, 1)
+        if values < (2 if use_batch_stats else 1) and not group:
+            return None
+        return self._inputs(x, mask, use_batch_stats), Method(
+            ("bn",), self.eps, process_group=group
+        )
+
+    def _note(self, inputs: Inputs, method: Method, statistics: Tensor | Saved) -> None:
         if self.training and self.track_running_stats and self.tracks:
             self._track(statistics)
-        return y
 
     def _group_name(self) -> str:
         """Return the name of the process group that shares the statistics, or ""."""
@@ -111,31 +128,33 @@ class SyncBatchNorm(_BatchNorm, nn.SyncBatchNorm):
         return distributed.name_of_group(self.process_group)
 
 
-class _InstanceNorm(TrackingLayer):
+class _InstanceNorm(_ChannelNorm):
     _counts = False
     # How many axes x has without and with that of samples.
     _ranks: ClassVar[tuple[int, int]]
 
-    def forward(self, input: Tensor) -> Tensor:
-        if input.dim() not in self._ranks:
-            return super().forward(input)
-        x = input.unsqueeze(0) if input.dim() == self._ranks[0] else input
-        use_batch_stats = self.training or not self.track_running_stats
-        running = (None, None) if use_batch_stats else (self.running_mean, self.running_var)
+    def _plan(self, x: Tensor, mask: Tensor | None) -> tuple[Inputs, Method] | None:
+        if x.dim() not in self._ranks:
+            return None
+        if x.dim() == self._ranks[0]:
+            x, mask = x.unsqueeze(0), None if mask is None else mask.unsqueeze(0)
+        use_batch_stats = self._use_batch_stats()
         if (
-            not can_take(x, self.weight, self.bias, self.running_mean, self.running_var)
-            or x.shape[1] != self.num_features
+            x.shape[1] != self.num_features
             or x.numel() < (2 if use_batch_stats else 1) * x.shape[0] * x.shape[1]
             or x.numel() == 0
         ):
-            self._not_pooling()
-            return super().forward(input)
+            return None
         # With running statistics a sample has no part in it: that is BatchNorm.
         method = Method(("in" if use_batch_stats else "bn",), self.eps)
-        y, statistics = normalize(self, x, self.weight, self.bias, method, running)
-        if use_batch_stats and self.tracks:
-            self._track(statistics, x.shape[0])
-        return y if x is input else y.squeeze(0)
+        return self._inputs(x, mask, use_batch_stats), method
+
+    def _use_batch_stats(self) -> bool:
+        return self.training or not self.track_running_stats
+
+    def _note(self, inputs: Inputs, method: Method, statistics: Tensor | Saved) -> None:
+        if self._use_batch_stats() and self.tracks:
+            self._track(statistics, inputs.x.shape[0])
 
     def _momentum(self, n_before: Any) -> Any:
         # PyTorch has a counter here and leaves it at 0, and None moves nothing.
@@ -186,7 +205,31 @@ class InstanceNorm3d(_InstanceNorm, nn.InstanceNorm3d):
     _ranks = (4, 5)
 
 
-class GroupNorm(nn.GroupNorm):
+class _Affine(NormLayer):
+    """Without running statistics."""
+
+    weight: Any
+    bias: Any
+    eps: float
+
+    def _tensors(self) -> tuple[Tensor | None, ...]:
+        return self.weight, self.bias
+
+    def _inputs(self, x: Tensor, mask: Tensor | None) -> Inputs:
+        return Inputs(x, self.weight, self.bias, mask=mask)
+
+
+class _GroupNorm(_Affine):
+    num_groups: int
+    num_channels: int
+
+    def _plan(self, x: Tensor, mask: Tensor | None) -> tuple[Inputs, Method] | None:
+        if x.dim() < 2 or x.shape[1] != self.num_channels or x.numel() <= self.num_groups:
+            return None
+        return self._inputs(x, mask), Method(("gn",), self.eps, self.num_groups)
+
+
+class GroupNorm(_GroupNorm, nn.GroupNorm):
     """:class:`torch.nn.GroupNorm`, computed by numbanorm.
 
     Examples
@@ -198,21 +241,28 @@ class GroupNorm(nn.GroupNorm):
     tensor([[-1.,  1., -1.,  1.]])
     """
 
-    def forward(self, input: Tensor) -> Tensor:
-        """Normalise each sample over groups of channels."""
-        if (
-            not can_take(input, self.weight, self.bias)
-            or input.dim() < 2
-            or input.shape[1] != self.num_channels
-            or input.numel() <= self.num_groups
-        ):
-            return super().forward(input)
-        method = Method(("gn",), self.eps, self.num_groups)
-        y, _ = normalize(self, input, self.weight, self.bias, method)
-        return y
+
+class _RowNorm(_Affine):
+    """Over trailing axes, with a weight for each element."""
+
+    normalized_shape: tuple[int, ...]
+    _center: ClassVar[bool] = True
+
+    def _plan(self, x: Tensor, mask: Tensor | None) -> tuple[Inputs, Method] | None:
+        n_axes = len(self.normalized_shape)
+        if x.shape[x.dim() - n_axes :] != self.normalized_shape or x.numel() == 0:
+            return None
+        return self._inputs(x, mask), Method.of_rows(n_axes, self._eps(x), self._center)
+
+    def _eps(self, x: Tensor) -> float:
+        return self.eps
 
 
-class LayerNorm(nn.LayerNorm):
+class _LayerNorm(_RowNorm):
+    """LayerNorm's rows."""
+
+
+class LayerNorm(_LayerNorm, nn.LayerNorm):
     """:class:`torch.nn.LayerNorm`, computed by numbanorm.
 
     Examples
@@ -225,21 +275,23 @@ class LayerNorm(nn.LayerNorm):
             [-1.,  1.]])
     """
 
-    def forward(self, input: Tensor) -> Tensor:
-        """Normalise over the trailing axes."""
-        row_axes = len(self.normalized_shape)
-        if (
-            not can_take(input, self.weight, self.bias)
-            or input.shape[input.dim() - row_axes :] != self.normalized_shape
-            or input.numel() == 0
-        ):
-            return super().forward(input)
-        method = Method(("rows",), self.eps, row_axes=row_axes)
-        y, _ = normalize(self, input, self.weight, self.bias, method)
-        return y
+
+class _RMSNorm(_RowNorm):
+    """RMSNorm's rows."""
+
+    _center = False
+
+    def _tensors(self) -> tuple[Tensor | None, ...]:
+        return (self.weight,)
+
+    def _inputs(self, x: Tensor, mask: Tensor | None) -> Inputs:
+        return Inputs(x, self.weight, mask=mask)
+
+    def _eps(self, x: Tensor) -> float:
+        return torch.finfo(x.dtype).eps if self.eps is None else self.eps
 
 
-class RMSNorm(nn.RMSNorm):
+class RMSNorm(_RMSNorm, nn.RMSNorm):
     """:class:`torch.nn.RMSNorm`, computed by numbanorm.
 
     Examples
@@ -251,16 +303,71 @@ class RMSNorm(nn.RMSNorm):
     tensor([[ 1.,  1., -1.]])
     """
 
-    def forward(self, input: Tensor) -> Tensor:
-        """Divide by the root mean square over the trailing axes."""
-        row_axes = len(self.normalized_shape)
-        if (
-            not can_take(input, self.weight)
-            or input.shape[input.dim() - row_axes :] != self.normalized_shape
-            or input.numel() == 0
-        ):
-            return super().forward(input)
-        eps = torch.finfo(input.dtype).eps if self.eps is None else self.eps
-        method = Method(("rms",), eps, row_axes=row_axes)
-        y, _ = normalize(self, input, self.weight, None, method)
-        return y
+
+class _ChannelsFirst(_RowNorm):
+    """Over the channels of (N, C, H, W), wherever they are in memory."""
+
+    def _plan(self, x: Tensor, mask: Tensor | None) -> tuple[Inputs, Method] | None:
+        if x.dim() != 4 or x.shape[1:2] != self.normalized_shape or x.numel() == 0:
+            return None
+        method = Method(BY_AXES, self._eps(x), axes=(1,), feature_axes=(1,), center=self._center)
+        return self._inputs(x, mask), method
+
+
+class _LayerNorm2d(_ChannelsFirst, _LayerNorm):
+    """LayerNorm's."""
+
+
+class _RMSNorm2d(_ChannelsFirst, _RMSNorm):
+    """RMSNorm's."""
+
+
+class LayerNorm2d(_LayerNorm2d, nn.LayerNorm):
+    """LayerNorm over the channels of each position of x, (N, C, H, W).
+
+    It is the ``LayerNorm2d`` of torchvision, timm and others, without their transposed copies:
+    y = (x - mean) / sqrt(var + eps) * weight + bias, and y is in memory as x is.
+
+    Parameters
+    ----------
+    num_channels : int
+        C.
+    eps : float
+        Added to the variance.
+    elementwise_affine, bias : bool
+        Whether there are a weight and a bias, of shape (C,); a bias needs a weight.
+    device, dtype
+        Of the parameters.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import numbanorm.torch
+    >>> x = torch.tensor([1.0, 3.0]).reshape(1, 2, 1, 1)
+    >>> numbanorm.torch.LayerNorm2d(2, eps=0.0, elementwise_affine=False)(x).flatten()
+    tensor([-1.,  1.])
+    """
+
+    def __init__(
+        self,
+        num_channels: int,
+        eps: float = 1e-6,
+        elementwise_affine: bool = True,
+        bias: bool = True,
+        *,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__(
+            checks.check_count(num_channels, "num_channels"),
+            checks.check_eps(eps),
+            elementwise_affine,
+            bias,
+            device,
+            dtype,
+        )
+
+    def _elsewhere(self, x: Tensor) -> Tensor:
+        if x.dim() != 4:
+            raise ValueError(f"x: (N, C, H, W) is needed, got shape {tuple(x.shape)}")
+        return super()._elsewhere(x.movedim(1, -1)).movedim(-1, 1)
