@@ -12,8 +12,8 @@ from numbanorm.recalibrate import Pool
 from numbanorm.torch import private
 from numbanorm.torch.autograd import normalize
 from numbanorm.torch.definition import definition
+from numbanorm.torch.memory import as_array
 from numbanorm.torch.method import Inputs, Method
-from numbanorm.torch.ops import as_array
 
 
 def can_take(x: Tensor, *others: Tensor | None) -> bool:
@@ -181,7 +181,7 @@ class TrackingLayer(NormLayer):
         shape = tuple(self.running_mean.shape)
         rows = statistics.detach().reshape(4, samples or 1, *shape)
         if self._pool is not None:
-            mean, _, var, n = rows.numpy(force=True)
+            mean, _, var, n = as_array(rows)
             batch = Statistic((0,) if samples is None else (), n.astype(np.int64), mean, var)
             self._pool.add_statistic(batch, shape, 0 if self.sample_variance else 1)
             return

@@ -1,20 +1,57 @@
-"""How tensors lie in memory, and the memory of outputs, which is used again.
+"""How tensors lie in memory, as arrays, and the memory of outputs, which is used again.
 
 A new y has the memory of an earlier one that nobody has any more; the gradient of x that of the
 gradient of y, where nobody else has it, by hook, name or memory.
 """
 
+from typing import Any
+
+import numpy as np
 import torch
 from torch import Tensor
 
 from numbanorm.core.memory import Memory, Recycler
-from numbanorm.core.types import Axes
+from numbanorm.core.types import Array, Axes
 from numbanorm.torch import private
 from numbanorm.torch.method import Method, are_rows
 from numbanorm.tuning import tuning
 
 # How tensors of so many axes may be in memory without gaps.
 FORMS = {4: torch.channels_last, 5: torch.channels_last_3d}
+# The types of NumPy that have the elements of a tensor.
+DTYPES: dict[torch.dtype, np.dtype[Any]] = {
+    torch.float32: np.dtype(np.float32),
+    torch.float64: np.dtype(np.float64),
+    torch.int64: np.dtype(np.int64),
+    torch.bool: np.dtype(np.bool_),
+}
+
+
+class _Exported:
+    """A tensor's memory in NumPy's array interface, and the tensor, which an array of it keeps."""
+
+    __slots__ = ("__array_interface__", "tensor")
+
+    def __init__(self, tensor: Tensor, interface: dict[str, Any]) -> None:
+        self.tensor, self.__array_interface__ = tensor, interface
+
+
+def as_array(tensor: Tensor) -> Array:
+    """Return a tensor's memory as an array."""
+    # Tensor.numpy() would mark the memory as not resizable, for good.
+    address, dtype, strides = tensor.data_ptr(), DTYPES[tensor.dtype], None
+    if not address and tensor.numel():
+        raise RuntimeError(f"a tensor of shape {tuple(tensor.shape)} has no memory: it was freed")
+    if not tensor.is_contiguous():
+        strides = tuple([stride * dtype.itemsize for stride in tensor.stride()])
+    interface = {
+        "version": 3,
+        "typestr": dtype.str,
+        "shape": tensor.shape,
+        "strides": strides,
+        "data": (address, False),
+    }
+    return np.asarray(_Exported(tensor, interface))
 
 
 def empty_like(x: Tensor, method: Method) -> Tensor:
@@ -48,8 +85,9 @@ class _Memory(Memory):
         self.alone = private.storage_owner_counts(self.storage)
 
     def is_lost(self) -> bool:
-        """Tell whether the memory has gone elsewhere, as when processes come to share it."""
-        return bool(self.tensor.data_ptr() != self.address)
+        """Tell whether the memory went elsewhere, as to several processes, or changed its size."""
+        same = self.tensor.data_ptr() == self.address and self.storage.nbytes() == self.n_bytes
+        return not (same and self.storage.resizable())
 
     def is_free(self) -> bool:
         """Tell whether nobody else has the memory."""

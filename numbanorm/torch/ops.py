@@ -24,7 +24,7 @@ from numbanorm.core.normalize import differentiate, normalize, restore
 from numbanorm.core.types import Array, Axes, Float64
 from numbanorm.numba_ext.threads import thread_count
 from numbanorm.torch import distributed
-from numbanorm.torch.memory import empty_like
+from numbanorm.torch.memory import as_array, empty_like
 from numbanorm.torch.method import (
     N_INPUTS,
     Inputs,
@@ -34,12 +34,6 @@ from numbanorm.torch.method import (
     has_instances,
     method_of,
 )
-
-
-def as_array(tensor: Tensor) -> Array:
-    """Return a tensor's memory as an array."""
-    array: Array = tensor.data.numpy()
-    return array
 
 
 def _optional(tensor: Tensor | None) -> Array | None:
@@ -82,7 +76,9 @@ def pack(saved: Saved, shared: Statistic | None = None) -> Tensor:
         instances = saved.statistics.instances or empty
         var = instances.m2 / np.maximum(instances.n, 1)
         statistics = [*statistics, Statistic((), instances.n, instances.mean, var)]
-    first, packed = 0, np.empty((4, sum(statistic.mean.size for statistic in statistics)))
+    shape = 4, sum(statistic.mean.size for statistic in statistics)
+    tensor = torch.empty(shape, dtype=torch.float64, device="cpu")
+    first, packed = 0, as_array(tensor)
     for _, n, mean, var in statistics:
         count: Any = np.zeros(1) if n is None else n
         unbiased = var * (count / np.maximum(count - (0 if sample_variance else 1), 1))
@@ -90,12 +86,12 @@ def pack(saved: Saved, shared: Statistic | None = None) -> Tensor:
         for row, values in zip(packed, (mean, unbiased, var, count), strict=True):
             row[first:last] = values.ravel()
         first = last
-    return torch.from_numpy(packed)
+    return tensor
 
 
 def _unpack(statistics: Tensor, geometry: Geometry, axes: Iterable[Axes]) -> list[Statistic]:
     """Return the statistics over these axes again."""
-    rows, first, unpacked = statistics.numpy(force=True), 0, []
+    rows, first, unpacked = as_array(statistics), 0, []
     for reduced in axes:
         shape = [1 if axis in reduced else n for axis, n in enumerate(geometry.shape)]
         last = first + math.prod(shape)
@@ -128,7 +124,7 @@ def _restore(
     group = method.process_group
     return restore(
         array,
-        dx.numpy(),
+        as_array(dx),
         geometry,
         _optional(inputs.weight),
         has_bias,
@@ -161,7 +157,7 @@ def forward(
             running = shared.mean, shared.var
         saved = normalize(
             array,
-            y.numpy(),
+            as_array(y),
             _geometry(array.shape, method),
             _optional(inputs.weight),
             _optional(inputs.bias),
@@ -196,10 +192,12 @@ def backward(
     else:
         saved = _restore(statistics, inputs, dx, has_bias, use_batch_stats, method)
     with thread_count(torch.get_num_threads()):
-        gradients = differentiate(as_array(dy), saved, dx.numpy(), dx is dy)
-    dtype = dx.numpy().dtype
+        gradients = differentiate(as_array(dy), saved, as_array(dx), dx is dy)
     dweight, dbias, dmean_weight, dvar_weight = (
-        torch.tensor(gradient.astype(dtype)) if is_given and gradient is not None else None
+        # A copy has memory of PyTorch's own, which may be resized.
+        torch.from_numpy(gradient).to(inputs.x.dtype, copy=True)
+        if is_given and gradient is not None
+        else None
         for gradient, is_given in zip(gradients, given, strict=True)
     )
     return dx, dweight, dbias, dmean_weight, dvar_weight
