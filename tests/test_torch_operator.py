@@ -137,7 +137,7 @@ def test_channels_last_and_strides_of_the_fake():
         torch.library.opcheck(NORMALIZE, args, test_utils=("test_faketensor",))
 
 
-# -- torch.compile and torch.export --------------------------------------------------------------
+# -- torch.compile ---------------------------------------------------------------------------------
 
 
 def network():
@@ -191,32 +191,6 @@ def test_compile_with_inductor():
     compiled = torch.compile(model, fullgraph=True)
     x = torch.rand(2, 4, 5, 6).contiguous(memory_format=torch.channels_last)
     same_step(model, compiled, x, True)
-
-
-@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
-def test_export(training):
-    model = network().train(training)
-    reference, x = copy.deepcopy(model), torch.rand(4, 3, 8, 8)
-    program = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("n")},))
-    targets = [str(node.target) for node in program.graph.nodes]
-    assert targets.count("numbanorm.normalize.default") == 7
-    x = torch.rand(3, 3, 8, 8)
-    exported = program.module()
-    y = exported(x)
-    assert_close(y.detach(), reference(x).detach(), scale=10)
-    y.sum().backward()
-    assert all(p.grad is not None for p in exported.parameters())
-    for name, buffer in exported.named_buffers():
-        expected = reference.get_buffer(name)
-        assert_close(buffer.double(), expected.double(), scale=1, dtype="float32", what=name)
-
-
-def test_jit_trace():
-    layer, x = ours.LayerNorm(4).eval(), torch.rand(3, 4)
-    with pytest.warns(), torch.no_grad():
-        traced = torch.jit.trace(layer, (x,))
-    assert "numbanorm::normalize" in str(traced.graph)
-    assert torch.equal(traced(2 * x), layer(2 * x))
 
 
 # -- torch.func ----------------------------------------------------------------------------------

@@ -32,7 +32,9 @@ def _save(ctx: Any, inputs: Inputs, method: Method, *statistics: Tensor) -> None
 def _gradients(ctx: Any, dy: Tensor | None, *statistics: Tensor) -> Iterable[Any]:
     """Return the gradients of all inputs by the operator."""
     if dy is None:
-        return (None,) * N_INPUTS
+        if not ctx.method.process_group:
+            return (None,) * N_INPUTS
+        dy = torch.zeros_like(ctx.saved_tensors[0])  # other processes wait for this one
     arguments = *ctx.saved_tensors, *statistics, *ctx.rest, *ctx.method.arguments()
     return _where(ctx.given, _normalize_backward(dy, *arguments))
 
@@ -147,7 +149,7 @@ class _Normalize(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         if dy is None or torch.is_grad_enabled() or not private.is_eager(dy):
             return *_gradients(ctx, dy, ops.pack(ctx.saved)), None
-        inputs = Inputs(*ctx.saved_tensors)
+        inputs, dy = Inputs(*ctx.saved_tensors), dy.resolve_neg()
         sole = private.sole_owner_counts()
         is_free = sole is not None and private.owner_counts(dy) == sole
         dx = gradient_like(inputs.x, dy, is_free, ctx.method)
@@ -158,6 +160,15 @@ class _Normalize(torch.autograd.Function):
 
 def normalize(layer: object, inputs: Inputs, method: Method) -> tuple[Tensor, Tensor | Saved]:
     """Return a layer's y and the statistics: what was saved where nothing else needs a tensor."""
+    if type(method.eps) is not float:  # PyTorch takes a tensor
+        method = method._replace(eps=float(method.eps))
+    if private.has_tangent(inputs.floats()):
+        # Forward mode within forward mode is wrong in PyTorch's own layers.
+        if method.process_group:
+            raise NotImplementedError(
+                "SyncBatchNorm over several processes has no forward-mode derivative"
+            )
+        return definition(inputs, method)
     x = inputs.x
     if method.process_group or not private.is_eager(x):
         y, statistics = _normalize_forward(*inputs, *method.arguments())

@@ -1,5 +1,6 @@
 """What the layers have in common: one forward, and running statistics."""
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -17,16 +18,27 @@ from numbanorm.torch.method import Inputs, Method
 
 
 def can_take(x: Tensor, *others: Tensor | None) -> bool:
-    """Tell whether numbanorm can do it: float32 or float64 on the CPU, one type for all."""
+    """Tell whether numbanorm can do it; else it is for PyTorch's own code, or the definition.
+
+    It takes plain tensors with data of their own: dense, on the CPU, float32 or float64, one type
+    for all. What is to run elsewhere is PyTorch's.
+    """
     dtype = x.dtype
     if dtype is not torch.float32 and dtype is not torch.float64:
         return False
-    tensors = x, *others
-    for t in tensors:
-        if t is not None and not (t.is_cpu and t.dtype is dtype and t.layout is torch.strided):
+    if private.is_exported() or x.is_nested:
+        return False
+    has_data = not torch.compiler.is_compiling()
+    for t in (x, *others):
+        if t is not None and not (
+            (type(t) is Tensor or type(t) is nn.Parameter)
+            and t.is_cpu
+            and t.dtype is dtype
+            and t.layout is torch.strided
+            and not (has_data and t.is_neg())
+        ):
             return False
-    # PyTorch's own code has forward-mode derivatives.
-    return not private.has_tangent(tensors)
+    return True
 
 
 def check_mask(mask: Tensor, x: Tensor) -> Tensor:
@@ -58,9 +70,25 @@ class NormLayer(nn.Module):
     # The modules in it that a converted layer runs afterwards, as dropout and activation of timm's.
     _then: ClassVar[tuple[str, ...]] = ()
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the layer; for :mod:`torch.fx` it is one node, as layers of PyTorch are."""
+        proxy = args[0] if args else kwargs.get("input")
+        if not isinstance(proxy, torch.fx.Proxy):
+            return super().__call__(*args, **kwargs)
+        tracer = proxy.tracer
+
+        def note(*args: Any, **kwargs: Any) -> Any:
+            return tracer.create_proxy("call_module", tracer.path_of_module(self), args, kwargs)
+
+        return tracer.call_module(self, note, args, kwargs)
+
     def _tensors(self) -> tuple[Tensor | None, ...]:
         """Return parameters and buffers, which numbanorm has to be able to take."""
         raise NotImplementedError
+
+    def _have_shape(self, shape: Sequence[int]) -> bool:
+        """Tell whether that is the shape of all parameters and buffers."""
+        return all(t is None or t.shape == shape for t in self._tensors())
 
     def _plan(self, x: Tensor, mask: Tensor | None) -> tuple[Inputs, Method] | None:
         """Return what is normalised and how, or None for a shape that is PyTorch's to judge."""
@@ -132,7 +160,16 @@ class TrackingLayer(NormLayer):
     @property
     def tracks(self) -> bool:
         """Whether the layer has running statistics."""
-        return self.running_mean is not None
+        return self.running_mean is not None and self.running_var is not None
+
+    @property
+    def is_odd(self) -> bool:
+        """Whether its state is one that only PyTorch has a rule, or an error, for."""
+        n, tracks = self.num_batches_tracked, self.running_mean is not None
+        if (self.running_var is not None) != tracks:
+            return True
+        counts = type(n) is Tensor and n.dtype is torch.int64 and n.is_cpu and tracks
+        return not (n is None or counts)
 
     def begin_pooling(self, pool: Pool) -> bool:
         """Go to training mode and collect statistics; return the mode of before."""
@@ -151,12 +188,15 @@ class TrackingLayer(NormLayer):
         mean, var, known = pool.statistics()
         self.running_mean.copy_(torch.from_numpy(np.where(known, mean, 0)))
         self.running_var.copy_(torch.from_numpy(np.where(known, var, 1)))
-        self.num_batches_tracked.fill_(pool.n_forwards)
+        if self.num_batches_tracked is not None:
+            self.num_batches_tracked.fill_(pool.n_forwards)
 
     def _momentum(self, n_before: Any) -> Any:
-        """Return the weight of a new value after so many."""
+        """Return the weight of a new value after so many, or after an unknown number: None."""
         if self.momentum is not None:
             return self.momentum
+        if n_before is None:
+            return 0.0
         skipped = self.num_batches_skipped.item() if self.skip_nonfinite else 0
         return 1 / (n_before - skipped + 1)
 
@@ -169,14 +209,15 @@ class TrackingLayer(NormLayer):
             if self._pool is not None:
                 self._pool.add(statistics)
                 return
-            buffers = self.running_mean, self.running_var, self.num_batches_tracked
-            mean, var, n_batches = map(as_array, buffers)
-            momentum = float(self._momentum(n_batches))
+            running, n = (self.running_mean, self.running_var), self.num_batches_tracked
+            mean, var = map(as_array, running)
+            n_batches = np.array(0) if n is None else as_array(n)
+            momentum = float(self._momentum(None if n is None else n_batches))
             if not self._counts:
                 n_batches = n_batches.copy()
             if track(statistics, mean, var, n_batches, momentum, self.skip_nonfinite):
                 self.num_batches_skipped.add_(1)
-            torch.autograd.graph.increment_version(buffers)
+            torch.autograd.graph.increment_version(running if n is None else [*running, n])
             return
         shape = tuple(self.running_mean.shape)
         rows = statistics.detach().reshape(4, samples or 1, *shape)
@@ -185,14 +226,15 @@ class TrackingLayer(NormLayer):
             batch = Statistic((0,) if samples is None else (), n.astype(np.int64), mean, var)
             self._pool.add_statistic(batch, shape, 0 if self.sample_variance else 1)
             return
-        dtype = self.running_mean.dtype
+        n_batches, dtype = self.num_batches_tracked, self.running_mean.dtype
         mean, var, _, n = rows.to(dtype)
         known = (n > 0).to(dtype)
         n_known = known.sum(0)
+        momentum = self._momentum(None if n_batches is None else n_batches.to(dtype))
         # A group with nothing in it leaves its running statistics alone.
-        moved = (n_known > 0).to(dtype) * self._momentum(self.num_batches_tracked.to(dtype))
-        if self._counts:
-            self.num_batches_tracked.add_(n_known.any())
+        moved = (n_known > 0).to(dtype) * momentum
+        if self._counts and n_batches is not None:
+            n_batches.add_(n_known.any())
         if self.skip_nonfinite:
             is_finite = (mean + var).isfinite().all()
             self.num_batches_skipped.add_(~is_finite)

@@ -39,11 +39,11 @@ class _BatchNorm(_ChannelNorm):
 
     def _plan(self, x: Tensor, mask: Tensor | None) -> tuple[Inputs, Method] | None:
         # What is wrong here PyTorch says in its own words.
-        if x.dim() not in self._ranks or x.shape[1] != self.num_features:
+        if x.dim() not in self._ranks or self.is_odd or not self._have_shape(x.shape[1:2]):
             return None
         use_batch_stats = self.training or self.running_mean is None
         group = self._group_name() if self.training else ""
-        values = x.numel() // max(self.num_features, 1)
+        values = x.numel() // max(x.shape[1], 1)
         if values < (2 if use_batch_stats else 1) and not group:
             return None
         return self._inputs(x, mask, use_batch_stats), Method(
@@ -134,13 +134,15 @@ class _InstanceNorm(_ChannelNorm):
     _ranks: ClassVar[tuple[int, int]]
 
     def _plan(self, x: Tensor, mask: Tensor | None) -> tuple[Inputs, Method] | None:
-        if x.dim() not in self._ranks:
+        if x.dim() not in self._ranks or self.is_odd:
             return None
         if x.dim() == self._ranks[0]:
             x, mask = x.unsqueeze(0), None if mask is None else mask.unsqueeze(0)
         use_batch_stats = self._use_batch_stats()
         if (
             x.shape[1] != self.num_features
+            or not self._have_shape(x.shape[1:2])
+            or not (use_batch_stats or self.tracks)
             or x.numel() < (2 if use_batch_stats else 1) * x.shape[0] * x.shape[1]
             or x.numel() == 0
         ):
@@ -226,6 +228,8 @@ class _GroupNorm(_Affine):
     def _plan(self, x: Tensor, mask: Tensor | None) -> tuple[Inputs, Method] | None:
         if x.dim() < 2 or x.shape[1] != self.num_channels or x.numel() <= self.num_groups:
             return None
+        if not self._have_shape(x.shape[1:2]):
+            return None
         return self._inputs(x, mask), Method(("gn",), self.eps, self.num_groups)
 
 
@@ -250,7 +254,8 @@ class _RowNorm(_Affine):
 
     def _plan(self, x: Tensor, mask: Tensor | None) -> tuple[Inputs, Method] | None:
         n_axes = len(self.normalized_shape)
-        if x.shape[x.dim() - n_axes :] != self.normalized_shape or x.numel() == 0:
+        shape = x.shape[x.dim() - n_axes :]
+        if shape != self.normalized_shape or not self._have_shape(shape) or x.numel() == 0:
             return None
         return self._inputs(x, mask), Method.of_rows(n_axes, self._eps(x), self._center)
 
@@ -308,7 +313,10 @@ class _ChannelsFirst(_RowNorm):
     """Over the channels of (N, C, H, W), wherever they are in memory."""
 
     def _plan(self, x: Tensor, mask: Tensor | None) -> tuple[Inputs, Method] | None:
-        if x.dim() != 4 or x.shape[1:2] != self.normalized_shape or x.numel() == 0:
+        shape = x.shape[1:2]
+        if x.dim() != 4 or shape != self.normalized_shape or not self._have_shape(shape):
+            return None
+        if x.numel() == 0:
             return None
         method = Method(BY_AXES, self._eps(x), axes=(1,), feature_axes=(1,), center=self._center)
         return self._inputs(x, mask), method

@@ -194,8 +194,8 @@ def backward(
     with thread_count(torch.get_num_threads()):
         gradients = differentiate(as_array(dy), saved, as_array(dx), dx is dy)
     dweight, dbias, dmean_weight, dvar_weight = (
-        # A copy has memory of PyTorch's own, which may be resized.
-        torch.from_numpy(gradient).to(inputs.x.dtype, copy=True)
+        # A copy, in memory of PyTorch's own, which may be resized.
+        torch.tensor(gradient, dtype=inputs.x.dtype, device="cpu")
         if is_given and gradient is not None
         else None
         for gradient, is_given in zip(gradients, given, strict=True)

@@ -113,6 +113,14 @@ def _works(name: str, test: Callable[..., bool], *args: Any) -> bool:
 
 # -- Who sees what is done with a tensor ---------------------------------------------------------
 
+# Releases that do not tell export from compile have PyTorch's operators in both.
+_is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
+
+
+def is_exported() -> bool:
+    """Tell whether a program is being made that is to run where numbanorm need not be."""
+    return bool(torch.jit.is_tracing() or _is_exporting())
+
 
 def _follows_level(level: int) -> bool:
     """Tell whether the level of forward mode changes with it."""

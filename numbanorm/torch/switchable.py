@@ -120,6 +120,12 @@ class _SwitchableNorm(TrackingLayer):
                 f"expected {self.num_features} channels on axis {self.axis}, "
                 f"got shape {tuple(x.movedim(1, self.axis).shape)}"
             )
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            tensor = getattr(self, name)
+            if tensor is not None and tensor.shape != x.shape[1:2]:
+                raise ValueError(
+                    f"{name}: shape ({self.num_features},) is needed, got {tuple(tensor.shape)}"
+                )
         use_batch_stats = self.training or not self.tracks
         mean, var = (None, None) if use_batch_stats else (self.running_mean, self.running_var)
         logits = self.mean_weight, self.var_weight
