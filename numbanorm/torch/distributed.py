@@ -21,11 +21,11 @@ def name_of_group(process_group: object) -> str:
     return private.name_of_group(group) if dist.get_world_size(group) > 1 else ""
 
 
-def shared_statistic(x: Array, process_group: str) -> Statistic:
+def shared_statistic(x: Array, mask: Array | None, process_group: str) -> Statistic:
     """Return BatchNorm's statistic of all processes' x, which may differ in size."""
     axes = tuple(axis for axis in range(x.ndim) if axis != 1)
-    local = numbanorm.moments(x, axes)
-    count = np.full(local.mean.shape, local.count)
+    local = numbanorm.moments(x, axes, mask=mask)
+    count = np.broadcast_to(local.count, local.mean.shape)
     packed = torch.from_numpy(np.stack([count, local.mean, local.m2, local._rest]))
     group = private.process_group(process_group)
     gathered = [torch.empty_like(packed) for _ in range(dist.get_world_size(group))]
@@ -33,7 +33,7 @@ def shared_statistic(x: Array, process_group: str) -> Statistic:
     arrays = (tensor.numpy() for tensor in gathered)
     moments = Moments.merge(Moments._of(n.astype(np.int64), *rest) for n, *rest in arrays)
     n = np.asarray(moments.count)
-    if n.max() < 2:
+    if n.max() == 1:
         raise ValueError(
             f"x: more than one value per channel is needed in training, got shape {x.shape}, "
             "and no value in the other processes"

@@ -104,14 +104,21 @@ class BatchNorm3d(_BatchNorm, nn.BatchNorm3d):
     _ranks = (5,)
 
 
-class SyncBatchNorm(_BatchNorm, nn.SyncBatchNorm):
+# DistributedDataParallel refuses an instance of nn.SyncBatchNorm on a CPU: a twin has its methods.
+_METHODS = {k: v for k, v in vars(nn.SyncBatchNorm).items() if k not in ("__init__", "__dict__")}
+_SyncBatchNorm: Any = type("SyncBatchNorm", nn.SyncBatchNorm.__bases__, _METHODS)
+
+
+class SyncBatchNorm(_BatchNorm, _SyncBatchNorm):
     """:class:`torch.nn.SyncBatchNorm` on CPUs, over ``torch.distributed`` with gloo.
 
     Statistics and gradients are those of the whole batch, also where processes have different
-    numbers of samples. As in PyTorch, the gradients of weight and bias are those of a process's
-    own samples. In evaluation, and in a single process, it is a BatchNorm.
+    numbers of samples, or none. As in PyTorch, the gradients of weight and bias are those of a
+    process's own samples. In evaluation, and in a single process, it is a BatchNorm.
     :meth:`torch.nn.SyncBatchNorm.convert_sync_batchnorm` followed by :func:`convert` puts it
-    into a model.
+    into a model, which goes into :class:`~torch.nn.parallel.DistributedDataParallel` then: it is
+    no instance of :class:`torch.nn.SyncBatchNorm`, which that refuses on a CPU. Under autocast
+    16-bit x is normalised in float32.
 
     Examples
     --------
@@ -123,6 +130,29 @@ class SyncBatchNorm(_BatchNorm, nn.SyncBatchNorm):
     """
 
     _ranks = range(2, 65)
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        process_group: Any = None,
+        device: Any = None,
+        dtype: Any = None,
+        **bias: bool,
+    ) -> None:
+        super().__init__(
+            num_features, eps, momentum, affine, track_running_stats, device, dtype, **bias
+        )
+        self.process_group = process_group
+
+    def forward(self, input: Tensor, *, mask: Tensor | None = None) -> Tensor:
+        """Normalise with the statistics of all processes; mask as in :class:`BatchNorm2d`."""
+        if input.is_cpu and input.dtype in (torch.bfloat16, torch.float16):
+            return super().forward(input.float(), mask=mask).to(input.dtype)
+        return super().forward(input, mask=mask)
 
     def _group_name(self) -> str:
         return distributed.name_of_group(self.process_group)

@@ -148,13 +148,14 @@ def forward(
     """Return y, what backward needs beside x and mask, and the statistic that processes share."""
     y = empty_like(inputs.x, method)
     array = as_array(inputs.x)
-    running, shared = None, None
+    mask, running, shared = _optional(inputs.mask), None, None
     if inputs.running_mean is not None and inputs.running_var is not None:
         running = as_array(inputs.running_mean), as_array(inputs.running_var)
     with thread_count(torch.get_num_threads()):
         if method.process_group:
-            shared = distributed.shared_statistic(array, method.process_group)
-            running = shared.mean, shared.var
+            shared = distributed.shared_statistic(array, mask, method.process_group)
+            # A channel with nothing in it has rstd 0.
+            running = shared.mean, np.where(shared.n == 0, np.inf, shared.var)
         saved = normalize(
             array,
             as_array(y),
@@ -166,7 +167,7 @@ def forward(
             mixture=_mixture(inputs),
             center=method.center,
             sample_variance=method.sample_variance,
-            mask=_optional(inputs.mask),
+            mask=mask,
         )
     # Autograd keeps x and mask, and knows when not to.
     return y, saved.with_inputs(None, None), shared
