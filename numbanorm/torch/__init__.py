@@ -26,12 +26,10 @@ from numbanorm.torch.layers import (
     InstanceNorm1d,
     InstanceNorm2d,
     InstanceNorm3d,
-    LayerNorm,
-    LayerNorm2d,
-    RMSNorm,
     SyncBatchNorm,
 )
 from numbanorm.torch.norm import Norm
+from numbanorm.torch.rows import LayerNorm, LayerNorm2d, RMSNorm
 from numbanorm.torch.switchable import SwitchableNorm1d, SwitchableNorm2d, SwitchableNorm3d
 
 __all__ = [

@@ -142,6 +142,20 @@ class NormLayer(nn.Module):
         return f"numbanorm.{type(self).__name__}"
 
 
+class AffineLayer(NormLayer):
+    """A weight, a bias, and no running statistics."""
+
+    weight: Any
+    bias: Any
+    eps: float
+
+    def _tensors(self) -> tuple[Tensor | None, ...]:
+        return self.weight, self.bias
+
+    def _inputs(self, x: Tensor, mask: Tensor | None) -> Inputs:
+        return Inputs(x, self.weight, self.bias, mask=mask)
+
+
 class TrackingLayer(NormLayer):
     """Running statistics, and what :func:`numbanorm.recalibrate` asks of a layer."""
 
