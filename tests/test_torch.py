@@ -126,7 +126,7 @@ def test_is_a_layer_of_pytorch(make, shape):
         assert isinstance(layer, theirs.modules.batchnorm._BatchNorm)
     else:
         assert isinstance(layer, type(reference))
-    assert repr(layer) == repr(reference)
+    assert repr(layer) == f"numbanorm.{reference!r}"
     assert list(layer.state_dict()) == list(reference.state_dict())
     layer(tensor(*shape))
     reference.load_state_dict(layer.state_dict(), strict=True)
@@ -135,12 +135,12 @@ def test_is_a_layer_of_pytorch(make, shape):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_forward_alone_is_new(name):
+def test_forward_and_name_alone_are_new(name):
     mine, base = getattr(ours, name), getattr(theirs, name)
     changed = {key for key in dir(base) if getattr(mine, key) is not getattr(base, key)}
     changed = {key for key in changed if not key.startswith("__")}
     # A class method is made anew when it is looked up.
-    assert changed - {"convert_sync_batchnorm"} == {"forward"}
+    assert changed - {"convert_sync_batchnorm"} == {"forward", "_get_name"}
 
 
 # -- Memory --------------------------------------------------------------------------------------

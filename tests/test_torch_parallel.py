@@ -202,6 +202,36 @@ def test_no_sample_at_all(results):
         assert_close(step["y"], expected["y"][2 * rank :][:2], scale=100)
 
 
+def masked_batch():
+    """Return x, a mask of it, and dy; two channels have nothing in one process, or in both."""
+    mask = tensor(5, 4, 6, seed=1) > 0
+    mask[:2, 1] = mask[:, 2] = False
+    return tensor(5, 4, 6), mask, tensor(5, 4, 6, seed=2)
+
+
+def masked(rank):
+    """Return y, dx and what is in a layer after a step with a mask."""
+    x, mask, dy = (t.split((2, 3))[rank] for t in masked_batch())
+    return masked_step(ours.SyncBatchNorm(4), x, mask, dy)
+
+
+def masked_step(layer, x, mask, dy):
+    layer, x = layer.double(), x.clone().requires_grad_()
+    y = layer(x, mask=mask)
+    y.backward(dy)
+    return [y.detach(), x.grad, layer.weight.grad, layer.bias.grad, *layer.buffers()]
+
+
+def test_masks(results):
+    expected = masked_step(ours.BatchNorm1d(4), *masked_batch())
+    first, second = results(masked)
+    for k, value in enumerate(expected):
+        found = torch.cat([first[k], second[k]]) if k < 2 else first[k]
+        if k in (2, 3):  # the gradients of parameters are those of a process's own samples
+            found = found + second[k]
+        torch.testing.assert_close(found, value, rtol=1e-10, atol=1e-10)
+
+
 def test_other_processes_do_not_wait_for_a_gradient(results):
     x = tensor(4, 3).requires_grad_()
     y = ours.BatchNorm1d(3).double()(x)
@@ -209,4 +239,4 @@ def test_other_processes_do_not_wait_for_a_gradient(results):
     assert_close(torch.cat(results(no_gradient)), x.grad, scale=100)
 
 
-SCENARIOS = [fsdp_1, fsdp_2, ddp, all_empty, no_gradient]
+SCENARIOS = [fsdp_1, fsdp_2, ddp, all_empty, no_gradient, masked]

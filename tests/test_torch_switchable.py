@@ -197,8 +197,8 @@ def test_copies_and_repr():
     for again in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
         assert torch.equal(again.eval()(x), module.eval()(x))
     assert repr(module) == (
-        "SwitchableNorm2d(4, eps=1e-05, momentum=0.1, affine=True, track_running_stats=True, "
-        "over=('gn', 'bn'), num_groups=2)"
+        "numbanorm.SwitchableNorm2d(4, eps=1e-05, momentum=0.1, affine=True, "
+        "track_running_stats=True, over=('gn', 'bn'), num_groups=2)"
     )
     with torch.no_grad():
         module.weight.fill_(3)

@@ -146,6 +146,7 @@ def restore(
     mixture: Float64 | None = None,
     center: bool = True,
     sample_variance: bool = False,
+    mask: Array | None = None,
     instances: Instances | None = None,
     activation: Activation | None = None,
     residual: Array | None = None,
@@ -157,16 +158,17 @@ def restore(
     an ``exchange`` the tracked statistic is that of several processes, which backward adds up over.
     """
     affine = weight is not None or has_bias
-    layout = _layout(x, dx, geometry, affine, False, whole_groups=exchange is None)
+    layout = _layout(x, dx, geometry, affine, mask is not None, exchange is None)
     given = statistics[geometry.tracked]
     running = (given.mean, given.var) if given.n is None else None
     job = Job(
         _mode(x.dtype, eps, center, running is None), weight, None, None, mixture, sample_variance
     )
     restored = layout.restore(statistics, job, arithmetic(x.dtype))._replace(instances=instances)
+    views = layout.to_view(x), None if mask is None else layout.to_view(mask)
     added = None if residual is None else layout.to_view(residual)
     return Saved(
-        layout, x.shape, x.dtype, layout.to_view(x), None, "", activation, added, job.mode, mixture,
+        layout, x.shape, x.dtype, *views, "", activation, added, job.mode, mixture,
         sample_variance, weight is not None, has_bias, restored, exchange,
     )  # fmt: skip
 

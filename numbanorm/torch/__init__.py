@@ -27,10 +27,10 @@ from numbanorm.torch.layers import (
     InstanceNorm1d,
     InstanceNorm2d,
     InstanceNorm3d,
-    LayerNorm,
-    RMSNorm,
     SyncBatchNorm,
 )
+from numbanorm.torch.norm import Norm
+from numbanorm.torch.rows import LayerNorm, LayerNorm2d, RMSNorm
 from numbanorm.torch.switchable import SwitchableNorm1d, SwitchableNorm2d, SwitchableNorm3d
 
 __all__ = [
@@ -42,6 +42,8 @@ __all__ = [
     "InstanceNorm2d",
     "InstanceNorm3d",
     "LayerNorm",
+    "LayerNorm2d",
+    "Norm",
     "RMSNorm",
     "SwitchableNorm1d",
     "SwitchableNorm2d",

@@ -14,81 +14,84 @@ from numbanorm.core.layouts import Saved
 from numbanorm.torch import ops, private
 from numbanorm.torch.definition import definition, fill
 from numbanorm.torch.memory import gradient_like, outputs
-from numbanorm.torch.method import Method, method_of, tracked_part
+from numbanorm.torch.method import N_GRADIENTS, N_INPUTS, Inputs, Method, method_of, tracked_part
+from numbanorm.torch.ops import backward_arguments
 from numbanorm.tuning import tuning
 
 
-def _save(ctx: Any, tensors: tuple[Any, ...], method: Method, *statistics: Tensor) -> None:
-    """Save what backward needs of the seven tensors of a forward."""
-    x, weight, bias, mean_weight, var_weight, running_mean, _ = tensors
-    ctx.save_for_backward(x, weight, mean_weight, var_weight, *statistics)
-    ctx.rest = bias is not None, running_mean is None
+def _save(ctx: Any, inputs: Inputs, method: Method, *statistics: Tensor) -> None:
+    """Save what backward needs of a forward."""
+    needed = inputs._replace(bias=None, running_mean=None, running_var=None)
+    ctx.save_for_backward(*needed, *statistics)
+    ctx.rest = inputs.bias is not None, inputs.running_mean is None
     ctx.method = method
-    ctx.given = [tensor is not None for tensor in tensors[:5]]
+    ctx.given = [tensor is not None for tensor in inputs[:N_GRADIENTS]]
     ctx.set_materialize_grads(False)
 
 
 def _gradients(ctx: Any, dy: Tensor | None, *statistics: Tensor) -> Iterable[Any]:
-    """Return the gradients of x, weight, bias and logits by the operator."""
+    """Return the gradients of all inputs by the operator."""
     if dy is None:
         if not ctx.method.process_group:
-            return (None,) * 5
+            return (None,) * N_INPUTS
         dy = torch.zeros_like(ctx.saved_tensors[0])  # other processes wait for this one
     arguments = *ctx.saved_tensors, *statistics, *ctx.rest, *ctx.method.arguments()
     return _where(ctx.given, _normalize_backward(dy, *arguments))
 
 
 def _where(given: list[bool], gradients: Iterable[Tensor]) -> Iterable[Any]:
-    """Return the gradients of x, weight, bias and logits, None for those that are not there."""
-    return (g if is_given else None for is_given, g in zip(given, gradients, strict=True))
+    """Return the gradients of all inputs, None for those that are not there or have none."""
+    pairs = zip(given, gradients, strict=True)
+    found = [gradient if is_given else None for is_given, gradient in pairs]
+    return *found, *[None] * (N_INPUTS - N_GRADIENTS)
 
 
 # -- Derivatives of the operators ----------------------------------------------------------------
 
 
 def _save_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    _save(ctx, inputs[:7], method_of(*inputs[7:]), output[1])
+    _save(ctx, Inputs(*inputs[:N_INPUTS]), method_of(*inputs[N_INPUTS:]), output[1])
     ctx.mark_non_differentiable(output[1])
 
 
 def _differentiate_forward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-    return *_gradients(ctx, dy), *[None] * 7
+    return *_gradients(ctx, dy), *[None] * len(Method._fields)
 
 
 def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    dy, x, weight, mean_weight, var_weight, statistics, has_bias, *rest = inputs
-    ctx.save_for_backward(dy, x, weight, mean_weight, var_weight, statistics)
-    ctx.use_batch_stats, *arguments = rest
-    ctx.method = method_of(*arguments)
-    logits = mean_weight is not None, var_weight is not None
-    ctx.given = [True, weight is not None, has_bias, *logits]
+    dy, *args = inputs
+    tensors, (statistics, has_bias, ctx.use_batch_stats), ctx.method = backward_arguments(args)
+    ctx.save_for_backward(dy, *tensors, statistics)
+    ctx.given = [tensor is not None for tensor in tensors[:N_GRADIENTS]]
+    ctx.has_bias = has_bias
 
 
 def _differentiate_backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
     """Differentiate the gradients of the definition."""
-    dy, x, weight, mean_weight, var_weight, statistics = ctx.saved_tensors
-    method = ctx.method
+    dy, *tensors, statistics = ctx.saved_tensors
+    inputs, method = Inputs(*tensors), ctx.method
     if method.process_group:  # the definition knows the samples of this process alone
         raise NotImplementedError("SyncBatchNorm over several processes has no second derivative")
-    running: tuple[Any, Any] = None, None
     if not ctx.use_batch_stats:
-        mean, _, var, _ = tracked_part(statistics, x, method).to(x.dtype)
-        running = mean, var
-    filled = fill(x, weight, None, mean_weight, var_weight, method)
+        mean, _, var, _ = tracked_part(statistics, inputs.x, method).to(inputs.x.dtype)
+        inputs = inputs._replace(running_mean=mean, running_var=var)
+    filled = fill(inputs, method)
 
     def y(*tensors: Tensor) -> Tensor:
-        return definition(*tensors, method=method, running=running)[0]
+        return definition(Inputs(*tensors, *filled[N_GRADIENTS:]), method)[0]
 
     def gradient(dy: Tensor, *tensors: Tensor) -> Any:
         return torch.func.vjp(y, *tensors)[1](dy)
 
+    primals = filled[:N_GRADIENTS]
+    # Backward has no bias, but its gradient.
+    has_gradient = [*ctx.given[:2], ctx.has_bias, *ctx.given[3:]]
     cotangents = (
         g if is_given else torch.zeros_like(t)
-        for is_given, g, t in zip(ctx.given, gradients, filled, strict=True)
+        for is_given, g, t in zip(has_gradient, gradients, primals, strict=True)
     )
-    d_dy, *derivatives = torch.func.vjp(gradient, dy, *filled)[1](tuple(cotangents))
-    d_x, d_weight, _, *d_logits = _where(ctx.given, derivatives)
-    return d_dy, d_x, d_weight, *d_logits, *[None] * 8
+    d_dy, *derivatives = torch.func.vjp(gradient, dy, *primals)[1](tuple(cotangents))
+    return d_dy, *_where(ctx.given, derivatives), *[None] * (3 + len(Method._fields))
 
 
 def _differentiable(
@@ -100,7 +103,7 @@ def _differentiable(
     def one_by_one(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
         def take(i: int) -> Iterable[Any]:
             for arg, dim in zip(args, in_dims, strict=True):
-                yield arg if dim is None else arg.select(dim, i)
+                yield arg.select(dim, i) if isinstance(dim, int) else arg
 
         results = [op(*take(i)) for i in range(info.batch_size)]
         return tuple(map(torch.stack, zip(*results, strict=True))), (0,) * len(results[0])
@@ -135,52 +138,45 @@ class _Normalize(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Saved]:
-        y, ctx.saved = ops.forward(outputs.empty_like, *inputs)
-        _save(ctx, inputs[:7], inputs[7])
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Saved]:
+        *tensors, method = args
+        inputs = Inputs(*tensors)
+        y, ctx.saved = ops.forward(outputs.empty_like, inputs, method)
+        _save(ctx, inputs, method)
         return y, ctx.saved
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         if dy is None or torch.is_grad_enabled() or not private.is_eager(dy):
-            return *_gradients(ctx, dy, ops.pack(ctx.saved)), *[None] * 3
-        x, *parameters = ctx.saved_tensors
-        dy = dy.resolve_neg()
+            return *_gradients(ctx, dy, ops.pack(ctx.saved)), None
+        inputs, dy = Inputs(*ctx.saved_tensors), dy.resolve_neg()
         sole = private.sole_owner_counts()
         is_free = sole is not None and private.owner_counts(dy) == sole
-        dx = gradient_like(x, dy, is_free, ctx.method)
-        kept = *parameters, ctx.saved, *ctx.rest, ctx.method
-        return *ops.backward(dx, dy, x, *kept), *[None] * 3
+        dx = gradient_like(inputs.x, dy, is_free, ctx.method)
+        has_bias, use_batch_stats = ctx.rest
+        gradients = ops.backward(dx, dy, inputs, ctx.saved, has_bias, use_batch_stats, ctx.method)
+        return *gradients, *[None] * (1 + N_INPUTS - N_GRADIENTS)
 
 
-def normalize(
-    layer: object,
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    method: Method,
-    running: tuple[Tensor | None, Tensor | None] = (None, None),
-    logits: tuple[Tensor | None, Tensor | None] = (None, None),
-) -> tuple[Tensor, Tensor | Saved]:
+def normalize(layer: object, inputs: Inputs, method: Method) -> tuple[Tensor, Tensor | Saved]:
     """Return a layer's y and the statistics: what was saved where nothing else needs a tensor."""
     if type(method.eps) is not float:  # PyTorch takes a tensor
         method = method._replace(eps=float(method.eps))
-    tensors = x, weight, bias, *logits, *running
-    if private.has_tangent(tensors):
+    if private.has_tangent(inputs.floats()):
         # Forward mode within forward mode is wrong in PyTorch's own layers.
         if method.process_group:
             raise NotImplementedError(
                 "SyncBatchNorm over several processes has no forward-mode derivative"
             )
-        filled = fill(x, weight, bias, *logits, method)
-        return definition(*filled, method=method, running=running)
+        return definition(inputs, method)
+    x = inputs.x
     if method.process_group or not private.is_eager(x):
-        y, statistics = _normalize_forward(*tensors, *method.arguments())
+        y, statistics = _normalize_forward(*inputs, *method.arguments())
         return y, statistics
     if x.nbytes >= tuning().recycle_tensors_from:
         outputs.used_by(layer)
     if torch.is_grad_enabled():
-        y, statistics = private.apply_of(_Normalize)(*tensors, method)
+        y, statistics = private.apply_of(_Normalize)(*inputs, method)
     else:
-        y, statistics = ops.forward(outputs.empty_like, *tensors, method)
+        y, statistics = ops.forward(outputs.empty_like, inputs, method)
     return y, statistics

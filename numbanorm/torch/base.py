@@ -1,7 +1,7 @@
-"""What the layers have in common: what is PyTorch's to do, and running statistics."""
+"""What the layers have in common: one forward, and running statistics."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -11,14 +11,17 @@ from numbanorm.core.layouts import Saved, Statistic
 from numbanorm.core.running import track
 from numbanorm.recalibrate import Pool
 from numbanorm.torch import private
+from numbanorm.torch.autograd import normalize
+from numbanorm.torch.definition import definition
 from numbanorm.torch.memory import as_array
+from numbanorm.torch.method import Inputs, Method
 
 
-def can_take(x: Tensor, shape: Sequence[int], *others: Tensor | None) -> bool:
-    """Tell whether numbanorm can do it; else it is for PyTorch's own forward, or the definition.
+def can_take(x: Tensor, *others: Tensor | None) -> bool:
+    """Tell whether numbanorm can do it; else it is for PyTorch's own code, or the definition.
 
     It takes plain tensors with data of their own: dense, on the CPU, float32 or float64, one type
-    for all, and others than x of one shape. What is to run elsewhere is PyTorch's.
+    for all. What is to run elsewhere is PyTorch's.
     """
     dtype = x.dtype
     if dtype is not torch.float32 and dtype is not torch.float64:
@@ -33,17 +36,42 @@ def can_take(x: Tensor, shape: Sequence[int], *others: Tensor | None) -> bool:
             and t.dtype is dtype
             and t.layout is torch.strided
             and not (has_data and t.is_neg())
-            and (t is x or t.shape == shape)
         ):
             return False
     return True
 
 
-class Layer(nn.Module):
-    """One node for :mod:`torch.fx`, as layers of PyTorch are."""
+def check_mask(mask: Tensor, x: Tensor) -> Tensor:
+    """Return mask broadcast to the shape of x."""
+    if not isinstance(mask, Tensor) or mask.dtype is not torch.bool:
+        kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(
+            f"mask: a tensor of bool, True where an element counts, is needed, got {kind}"
+        )
+    if mask.device != x.device:
+        raise ValueError(f"mask: a tensor on {x.device}, as x, is needed, got {mask.device}")
+    try:
+        return mask.expand(x.shape)
+    except RuntimeError:
+        raise ValueError(
+            f"mask: a shape that broadcasts to x, {tuple(x.shape)}, is needed, "
+            f"got {tuple(mask.shape)}"
+        ) from None
+
+
+class NormLayer(nn.Module):
+    """The road from a layer to numbanorm, and to the code that it had before.
+
+    A subclass says with which tensors and how, and the next class after it in line has that code.
+    """
+
+    # Whether there is such a class; if not, the definition does what numbanorm cannot.
+    _has_other: ClassVar[bool] = True
+    # The modules in it that a converted layer runs afterwards, as dropout and activation of timm's.
+    _then: ClassVar[tuple[str, ...]] = ()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the layer, or note the call."""
+        """Call the layer; for :mod:`torch.fx` it is one node, as layers of PyTorch are."""
         proxy = args[0] if args else kwargs.get("input")
         if not isinstance(proxy, torch.fx.Proxy):
             return super().__call__(*args, **kwargs)
@@ -54,17 +82,91 @@ class Layer(nn.Module):
 
         return tracer.call_module(self, note, args, kwargs)
 
+    def _tensors(self) -> tuple[Tensor | None, ...]:
+        """Return parameters and buffers, which numbanorm has to be able to take."""
+        raise NotImplementedError
 
-class TrackingLayer(Layer):
+    def _have_shape(self, shape: Sequence[int]) -> bool:
+        """Tell whether that is the shape of all parameters and buffers."""
+        return all(t is None or t.shape == shape for t in self._tensors())
+
+    def _plan(self, x: Tensor, mask: Tensor | None) -> tuple[Inputs, Method] | None:
+        """Return what is normalised and how, or None for a shape that is PyTorch's to judge."""
+        raise NotImplementedError
+
+    def _note(self, inputs: Inputs, method: Method, statistics: Tensor | Saved) -> None:
+        """Take note of the statistics of a forward."""
+
+    def forward(self, input: Tensor, *, mask: Tensor | None = None) -> Tensor:
+        """Normalise x.
+
+        Parameters
+        ----------
+        input : Tensor
+            x, on any device.
+        mask : Tensor of bool, optional
+            Broadcasts to x; True where an element counts in the statistics.
+
+        Returns
+        -------
+        Tensor
+            y, of the shape and dtype of x.
+        """
+        counts = None if mask is None else check_mask(mask, input)
+        by_numbanorm = can_take(input, *self._tensors())
+        if not by_numbanorm and counts is None and self._has_other:
+            return self._elsewhere(input)
+        planned = self._plan(input, counts)
+        if planned is None:
+            y = self._elsewhere(input)
+            if counts is not None and counts.numel():
+                raise ValueError(f"mask: {self} has none for x of shape {tuple(input.shape)}")
+            return y
+        inputs, method = planned
+        y, statistics = (
+            normalize(self, inputs, method) if by_numbanorm else definition(inputs, method)
+        )
+        self._note(inputs, method, statistics)
+        if y.dim() != input.dim():
+            y = y.squeeze(0)
+        for name in self._then:
+            y = getattr(self, name)(y)
+        return y
+
+    def _elsewhere(self, x: Tensor) -> Tensor:
+        """Return y of the code that stood there before."""
+        y: Tensor = super().forward(x)
+        return y
+
+    def _get_name(self) -> str:
+        return f"numbanorm.{type(self).__name__}"
+
+
+class AffineLayer(NormLayer):
+    """A weight, a bias, and no running statistics."""
+
+    weight: Any
+    bias: Any
+    eps: float
+
+    def _tensors(self) -> tuple[Tensor | None, ...]:
+        return self.weight, self.bias
+
+    def _inputs(self, x: Tensor, mask: Tensor | None) -> Inputs:
+        return Inputs(x, self.weight, self.bias, mask=mask)
+
+
+class TrackingLayer(NormLayer):
     """Running statistics, and what :func:`numbanorm.recalibrate` asks of a layer."""
 
     training: bool
-    num_features: int
     momentum: float | None
     running_mean: Any
     running_var: Any
     num_batches_tracked: Any
+    num_batches_skipped: Any
     sample_variance = False
+    skip_nonfinite = False
     _pool: Pool | None = None
     # Whether num_batches_tracked is what its name says.
     _counts = True
@@ -72,7 +174,7 @@ class TrackingLayer(Layer):
     @property
     def tracks(self) -> bool:
         """Whether the layer has running statistics."""
-        return self.running_mean is not None
+        return self.running_mean is not None and self.running_var is not None
 
     @property
     def is_odd(self) -> bool:
@@ -107,7 +209,10 @@ class TrackingLayer(Layer):
         """Return the weight of a new value after so many, or after an unknown number: None."""
         if self.momentum is not None:
             return self.momentum
-        return 0.0 if n_before is None else 1 / (n_before + 1)
+        if n_before is None:
+            return 0.0
+        skipped = self.num_batches_skipped.item() if self.skip_nonfinite else 0
+        return 1 / (n_before - skipped + 1)
 
     def _track(self, statistics: Tensor | Saved, samples: int | None = None) -> None:
         """Move the running statistics towards those of a batch, or the mean of its samples'.
@@ -124,32 +229,38 @@ class TrackingLayer(Layer):
             momentum = float(self._momentum(None if n is None else n_batches))
             if not self._counts:
                 n_batches = n_batches.copy()
-            track(statistics, mean, var, n_batches, momentum)
+            if track(statistics, mean, var, n_batches, momentum, self.skip_nonfinite):
+                self.num_batches_skipped.add_(1)
             torch.autograd.graph.increment_version(running if n is None else [*running, n])
             return
+        shape = tuple(self.running_mean.shape)
+        rows = statistics.detach().reshape(4, samples or 1, *shape)
         if self._pool is not None:
-            shape = (4, *([] if samples is None else [samples]), self.num_features)
-            mean, _, var, n = as_array(statistics).reshape(shape)
+            mean, _, var, n = as_array(rows)
             batch = Statistic((0,) if samples is None else (), n.astype(np.int64), mean, var)
-            ddof = 0 if self.sample_variance else 1
-            self._pool.add_statistic(batch, (self.num_features,), ddof)
+            self._pool.add_statistic(batch, shape, 0 if self.sample_variance else 1)
             return
-        n, dtype = self.num_batches_tracked, self.running_mean.dtype
-        momentum = self._momentum(None if n is None else n.to(dtype))
-        moved = statistics.detach()
-        if samples is not None:
-            moved = moved.reshape(4, samples, -1).mean(1)
-        known = moved[3] > 0  # a channel that got nothing is left alone
-        if self._counts and n is not None:
-            n.add_(known.any())
-        mean, var = moved[:2].to(dtype)
-        weight = known.to(dtype) * momentum
-        self.running_mean.lerp_(mean, weight)
-        self.running_var.lerp_(var, weight)
+        n_batches, dtype = self.num_batches_tracked, self.running_mean.dtype
+        mean, var, _, n = rows.to(dtype)
+        known = (n > 0).to(dtype)
+        n_known = known.sum(0)
+        momentum = self._momentum(None if n_batches is None else n_batches.to(dtype))
+        # A group with nothing in it leaves its running statistics alone.
+        moved = (n_known > 0).to(dtype) * momentum
+        if self._counts and n_batches is not None:
+            n_batches.add_(n_known.any())
+        if self.skip_nonfinite:
+            is_finite = (mean + var).isfinite().all()
+            self.num_batches_skipped.add_(~is_finite)
+            moved = moved * is_finite
+        for running, values in ((self.running_mean, mean), (self.running_var, var)):
+            found = torch.where(known > 0, values, 0).sum(0) / n_known.clamp(min=1)
+            running.copy_(torch.where(moved > 0, running.lerp(found, moved), running))
 
-    def _not_pooling(self) -> None:
+    def _elsewhere(self, x: Tensor) -> Tensor:
         if self._pool is not None:
             raise TypeError(
                 "recalibrate: x and the layer need to be float32 or float64 on the CPU, "
                 f"and x of a shape that {self} trains with"
             )
+        return super()._elsewhere(x)

@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from numbanorm.core import checks
-from numbanorm.torch import layers, switchable
+from numbanorm.torch import layers, rows, switchable
 from numbanorm.torch.memory import outputs
 
 _OURS: dict[type, type] = {
@@ -14,7 +14,7 @@ _OURS: dict[type, type] = {
     for ours in (
         layers.BatchNorm1d, layers.BatchNorm2d, layers.BatchNorm3d, layers.SyncBatchNorm,
         layers.InstanceNorm1d, layers.InstanceNorm2d, layers.InstanceNorm3d,
-        layers.GroupNorm, layers.LayerNorm, layers.RMSNorm,
+        layers.GroupNorm, rows.LayerNorm, rows.RMSNorm,
     )
 }  # fmt: skip
 # The way back goes by the class, so that a layer has nothing that it did not have.

@@ -9,73 +9,75 @@ import math
 import torch
 from torch import Tensor
 
-from numbanorm.torch.method import Method, feature_shape, of_rows, tracked
+from numbanorm.torch.method import Inputs, Method, feature_shape, split_shape, tracked
 
 
-def fill(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean_weight: Tensor | None,
-    var_weight: Tensor | None,
-    method: Method,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return x and all parameters, with those that say nothing for None."""
+def fill(inputs: Inputs, method: Method) -> Inputs:
+    """Return inputs with parameters that say nothing for None."""
+    x, weight, bias, mean_weight, var_weight = inputs[:5]
     shape = feature_shape(x, method)
-    return (
-        x,
-        x.new_ones(shape) if weight is None else weight,
-        x.new_zeros(shape) if bias is None else bias,
-        x.new_zeros(1) if mean_weight is None else mean_weight,
-        x.new_zeros(1) if var_weight is None else var_weight,
+    return inputs._replace(
+        weight=x.new_ones(shape) if weight is None else weight,
+        bias=x.new_zeros(shape) if bias is None else bias,
+        mean_weight=x.new_zeros(1) if mean_weight is None else mean_weight,
+        var_weight=x.new_zeros(1) if var_weight is None else var_weight,
     )
 
 
-def definition(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    mean_weight: Tensor,
-    var_weight: Tensor,
-    *,
-    method: Method,
-    running: tuple[Tensor | None, Tensor | None] = (None, None),
-) -> tuple[Tensor, Tensor]:
+def definition(inputs: Inputs, method: Method) -> tuple[Tensor, Tensor]:
     """Return y and the packed statistics, for any device and type."""
-    sample_variance, (running_mean, running_var) = method.sample_variance, running
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    if of_rows(method):
-        length = math.prod(feature_shape(x, method))
-        split, feature_grid = wide.reshape(-1, 1, 1, length), [1, 1, 1, -1]
-    else:
+    x, weight, bias, mean_weight, var_weight, running_mean, running_var, mask = fill(inputs, method)
+    assert weight is not None and bias is not None
+    assert mean_weight is not None and var_weight is not None
+    if method.axes:
+        shape, reduced, features = split_shape(x, method)
+    else:  # (N, groups, channels of a group, elements of an instance)
         length, groups = math.prod(x.shape[2:]), method.num_groups
-        split = wide.reshape(x.shape[0], groups, x.shape[1] // groups, length)
-        feature_grid = [1, *split.shape[1:3], 1]
-    mean_in = split.mean(-1, keepdim=True)
-    var_in = split.var(-1, correction=0, keepdim=True)
-    of_instances = sample_variance and length > 1
-    if of_instances:
-        var_in = var_in * (length / (length - 1))
-    if method.statistics == ("rms",):
-        mean_in, var_in = torch.zeros_like(mean_in), var_in + mean_in**2
+        shape = x.shape[0], groups, x.shape[1] // groups, length
+        reduced, features = (3,), (1, 2)
+    feature_grid = [size if axis in features else 1 for axis, size in enumerate(shape)]
+    running_grid = feature_grid
+    if method.axes:
+        kept = [axis for axis in range(1, len(shape)) if axis not in reduced]
+        running_grid = [size if axis in kept else 1 for axis, size in enumerate(shape)]
+    wide = x.to(torch.promote_types(x.dtype, torch.float32)).reshape(shape)
+    counts, lost = torch.ones_like(wide), None
+    if mask is not None:
+        counted = mask.expand(x.shape).reshape(shape)
+        # What does not count reaches nothing but its own y, whatever it is.
+        lost = torch.where(~(counted | wide.isfinite()), wide.detach(), 0)
+        counts, wide = counted.to(wide.dtype), torch.where(lost == 0, wide, 0)
+    n_in = counts.sum(reduced, keepdim=True)
+    mean_in = (wide * counts).sum(reduced, keepdim=True) / n_in.clamp(min=1)
+    if not method.center:
+        mean_in = torch.zeros_like(mean_in)
+    var_in = ((wide - mean_in) ** 2 * counts).sum(reduced, keepdim=True) / n_in.clamp(min=1)
+    if method.sample_variance:
+        var_in = var_in * (n_in / (n_in - 1).clamp(min=1))
+    of_instances = method.sample_variance and shape[-1] > 1
     p, q = mean_weight.to(wide.dtype).softmax(0), var_weight.to(wide.dtype).softmax(0)
-    mean, var, packed = wide.new_zeros(()), wide.new_zeros(()), []
+    mean, var, known, packed = wide.new_zeros(()), wide.new_zeros(()), n_in < 0, []
     for k, name in enumerate(method.statistics):
-        mean_k, var_k, n = mean_in, var_in, length
+        mean_k, var_k, n = mean_in, var_in, n_in
         axes = {"ln": (1, 2), "bn": (0,), "gn": (2,)}.get(name)
-        if running_mean is not None and running_var is not None and k == tracked(method):
-            mean_k, var_k = running_mean.reshape(feature_grid), running_var.reshape(feature_grid)
-        elif axes is not None:
+        if axes is not None:
             # The mean of the instances' variances, and the variance of their means.
-            mean_k = mean_in.mean(axes, keepdim=True)
-            var_k = (var_in + (mean_in - mean_k) ** 2).mean(axes, keepdim=True)
-            n = split.numel() // max(mean_k.numel(), 1)
-            if sample_variance and not of_instances:
-                var_k = var_k * (n / max(n - 1, 1))
+            n = n_in.sum(axes, keepdim=True)
+            mean_k = (mean_in * n_in).sum(axes, keepdim=True) / n.clamp(min=1)
+            parts = (var_in + (mean_in - mean_k) ** 2) * n_in
+            var_k = parts.sum(axes, keepdim=True) / n.clamp(min=1)
+            if method.sample_variance and not of_instances:
+                var_k = var_k * (n / (n - 1).clamp(min=1))
+        unbiased = var_k if method.sample_variance else var_k * (n / (n - 1).clamp(min=1))
+        if running_mean is not None and running_var is not None and k == tracked(method):
+            mean_k, var_k = running_mean.reshape(running_grid), running_var.reshape(running_grid)
+            unbiased, n = var_k, torch.ones_like(var_k)
         mean, var = mean + p[k] * mean_k, var + q[k] * var_k
-        unbiased = var_k * (1 if sample_variance else n / max(n - 1, 1))
-        rows = mean_k, unbiased, var_k, torch.full_like(mean_k, n)
-        packed.append(torch.stack(rows).reshape(4, -1))
-    y = (split - mean) * torch.rsqrt(var + method.eps)
-    y = y * weight.reshape(feature_grid) + bias.reshape(feature_grid)
+        known = known | (n > 0)
+        packed.append(torch.stack((mean_k, unbiased, var_k, n)).reshape(4, -1))
+    known = known & ~(var + method.eps <= 0)  # also where it is NaN
+    rstd = torch.where(known, torch.rsqrt(torch.where(known, var + method.eps, 1)), 0)
+    y = (wide - mean) * rstd * weight.reshape(feature_grid) + bias.reshape(feature_grid)
+    if lost is not None:
+        y = y + lost
     return y.reshape(x.shape).to(x.dtype), torch.cat(packed, 1)

@@ -1,4 +1,8 @@
-"""PyTorch's layers: subclasses with a forward of their own."""
+"""PyTorch's layers of channels: subclasses with a forward of their own.
+
+What a layer of ours adds to PyTorch's stands in a class of its own with an underscore, which goes
+before that of any library that means the same: see :mod:`numbanorm.torch.foreign`.
+"""
 
 from collections.abc import Container
 from typing import Any, ClassVar
@@ -6,38 +10,48 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from numbanorm.core.layouts import Saved
 from numbanorm.torch import distributed
-from numbanorm.torch.autograd import normalize
-from numbanorm.torch.base import Layer, TrackingLayer, can_take
-from numbanorm.torch.method import Method
+from numbanorm.torch.base import AffineLayer, TrackingLayer
+from numbanorm.torch.method import Inputs, Method
 
 
-class _BatchNorm(TrackingLayer):
+class _ChannelNorm(TrackingLayer):
+    """Of each channel, with running statistics."""
+
+    weight: Any
+    bias: Any
+    eps: float
+    track_running_stats: bool
+
+    def _tensors(self) -> tuple[Tensor | None, ...]:
+        return self.weight, self.bias, self.running_mean, self.running_var
+
+    def _inputs(self, x: Tensor, mask: Tensor | None, use_batch_stats: bool) -> Inputs:
+        mean, var = (None, None) if use_batch_stats else (self.running_mean, self.running_var)
+        return Inputs(x, self.weight, self.bias, None, None, mean, var, mask)
+
+
+class _BatchNorm(_ChannelNorm):
     # How many axes x may have.
     _ranks: ClassVar[Container[int]]
 
-    def forward(self, input: Tensor) -> Tensor:
+    def _plan(self, x: Tensor, mask: Tensor | None) -> tuple[Inputs, Method] | None:
         # What is wrong here PyTorch says in its own words.
-        if input.dim() not in self._ranks:
-            return super().forward(input)
+        if x.dim() not in self._ranks or self.is_odd or not self._have_shape(x.shape[1:2]):
+            return None
         use_batch_stats = self.training or self.running_mean is None
         group = self._group_name() if self.training else ""
-        running = (None, None) if use_batch_stats else (self.running_mean, self.running_var)
-        tensors = self.weight, self.bias, self.running_mean, self.running_var
-        least = (2 if use_batch_stats else 1) * max(self.num_features, 1)
-        if (
-            self.is_odd
-            or not can_take(input, (self.num_features,), *tensors)
-            or input.shape[1] != self.num_features
-            or (input.numel() < least and not group)
-        ):
-            self._not_pooling()
-            return super().forward(input)
-        method = Method(("bn",), self.eps, process_group=group)
-        y, statistics = normalize(self, input, self.weight, self.bias, method, running)
+        values = x.numel() // max(x.shape[1], 1)
+        if values < (2 if use_batch_stats else 1) and not group:
+            return None
+        return self._inputs(x, mask, use_batch_stats), Method(
+            ("bn",), self.eps, process_group=group
+        )
+
+    def _note(self, inputs: Inputs, method: Method, statistics: Tensor | Saved) -> None:
         if self.training and self.track_running_stats and self.tracks:
             self._track(statistics)
-        return y
 
     def _group_name(self) -> str:
         """Return the name of the process group that shares the statistics, or ""."""
@@ -133,44 +147,45 @@ class SyncBatchNorm(_BatchNorm, _SyncBatchNorm):
         )
         self.process_group = process_group
 
-    def forward(self, input: Tensor) -> Tensor:
-        """Normalise with the statistics of all processes."""
+    def forward(self, input: Tensor, *, mask: Tensor | None = None) -> Tensor:
+        """Normalise with the statistics of all processes; mask as in :class:`BatchNorm2d`."""
         if input.is_cpu and input.dtype in (torch.bfloat16, torch.float16):
-            return super().forward(input.float()).to(input.dtype)
-        return super().forward(input)
+            return super().forward(input.float(), mask=mask).to(input.dtype)
+        return super().forward(input, mask=mask)
 
     def _group_name(self) -> str:
         return distributed.name_of_group(self.process_group)
 
 
-class _InstanceNorm(TrackingLayer):
+class _InstanceNorm(_ChannelNorm):
     _counts = False
     # How many axes x has without and with that of samples.
     _ranks: ClassVar[tuple[int, int]]
 
-    def forward(self, input: Tensor) -> Tensor:
-        if input.dim() not in self._ranks:
-            return super().forward(input)
-        use_batch_stats = self.training or not self.track_running_stats
-        tensors = self.weight, self.bias, self.running_mean, self.running_var
+    def _plan(self, x: Tensor, mask: Tensor | None) -> tuple[Inputs, Method] | None:
+        if x.dim() not in self._ranks or self.is_odd:
+            return None
+        if x.dim() == self._ranks[0]:
+            x, mask = x.unsqueeze(0), None if mask is None else mask.unsqueeze(0)
+        use_batch_stats = self._use_batch_stats()
         if (
-            self.is_odd
+            x.shape[1] != self.num_features
+            or not self._have_shape(x.shape[1:2])
             or not (use_batch_stats or self.tracks)
-            or not can_take(input, (self.num_features,), *tensors)
-            or input.shape[-self._ranks[0]] != self.num_features
-            or input.shape[1 - self._ranks[0] :].numel() < (2 if use_batch_stats else 1)
-            or input.numel() == 0
+            or x.numel() < (2 if use_batch_stats else 1) * x.shape[0] * x.shape[1]
+            or x.numel() == 0
         ):
-            self._not_pooling()
-            return super().forward(input)
-        x = input.unsqueeze(0) if input.dim() == self._ranks[0] else input
-        running = (None, None) if use_batch_stats else (self.running_mean, self.running_var)
+            return None
         # With running statistics a sample has no part in it: that is BatchNorm.
         method = Method(("in" if use_batch_stats else "bn",), self.eps)
-        y, statistics = normalize(self, x, self.weight, self.bias, method, running)
-        if use_batch_stats and self.tracks:
-            self._track(statistics, x.shape[0])
-        return y if x is input else y.squeeze(0)
+        return self._inputs(x, mask, use_batch_stats), method
+
+    def _use_batch_stats(self) -> bool:
+        return self.training or not self.track_running_stats
+
+    def _note(self, inputs: Inputs, method: Method, statistics: Tensor | Saved) -> None:
+        if self._use_batch_stats() and self.tracks:
+            self._track(statistics, inputs.x.shape[0])
 
     def _momentum(self, n_before: Any) -> Any:
         # PyTorch has a counter here and leaves it at 0, and None moves nothing.
@@ -221,7 +236,19 @@ class InstanceNorm3d(_InstanceNorm, nn.InstanceNorm3d):
     _ranks = (4, 5)
 
 
-class GroupNorm(Layer, nn.GroupNorm):
+class _GroupNorm(AffineLayer):
+    num_groups: int
+    num_channels: int
+
+    def _plan(self, x: Tensor, mask: Tensor | None) -> tuple[Inputs, Method] | None:
+        if x.dim() < 2 or x.shape[1] != self.num_channels or x.numel() <= self.num_groups:
+            return None
+        if not self._have_shape(x.shape[1:2]):
+            return None
+        return self._inputs(x, mask), Method(("gn",), self.eps, self.num_groups)
+
+
+class GroupNorm(_GroupNorm, nn.GroupNorm):
     """:class:`torch.nn.GroupNorm`, computed by numbanorm.
 
     Examples
@@ -232,70 +259,3 @@ class GroupNorm(Layer, nn.GroupNorm):
     >>> numbanorm.torch.GroupNorm(2, 4, eps=0.0, affine=False)(x)
     tensor([[-1.,  1., -1.,  1.]])
     """
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Normalise each sample over groups of channels."""
-        if (
-            not can_take(input, (self.num_channels,), self.weight, self.bias)
-            or input.dim() < 2
-            or input.shape[1] != self.num_channels
-            or input.numel() <= self.num_groups
-        ):
-            return super().forward(input)
-        method = Method(("gn",), self.eps, self.num_groups)
-        y, _ = normalize(self, input, self.weight, self.bias, method)
-        return y
-
-
-class LayerNorm(Layer, nn.LayerNorm):
-    """:class:`torch.nn.LayerNorm`, computed by numbanorm.
-
-    Examples
-    --------
-    >>> import torch
-    >>> import numbanorm.torch
-    >>> x = torch.tensor([[1.0, 3.0], [10.0, 30.0]])
-    >>> numbanorm.torch.LayerNorm(2, eps=0.0, elementwise_affine=False)(x)
-    tensor([[-1.,  1.],
-            [-1.,  1.]])
-    """
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Normalise over the trailing axes."""
-        row_axes = len(self.normalized_shape)
-        if (
-            not can_take(input, self.normalized_shape, self.weight, self.bias)
-            or input.shape[input.dim() - row_axes :] != self.normalized_shape
-            or input.numel() == 0
-        ):
-            return super().forward(input)
-        method = Method(("rows",), self.eps, row_axes=row_axes)
-        y, _ = normalize(self, input, self.weight, self.bias, method)
-        return y
-
-
-class RMSNorm(Layer, nn.RMSNorm):
-    """:class:`torch.nn.RMSNorm`, computed by numbanorm.
-
-    Examples
-    --------
-    >>> import torch
-    >>> import numbanorm.torch
-    >>> x = torch.tensor([[3.0, 3.0, -3.0]])
-    >>> numbanorm.torch.RMSNorm(3, eps=0.0, elementwise_affine=False)(x)
-    tensor([[ 1.,  1., -1.]])
-    """
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Divide by the root mean square over the trailing axes."""
-        row_axes = len(self.normalized_shape)
-        if (
-            not can_take(input, self.normalized_shape, self.weight)
-            or input.shape[input.dim() - row_axes :] != self.normalized_shape
-            or input.numel() == 0
-        ):
-            return super().forward(input)
-        eps = torch.finfo(input.dtype).eps if self.eps is None else self.eps
-        method = Method(("rms",), eps, row_axes=row_axes)
-        y, _ = normalize(self, input, self.weight, None, method)
-        return y

@@ -13,7 +13,7 @@ from torch import Tensor
 from numbanorm.core.memory import Memory, Recycler
 from numbanorm.core.types import Array, Axes
 from numbanorm.torch import private
-from numbanorm.torch.method import Method, of_rows
+from numbanorm.torch.method import Method, are_rows
 from numbanorm.tuning import tuning
 
 # How tensors of so many axes may be in memory without gaps.
@@ -57,7 +57,7 @@ def as_array(tensor: Tensor) -> Array:
 def empty_like(x: Tensor, method: Method) -> Tensor:
     """Return a new tensor for y or dx."""
     # Rows are made contiguous, as PyTorch does; channels stay where they are in memory.
-    form = torch.contiguous_format if of_rows(method) else torch.preserve_format
+    form = torch.contiguous_format if are_rows(method) else torch.preserve_format
     return torch.empty_like(x, memory_format=form)
 
 
@@ -65,8 +65,8 @@ def has_same_form(dy: Tensor, x: Tensor, method: Method) -> bool:
     """Tell whether dy is in memory as dx is to be, without gaps."""
     # Asking memory_order() would make a small backward 4 % longer.
     if dy.is_contiguous():
-        return of_rows(method) or x.is_contiguous()
-    form = None if of_rows(method) else FORMS.get(x.dim())
+        return are_rows(method) or x.is_contiguous()
+    form = None if are_rows(method) else FORMS.get(x.dim())
     return form is not None and all(t.is_contiguous(memory_format=form) for t in (dy, x))
 
 

@@ -4,14 +4,13 @@ Tensors are seen as arrays, without a copy and in their own order in memory. Wha
 packed into one tensor for backward. Where nothing but autograd watches, :func:`forward` and
 :func:`backward` are called without the operators, and nothing is packed.
 
-The operators take a method as plain values, under the names that exported programs know: ``over``,
-the statistics' names joined by commas; ``number``, how many groups "gn" has or how many axes a row;
-eps; whether instances have sample variances; and the name of the process group, or "".
+The operators take the :class:`~numbanorm.torch.method.Inputs` and the fields of a
+:class:`~numbanorm.torch.method.Method` one by one, the names of its statistics joined by commas.
 """
 
 import functools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor
 
 from numbanorm import methods
-from numbanorm.core.geometry import Geometry
+from numbanorm.core.geometry import Geometry, geometry, normalize_axes
 from numbanorm.core.layouts import Instances, Saved, Statistic
 from numbanorm.core.normalize import differentiate, normalize, restore
 from numbanorm.core.types import Array, Axes, Float64
@@ -27,12 +26,13 @@ from numbanorm.numba_ext.threads import thread_count
 from numbanorm.torch import distributed
 from numbanorm.torch.memory import as_array, empty_like
 from numbanorm.torch.method import (
+    N_INPUTS,
+    Inputs,
     Method,
     feature_shape,
     group_counts,
     has_instances,
     method_of,
-    of_rows,
 )
 
 
@@ -40,7 +40,8 @@ def _optional(tensor: Tensor | None) -> Array | None:
     return None if tensor is None else as_array(tensor)
 
 
-def _mixture(mean_weight: Tensor | None, var_weight: Tensor | None) -> Float64 | None:
+def _mixture(inputs: Inputs) -> Float64 | None:
+    mean_weight, var_weight = inputs.mean_weight, inputs.var_weight
     if mean_weight is None or var_weight is None:
         return None
     return methods.mix(as_array(mean_weight), as_array(var_weight), mean_weight.numel())
@@ -49,11 +50,15 @@ def _mixture(mean_weight: Tensor | None, var_weight: Tensor | None) -> Float64 |
 @functools.lru_cache(maxsize=4096)
 def _geometry(shape: Axes, method: Method) -> Geometry:
     """Return over which axes of an x of this shape statistics and parameters are."""
-    x = np.broadcast_to(0.0, shape)
-    if of_rows(method):
-        return methods.trailing_geometry(x, shape[len(shape) - method.row_axes :])
-    return methods.channel_geometry(
-        x, 1, method.statistics, method.num_groups, method.sample_variance
+    if not method.axes:
+        x = np.broadcast_to(0.0, shape)
+        return methods.channel_geometry(
+            x, 1, method.statistics, method.num_groups, method.sample_variance
+        )
+    n = len(shape)
+    axes, features = (normalize_axes(a, n) for a in (method.axes, method.feature_axes))
+    return geometry(
+        shape, (axes,), features, groups=method.num_groups, group_axis=method.group_axis % n
     )
 
 
@@ -98,20 +103,17 @@ def _unpack(statistics: Tensor, geometry: Geometry, axes: Iterable[Axes]) -> lis
 
 def _restore(
     statistics: Tensor,
-    x: Tensor,
+    inputs: Inputs,
     dx: Tensor,
-    weight: Tensor | None,
-    mean_weight: Tensor | None,
-    var_weight: Tensor | None,
     has_bias: bool,
     use_batch_stats: bool,
     method: Method,
 ) -> Saved:
     """Return what forward saved, from what was packed."""
-    array = as_array(x)
+    array = as_array(inputs.x)
     geometry = _geometry(array.shape, method)
     axes, instances = geometry.reductions, None
-    if has_instances(x, method):
+    if has_instances(inputs.x, method):
         *unpacked, (_, n, mean, var) = _unpack(statistics, geometry, (*axes, geometry.inner(True)))
         assert n is not None
         instances = Instances(n, mean, var * n)
@@ -123,13 +125,14 @@ def _restore(
         array,
         as_array(dx),
         geometry,
-        _optional(weight),
+        _optional(inputs.weight),
         has_bias,
         method.eps,
         unpacked,
-        mixture=_mixture(mean_weight, var_weight),
-        center=method.statistics != ("rms",),
+        mixture=_mixture(inputs),
+        center=method.center,
         sample_variance=method.sample_variance,
+        mask=_optional(inputs.mask),
         instances=instances,
         exchange=distributed.exchange(method.process_group, array),
     )
@@ -139,46 +142,37 @@ def _restore(
 
 
 def forward(
-    empty_like: Callable[[Tensor, Method], Tensor],
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean_weight: Tensor | None,
-    var_weight: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    method: Method,
+    empty_like: Callable[[Tensor, Method], Tensor], inputs: Inputs, method: Method
 ) -> tuple[Tensor, Saved]:
-    """Return y, and what backward needs beside x."""
-    y = empty_like(x, method)
-    array = as_array(x)
+    """Return y, and what backward needs beside x and mask."""
+    y = empty_like(inputs.x, method)
+    array = as_array(inputs.x)
     running = None
-    if running_mean is not None and running_var is not None:
-        running = as_array(running_mean), as_array(running_var)
+    if inputs.running_mean is not None and inputs.running_var is not None:
+        running = as_array(inputs.running_mean), as_array(inputs.running_var)
     with thread_count(torch.get_num_threads()):
         saved = normalize(
             array,
             as_array(y),
             _geometry(array.shape, method),
-            _optional(weight),
-            _optional(bias),
+            _optional(inputs.weight),
+            _optional(inputs.bias),
             method.eps,
             running=running,
-            mixture=_mixture(mean_weight, var_weight),
-            center=method.statistics != ("rms",),
+            mixture=_mixture(inputs),
+            center=method.center,
             sample_variance=method.sample_variance,
+            mask=_optional(inputs.mask),
             exchange=distributed.exchange(method.process_group, array),
         )
-    return y, saved.with_x(None)  # autograd keeps x, and knows when not to
+    # Autograd keeps x and mask, and knows when not to.
+    return y, saved.with_inputs(None, None)
 
 
 def backward(
     dx: Tensor,
     dy: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    mean_weight: Tensor | None,
-    var_weight: Tensor | None,
+    inputs: Inputs,
     statistics: Tensor | Saved,
     has_bias: bool,
     use_batch_stats: bool,
@@ -186,20 +180,19 @@ def backward(
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Return the gradients of x, weight, bias and logits, from the statistics or what was saved.
 
-    That of x is written to ``dx``, which may be ``dy``.
+    That of x is written to ``dx``, which may be ``dy``. Of ``inputs``, bias and running statistics
+    are not needed.
     """
-    given = weight is not None, has_bias, mean_weight is not None, var_weight is not None
+    given = inputs.weight is not None, has_bias, *[w is not None for w in inputs[3:5]]
     if isinstance(statistics, Saved):
-        saved = statistics.with_x(as_array(x))
+        saved = statistics.with_inputs(as_array(inputs.x), _optional(inputs.mask))
     else:
-        saved = _restore(
-            statistics, x, dx, weight, mean_weight, var_weight, has_bias, use_batch_stats, method
-        )
+        saved = _restore(statistics, inputs, dx, has_bias, use_batch_stats, method)
     with thread_count(torch.get_num_threads()):
         gradients = differentiate(as_array(dy), saved, as_array(dx), dx is dy)
     dweight, dbias, dmean_weight, dvar_weight = (
-        # A copy has memory of PyTorch's own, which may be resized.
-        torch.from_numpy(gradient).to(x.dtype, copy=True)
+        # A copy, in memory of PyTorch's own, which may be resized.
+        torch.tensor(gradient, dtype=inputs.x.dtype, device="cpu")
         if is_given and gradient is not None
         else None
         for gradient, is_given in zip(gradients, given, strict=True)
@@ -209,57 +202,65 @@ def backward(
 
 # -- The operators -------------------------------------------------------------------------------
 
+INPUTS = (
+    "Tensor x, Tensor? weight, Tensor? bias, Tensor? mean_weight, Tensor? var_weight, "
+    "Tensor? running_mean, Tensor? running_var, Tensor? mask"
+)
+METHOD = (
+    "str over, float eps, int num_groups, int[] axes, int[] feature_axes, int group_axis, "
+    "bool center, bool sample_variance, str process_group"
+)
 
-@torch.library.custom_op("numbanorm::normalize", mutates_args=(), device_types="cpu")
-def normalize_op(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None,
-    mean_weight: Tensor | None, var_weight: Tensor | None,
-    running_mean: Tensor | None, running_var: Tensor | None,
-    over: str, number: int, eps: float, sample_variance: bool, process_group: str,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+
+def _operator(name: str, schema: str) -> Any:
+    return torch.library.custom_op(
+        f"numbanorm::{name}", mutates_args=(), device_types="cpu", schema=schema
+    )
+
+
+@_operator("normalize", f"({INPUTS}, {METHOD}) -> (Tensor y, Tensor statistics)")
+def normalize_op(*args: Any) -> tuple[Tensor, Tensor]:
     """Return y and the statistics; running ones, where given, take the place of "bn"."""
-    y, saved = forward(
-        empty_like, x, weight, bias, mean_weight, var_weight, running_mean, running_var,
-        method_of(over, number, eps, sample_variance, process_group),
-    )  # fmt: skip
+    inputs, method = Inputs(*args[:N_INPUTS]), method_of(*args[N_INPUTS:])
+    y, saved = forward(empty_like, inputs, method)
     return y, pack(saved)
 
 
 @normalize_op.register_fake
-def _(
-    x: Tensor, weight: Any, bias: Any, mean_weight: Any, var_weight: Any, mean: Any, var: Any,
-    *arguments: Any,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    method = method_of(*arguments)
+def _(*args: Any) -> tuple[Tensor, Tensor]:
+    x, method = args[0], method_of(*args[N_INPUTS:])
     groups = sum(group_counts(x, method))
     if has_instances(x, method):
         groups += x.shape[0] * x.shape[1]
     return empty_like(x, method), x.new_empty((4, groups), dtype=torch.float64)
 
 
-@torch.library.custom_op("numbanorm::normalize_backward", mutates_args=(), device_types="cpu")
-def backward_op(
-    dy: Tensor, x: Tensor, weight: Tensor | None, mean_weight: Tensor | None,
-    var_weight: Tensor | None, statistics: Tensor, has_bias: bool, use_batch_stats: bool,
-    over: str, number: int, eps: float, sample_variance: bool, process_group: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+@_operator(
+    "normalize_backward",
+    f"(Tensor dy, {INPUTS}, Tensor statistics, bool has_bias, bool use_batch_stats, {METHOD}) -> "
+    "(Tensor dx, Tensor dweight, Tensor dbias, Tensor dmean_weight, Tensor dvar_weight)",
+)
+def backward_op(dy: Tensor, *args: Any) -> tuple[Tensor, ...]:
     """Return the gradients of x, weight, bias and logits; those that are not there are empty."""
-    method = method_of(over, number, eps, sample_variance, process_group)
-    dx, *others = backward(
-        empty_like(x, method), dy, x, weight, mean_weight, var_weight, statistics, has_bias,
-        use_batch_stats, method,
-    )  # fmt: skip
+    inputs, rest, method = backward_arguments(args)
+    x = inputs.x
+    dx, *others = backward(empty_like(x, method), dy, inputs, *rest, method)
     return dx, *(x.new_empty(0) if gradient is None else gradient for gradient in others)
 
 
 @backward_op.register_fake
-def _(
-    dy: Tensor, x: Tensor, weight: Any, mean_weight: Tensor | None, var_weight: Any,
-    statistics: Tensor, has_bias: bool, use_batch_stats: bool, *arguments: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    method = method_of(*arguments)
-    shape = feature_shape(x, method)
-    dweight = x.new_empty(0 if weight is None else shape)
+def _(dy: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    inputs, (_, has_bias, _), method = backward_arguments(args)
+    x, shape = inputs.x, feature_shape(inputs.x, method)
+    dweight = x.new_empty(0 if inputs.weight is None else shape)
     dbias = x.new_empty(shape if has_bias else 0)
-    logits = 0 if mean_weight is None else mean_weight.shape[0]
+    logits = 0 if inputs.mean_weight is None else inputs.mean_weight.shape[0]
     return empty_like(x, method), dweight, dbias, x.new_empty(logits), x.new_empty(logits)
+
+
+def backward_arguments(args: Sequence[Any]) -> tuple[Inputs, tuple[Any, Any, Any], Method]:
+    """Return inputs; statistics, has_bias and use_batch_stats; and method of a backward."""
+    n = N_INPUTS + 3
+    statistics, has_bias, use_batch_stats = args[N_INPUTS:n]
+    rest = statistics, has_bias, use_batch_stats
+    return Inputs(*args[:N_INPUTS]), rest, method_of(*args[n:])

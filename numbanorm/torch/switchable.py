@@ -10,10 +10,8 @@ from torch import Tensor, nn
 import numbanorm
 from numbanorm.core import checks
 from numbanorm.core.layouts import Saved
-from numbanorm.torch.autograd import normalize
-from numbanorm.torch.base import TrackingLayer, can_take
-from numbanorm.torch.definition import definition, fill
-from numbanorm.torch.method import Method, tracked_part
+from numbanorm.torch.base import TrackingLayer, check_mask
+from numbanorm.torch.method import Inputs, Method, tracked_part
 
 
 def _parameter(value: Tensor, wanted: bool = True) -> nn.Parameter | None:
@@ -29,6 +27,7 @@ def check_groups(num_features: int, num_groups: int | None) -> None:
 
 
 class _SwitchableNorm(TrackingLayer):
+    _has_other = False
     _ranks: ClassVar[tuple[int, ...]]
     _over: ClassVar[tuple[str, ...]] = ("in", "ln", "bn")
 
@@ -100,42 +99,50 @@ class _SwitchableNorm(TrackingLayer):
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
-    def forward(self, input: Tensor) -> Tensor:
-        """Normalise with the learned mixture of statistics."""
+    def forward(self, input: Tensor, *, mask: Tensor | None = None) -> Tensor:
+        """Normalise with the learned mixture of statistics; mask as in :class:`BatchNorm2d`."""
         if input.dim() not in self._ranks:
             ranks = " or ".join(map(str, self._ranks))
             raise ValueError(f"expected {ranks} axes, got shape {tuple(input.shape)}")
         # A view has an owner more, its base, so that dx would never be written over dy.
-        in_order = self.axis in (1, 1 - input.dim())
-        x = input if in_order else input.movedim(self.axis, 1)
+        if self.axis in (1, 1 - input.dim()):
+            return super().forward(input, mask=mask)
+        counts = None if mask is None else check_mask(mask, input).movedim(self.axis, 1)
+        return super().forward(input.movedim(self.axis, 1), mask=counts).movedim(1, self.axis)
+
+    def _tensors(self) -> tuple[Tensor | None, ...]:
+        logits = self.mean_weight, self.var_weight
+        return self.weight, self.bias, *logits, self.running_mean, self.running_var
+
+    def _plan(self, x: Tensor, mask: Tensor | None) -> tuple[Inputs, Method]:
         if x.shape[1] != self.num_features:
             raise ValueError(
                 f"expected {self.num_features} channels on axis {self.axis}, "
-                f"got shape {tuple(input.shape)}"
+                f"got shape {tuple(x.movedim(1, self.axis).shape)}"
             )
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            tensor = getattr(self, name)
+            if tensor is not None and tensor.shape != x.shape[1:2]:
+                raise ValueError(
+                    f"{name}: shape ({self.num_features},) is needed, got {tuple(tensor.shape)}"
+                )
         use_batch_stats = self.training or not self.tracks
-        running = (None, None) if use_batch_stats else (self.running_mean, self.running_var)
-        affine, logits = (self.weight, self.bias), (self.mean_weight, self.var_weight)
+        mean, var = (None, None) if use_batch_stats else (self.running_mean, self.running_var)
+        logits = self.mean_weight, self.var_weight
+        inputs = Inputs(x, self.weight, self.bias, *logits, mean, var, mask)
         method = Method(
             tuple(self.over),
             self.eps,
             self.num_groups or 1,
             sample_variance=self.sample_variance,
         )
-        statistics: Tensor | Saved
-        buffers = self.running_mean, self.running_var
-        if can_take(x, (self.num_features,), *affine, *buffers) and can_take(
-            x, (len(self.over),), *logits
-        ):
-            y, statistics = normalize(self, x, *affine, method, running, logits)
-        else:
-            filled = fill(x, *affine, *logits, method)
-            y, statistics = definition(*filled, method=method, running=running)
-        if self.training and self.tracks and x.numel():
+        return inputs, method
+
+    def _note(self, inputs: Inputs, method: Method, statistics: Tensor | Saved) -> None:
+        if self.training and self.tracks and inputs.x.numel():
             if isinstance(statistics, Tensor):
-                statistics = tracked_part(statistics, x, method)
+                statistics = tracked_part(statistics, inputs.x, method)
             self._track(statistics)
-        return y if in_order else y.movedim(1, self.axis)
 
     def importance(self) -> dict[str, dict[str, float]]:
         """Return the softmax weights of means and variances by the statistic's name.

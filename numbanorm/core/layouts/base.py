@@ -101,8 +101,8 @@ class Saved(NamedTuple):
     shape, dtype
         Of x, before an axis was split into groups.
     x, mask : array or None
-        Views in the layout's order. Without x, :func:`~numbanorm.core.normalize.differentiate` is
-        given it.
+        Views in the layout's order. A caller that keeps x, mask and residual itself gives them back
+        by :meth:`with_inputs` before :func:`~numbanorm.core.normalize.differentiate`.
     lost : str
         Whether y was written over "x" or "residual"; else "".
     activation : Activation or None
@@ -147,10 +147,10 @@ class Saved(NamedTuple):
         """Go by identity."""
         return id(self)
 
-    def with_x(self, x: Array | None) -> "Saved":
-        """Return the same with another x, for a caller that keeps it, or None."""
-        view = None if x is None else self.layout.to_view(x)
-        return self._replace(x=view)
+    def with_inputs(self, x: Array | None, mask: Array | None) -> "Saved":
+        """Return the same with another x and mask, for a caller that keeps them, or None."""
+        views = (None if array is None else self.layout.to_view(array) for array in (x, mask))
+        return self._replace(x=next(views), mask=next(views))
 
     def all_statistics(self) -> list[Statistic]:
         """Return all statistics."""
