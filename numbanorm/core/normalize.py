@@ -148,13 +148,15 @@ def restore(
     sample_variance: bool = False,
     mask: Array | None = None,
     instances: Instances | None = None,
+    bias: Array | None = None,
     activation: Activation | None = None,
     residual: Array | None = None,
     exchange: Exchange | None = None,
 ) -> Saved:
     """Return what :func:`normalize` returned, from x and its statistics.
 
-    ``dx`` is where backward is to write; ``instances`` goes with ``sample_variance``. With
+    ``dx`` is where backward is to write; ``instances`` goes with ``sample_variance``, and ``bias``
+    is needed with an ``activation`` alone. With
     an ``exchange`` the tracked statistic is that of several processes, which backward adds up over.
     """
     affine = weight is not None or has_bias
@@ -162,7 +164,7 @@ def restore(
     given = statistics[geometry.tracked]
     running = (given.mean, given.var) if given.n is None else None
     job = Job(
-        _mode(x.dtype, eps, center, running is None), weight, None, None, mixture, sample_variance
+        _mode(x.dtype, eps, center, running is None), weight, bias, None, mixture, sample_variance
     )
     restored = layout.restore(statistics, job, arithmetic(x.dtype))._replace(instances=instances)
     views = layout.to_view(x), None if mask is None else layout.to_view(mask)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from numbanorm.core.layouts import Saved
 from numbanorm.torch import ops, private
-from numbanorm.torch.definition import definition, fill
+from numbanorm.torch.definition import definition, fill, wide_dtype
 from numbanorm.torch.memory import gradient_like, outputs
 from numbanorm.torch.method import N_GRADIENTS, N_INPUTS, Inputs, Method, method_of, tracked_part
 from numbanorm.torch.ops import backward_arguments
@@ -21,7 +21,9 @@ from numbanorm.tuning import tuning
 
 def _save(ctx: Any, inputs: Inputs, method: Method, *statistics: Tensor) -> None:
     """Save what backward needs of a forward."""
-    needed = inputs._replace(bias=None, running_mean=None, running_var=None)
+    # The slope of an activation is calculated again, from what it was given.
+    bias = inputs.bias if method.activation else None
+    needed = inputs._replace(bias=bias, running_mean=None, running_var=None)
     ctx.save_for_backward(*needed, *statistics)
     ctx.rest = inputs.bias is not None, inputs.running_mean is None
     ctx.method = method
@@ -73,7 +75,7 @@ def _differentiate_backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None
     if method.process_group:  # the definition knows the samples of this process alone
         raise NotImplementedError("SyncBatchNorm over several processes has no second derivative")
     if not ctx.use_batch_stats:
-        mean, _, var, _ = tracked_part(statistics, inputs.x, method).to(inputs.x.dtype)
+        mean, _, var, _ = tracked_part(statistics, inputs.x, method).to(wide_dtype(inputs.x))
         inputs = inputs._replace(running_mean=mean, running_var=var)
     filled = fill(inputs, method)
 

@@ -7,33 +7,38 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from numbanorm.core.checks import ActivationLike, check_activation
 from numbanorm.core.layouts import Saved, Statistic
 from numbanorm.core.running import track
 from numbanorm.recalibrate import Pool
 from numbanorm.torch import private
 from numbanorm.torch.autograd import normalize
-from numbanorm.torch.definition import definition
-from numbanorm.torch.memory import as_array
+from numbanorm.torch.definition import definition, finish
+from numbanorm.torch.memory import DTYPES, HALVES, as_array
 from numbanorm.torch.method import Inputs, Method
 
 
 def can_take(x: Tensor, *others: Tensor | None) -> bool:
     """Tell whether numbanorm can do it; else it is for PyTorch's own code, or the definition.
 
-    It takes plain tensors with data of their own: dense, on the CPU, float32 or float64, one type
-    for all. What is to run elsewhere is PyTorch's.
+    It takes plain tensors with data of their own: dense, on the CPU, of a type of float, which is
+    one for all; with x of 16 bits all others may be of float32. What is to run elsewhere is
+    PyTorch's.
     """
     dtype = x.dtype
-    if dtype is not torch.float32 and dtype is not torch.float64:
+    if dtype not in DTYPES or not dtype.is_floating_point or private.is_exported() or x.is_nested:
         return False
-    if private.is_exported() or x.is_nested:
-        return False
+    dtype_of_others = dtype
+    if dtype in HALVES:
+        first = next((t for t in others if t is not None), x)
+        if first.dtype is torch.float32:
+            dtype_of_others = torch.float32
     has_data = not torch.compiler.is_compiling()
     for t in (x, *others):
         if t is not None and not (
             (type(t) is Tensor or type(t) is nn.Parameter)
             and t.is_cpu
-            and t.dtype is dtype
+            and t.dtype is (dtype if t is x else dtype_of_others)
             and t.layout is torch.strided
             and not (has_data and t.is_neg())
         ):
@@ -65,10 +70,31 @@ class NormLayer(nn.Module):
     A subclass says with which tensors and how, and the next class after it in line has that code.
     """
 
+    # What follows in the same pass, see numbanorm.Norm.
+    _activation: ActivationLike = None
     # Whether there is such a class; if not, the definition does what numbanorm cannot.
     _has_other: ClassVar[bool] = True
     # The modules in it that a converted layer runs afterwards, as dropout and activation of timm's.
     _then: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, *args: Any, activation: ActivationLike = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.activation = activation
+
+    @property
+    def activation(self) -> ActivationLike:
+        """What follows the norm in the same pass, or None."""
+        return self._activation
+
+    @activation.setter
+    def activation(self, activation: ActivationLike) -> None:
+        check_activation(activation)
+        self._activation = activation
+
+    def extra_repr(self) -> str:
+        """Return what is shown between the parentheses."""
+        shown = super().extra_repr()
+        return shown if self._activation is None else f"{shown}, activation={self._activation!r}"
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the layer; for :mod:`torch.fx` it is one node, as layers of PyTorch are."""
@@ -97,8 +123,10 @@ class NormLayer(nn.Module):
     def _note(self, inputs: Inputs, method: Method, statistics: Tensor | Saved) -> None:
         """Take note of the statistics of a forward."""
 
-    def forward(self, input: Tensor, *, mask: Tensor | None = None) -> Tensor:
-        """Normalise x.
+    def forward(
+        self, input: Tensor, *, mask: Tensor | None = None, residual: Tensor | None = None
+    ) -> Tensor:
+        """Normalise x: y = activation(norm(x) + residual).
 
         Parameters
         ----------
@@ -106,6 +134,8 @@ class NormLayer(nn.Module):
             x, on any device.
         mask : Tensor of bool, optional
             Broadcasts to x; True where an element counts in the statistics.
+        residual : Tensor of the shape of x, optional
+            What is added before the activation.
 
         Returns
         -------
@@ -113,25 +143,50 @@ class NormLayer(nn.Module):
             y, of the shape and dtype of x.
         """
         counts = None if mask is None else check_mask(mask, input)
+        if residual is not None and residual.shape != input.shape:
+            raise ValueError(
+                f"residual: the shape of x, {tuple(input.shape)}, is needed, "
+                f"got {tuple(residual.shape)}"
+            )
         by_numbanorm = can_take(input, *self._tensors())
         if not by_numbanorm and counts is None and self._has_other:
-            return self._elsewhere(input)
+            return self._finish(self._elsewhere(input), residual)
         planned = self._plan(input, counts)
         if planned is None:
             y = self._elsewhere(input)
             if counts is not None and counts.numel():
                 raise ValueError(f"mask: {self} has none for x of shape {tuple(input.shape)}")
-            return y
+            return self._finish(y, residual)
         inputs, method = planned
+        # A residual of another type takes PyTorch's steps.
+        fuses = by_numbanorm and (
+            self._activation is not None
+            if residual is None
+            else residual.dtype is input.dtype and can_take(residual)
+        )
+        if fuses:
+            method = method.followed_by(self._activation)
+            if residual is not None:
+                batch = residual if residual.dim() == inputs.x.dim() else residual.unsqueeze(0)
+                inputs = inputs._replace(residual=batch)
         y, statistics = (
             normalize(self, inputs, method) if by_numbanorm else definition(inputs, method)
         )
         self._note(inputs, method, statistics)
         if y.dim() != input.dim():
             y = y.squeeze(0)
+        if not fuses:
+            y = self._finish(y, residual)
         for name in self._then:
             y = getattr(self, name)(y)
         return y
+
+    def _finish(self, y: Tensor, residual: Tensor | None) -> Tensor:
+        """Add a residual and apply the activation, step by step."""
+        if residual is None and self._activation is None:
+            return y
+        method = Method(()).followed_by(self._activation)
+        return finish(y, residual, method.activation, method.slope)
 
     def _elsewhere(self, x: Tensor) -> Tensor:
         """Return y of the code that stood there before."""
@@ -224,13 +279,18 @@ class TrackingLayer(NormLayer):
                 self._pool.add(statistics)
                 return
             running, n = (self.running_mean, self.running_var), self.num_batches_tracked
-            mean, var = map(as_array, running)
+            # Those of 16 bits are averaged in float32, and rounded.
+            wide = [t.float() if t.dtype in HALVES else t for t in running]
+            mean, var = map(as_array, wide)
             n_batches = np.array(0) if n is None else as_array(n)
             momentum = float(self._momentum(None if n is None else n_batches))
             if not self._counts:
                 n_batches = n_batches.copy()
             if track(statistics, mean, var, n_batches, momentum, self.skip_nonfinite):
                 self.num_batches_skipped.add_(1)
+            for t, moved in zip(running, wide, strict=True):
+                if moved is not t:
+                    t.copy_(moved)
             torch.autograd.graph.increment_version(running if n is None else [*running, n])
             return
         shape = tuple(self.running_mean.shape)

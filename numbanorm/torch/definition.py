@@ -14,19 +14,37 @@ from numbanorm.torch.method import Inputs, Method, feature_shape, split_shape, t
 
 def fill(inputs: Inputs, method: Method) -> Inputs:
     """Return inputs with parameters that say nothing for None."""
-    x, weight, bias, mean_weight, var_weight = inputs[:5]
+    x, weight, bias, mean_weight, var_weight, residual = inputs[:6]
     shape = feature_shape(x, method)
     return inputs._replace(
         weight=x.new_ones(shape) if weight is None else weight,
         bias=x.new_zeros(shape) if bias is None else bias,
         mean_weight=x.new_zeros(1) if mean_weight is None else mean_weight,
         var_weight=x.new_zeros(1) if var_weight is None else var_weight,
+        residual=x.new_zeros(()) if residual is None else residual,
     )
+
+
+def wide_dtype(x: Tensor) -> torch.dtype:
+    """Return the type that x is calculated in."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def finish(y: Tensor, residual: Tensor | None, activation: str, slope: float) -> Tensor:
+    """Return what follows the norm: the activation of y + residual."""
+    z = y if residual is None else y + residual
+    if activation == "leaky_relu":
+        return torch.nn.functional.leaky_relu(z, slope)
+    if activation == "gelu_tanh":
+        return torch.nn.functional.gelu(z, approximate="tanh")
+    return getattr(torch.nn.functional, activation)(z) if activation else z
 
 
 def definition(inputs: Inputs, method: Method) -> tuple[Tensor, Tensor]:
     """Return y and the packed statistics, for any device and type."""
-    x, weight, bias, mean_weight, var_weight, running_mean, running_var, mask = fill(inputs, method)
+    inputs = fill(inputs, method)._replace(residual=inputs.residual)
+    x, weight, bias, mean_weight, var_weight, residual, *running, mask = inputs
+    running_mean, running_var = running
     assert weight is not None and bias is not None
     assert mean_weight is not None and var_weight is not None
     if method.axes:
@@ -40,7 +58,7 @@ def definition(inputs: Inputs, method: Method) -> tuple[Tensor, Tensor]:
     if method.axes:
         kept = [axis for axis in range(1, len(shape)) if axis not in reduced]
         running_grid = [size if axis in kept else 1 for axis, size in enumerate(shape)]
-    wide = x.to(torch.promote_types(x.dtype, torch.float32)).reshape(shape)
+    wide = x.to(wide_dtype(x)).reshape(shape)
     counts, lost = torch.ones_like(wide), None
     if mask is not None:
         counted = mask.expand(x.shape).reshape(shape)
@@ -80,4 +98,5 @@ def definition(inputs: Inputs, method: Method) -> tuple[Tensor, Tensor]:
     y = (wide - mean) * rstd * weight.reshape(feature_grid) + bias.reshape(feature_grid)
     if lost is not None:
         y = y + lost
-    return y.reshape(x.shape).to(x.dtype), torch.cat(packed, 1)
+    y = finish(y.reshape(x.shape), residual, method.activation, method.slope)
+    return y.to(x.dtype), torch.cat(packed, 1)

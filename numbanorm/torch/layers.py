@@ -7,9 +7,9 @@ before that of any library that means the same: see :mod:`numbanorm.torch.foreig
 from collections.abc import Container
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
+from numbanorm.core.checks import ActivationLike
 from numbanorm.core.layouts import Saved
 from numbanorm.torch import distributed
 from numbanorm.torch.base import AffineLayer, TrackingLayer
@@ -29,7 +29,7 @@ class _ChannelNorm(TrackingLayer):
 
     def _inputs(self, x: Tensor, mask: Tensor | None, use_batch_stats: bool) -> Inputs:
         mean, var = (None, None) if use_batch_stats else (self.running_mean, self.running_var)
-        return Inputs(x, self.weight, self.bias, None, None, mean, var, mask)
+        return Inputs(x, self.weight, self.bias, running_mean=mean, running_var=var, mask=mask)
 
 
 class _BatchNorm(_ChannelNorm):
@@ -116,8 +116,7 @@ class SyncBatchNorm(_BatchNorm, _SyncBatchNorm):
     process's own samples. In evaluation, and in a single process, it is a BatchNorm.
     :meth:`torch.nn.SyncBatchNorm.convert_sync_batchnorm` followed by :func:`convert` puts it
     into a model, which goes into :class:`~torch.nn.parallel.DistributedDataParallel` then: it is
-    no instance of :class:`torch.nn.SyncBatchNorm`, which that refuses on a CPU. Under autocast
-    16-bit x is normalised in float32.
+    no instance of :class:`torch.nn.SyncBatchNorm`, which that refuses on a CPU.
 
     Examples
     --------
@@ -140,18 +139,15 @@ class SyncBatchNorm(_BatchNorm, _SyncBatchNorm):
         process_group: Any = None,
         device: Any = None,
         dtype: Any = None,
+        *,
+        activation: ActivationLike = None,
         **bias: bool,
     ) -> None:
         super().__init__(
-            num_features, eps, momentum, affine, track_running_stats, device, dtype, **bias
-        )
+            num_features, eps, momentum, affine, track_running_stats, device, dtype,
+            activation=activation, **bias,
+        )  # fmt: skip
         self.process_group = process_group
-
-    def forward(self, input: Tensor, *, mask: Tensor | None = None) -> Tensor:
-        """Normalise with the statistics of all processes; mask as in :class:`BatchNorm2d`."""
-        if input.is_cpu and input.dtype in (torch.bfloat16, torch.float16):
-            return super().forward(input.float(), mask=mask).to(input.dtype)
-        return super().forward(input, mask=mask)
 
     def _group_name(self) -> str:
         return distributed.name_of_group(self.process_group)

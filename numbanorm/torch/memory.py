@@ -24,7 +24,10 @@ DTYPES: dict[torch.dtype, np.dtype[Any]] = {
     torch.float64: np.dtype(np.float64),
     torch.int64: np.dtype(np.int64),
     torch.bool: np.dtype(np.bool_),
+    torch.float16: np.dtype(np.float16),
+    torch.bfloat16: np.dtype(np.uint16),  # as the kernels see it
 }
+HALVES = torch.float16, torch.bfloat16
 
 
 class _Exported:

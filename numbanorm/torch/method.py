@@ -1,12 +1,15 @@
 """What a layer normalises over and how, and the sizes that follow from it."""
 
+import functools
 import itertools
 import math
 from typing import Any, NamedTuple, Self
 
 from torch import Tensor
 
+from numbanorm.core.checks import ActivationLike, check_activation
 from numbanorm.core.types import Axes
+from numbanorm.kernels.activations import Activation
 
 # Statistics by the axes of the method: one alone.
 BY_AXES = ("axes",)
@@ -20,6 +23,7 @@ class Inputs(NamedTuple):
     bias: Tensor | None = None
     mean_weight: Tensor | None = None
     var_weight: Tensor | None = None
+    residual: Tensor | None = None
     running_mean: Tensor | None = None
     running_var: Tensor | None = None
     mask: Tensor | None = None
@@ -43,7 +47,7 @@ class Method(NamedTuple):
 
     # Any of "in", "ln", "bn" and "gn", or BY_AXES.
     statistics: tuple[str, ...]
-    eps: float
+    eps: float = 0.0
     num_groups: int = 1  # of "gn", or those that the axis of the groups is split into
     axes: Axes = ()  # what BY_AXES reduces; those of rows count from the end
     feature_axes: Axes = ()  # what weight and bias span then
@@ -51,6 +55,15 @@ class Method(NamedTuple):
     center: bool = True  # whether the mean is subtracted
     sample_variance: bool = False  # of the instances
     process_group: str = ""  # the name of the one that shares the statistics
+    activation: str = ""  # what follows the norm and the addition of a residual
+    slope: float = 0.0  # of "leaky_relu"
+
+    def followed_by(self, activation: ActivationLike) -> Self:
+        """Return the same with an activation."""
+        if activation is None:
+            return self
+        name, slope = (activation, 0.01) if isinstance(activation, str) else activation
+        return self._replace(activation=name, slope=float(slope))
 
     @classmethod
     def of_rows(cls, n_axes: int, eps: float, center: bool = True) -> Self:
@@ -67,6 +80,12 @@ def method_of(over: str, *rest: Any) -> Method:
     """Return the method of these arguments of an operator."""
     values = (tuple(value) if isinstance(value, list) else value for value in rest)
     return Method._make((tuple(over.split(",")), *values))
+
+
+@functools.lru_cache(maxsize=64)
+def activation_of(name: str, slope: float) -> Activation | None:
+    """Return the kernels' activation of a method."""
+    return check_activation((name, slope) if name == "leaky_relu" else name or None)
 
 
 def are_rows(method: Method) -> bool:

@@ -7,10 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from numbanorm.core import checks
+from numbanorm.core.checks import ActivationLike
 from numbanorm.core.geometry import AllBut, axis_tuple, normalize_axes
 from numbanorm.core.layouts import Saved
 from numbanorm.core.types import Axes
 from numbanorm.torch.base import TrackingLayer
+from numbanorm.torch.definition import wide_dtype
 from numbanorm.torch.method import BY_AXES, Inputs, Method
 
 
@@ -50,6 +52,8 @@ class Norm(TrackingLayer):
     skip_nonfinite : bool
         Whether a batch whose statistics are not finite leaves the running statistics alone; such
         batches are counted in ``num_batches_skipped``.
+    activation : str or tuple, optional
+        What follows in the same pass, see :class:`numbanorm.Norm`.
     device, dtype
         Of parameters and running statistics.
 
@@ -84,10 +88,11 @@ class Norm(TrackingLayer):
         eps: float | None = 1e-5,
         momentum: float | None = 0.1,
         skip_nonfinite: bool = False,
+        activation: ActivationLike = None,
         device: Any = None,
         dtype: Any = None,
     ) -> None:
-        super().__init__()
+        super().__init__(activation=activation)
         self.axes = axis_tuple(axes, "axes")
         if not self.axes:
             raise ValueError("axes: at least one axis is needed, got none")
@@ -173,11 +178,12 @@ class Norm(TrackingLayer):
                 f"x: axis {group_axis} of size {x.shape[group_axis]} cannot be split into "
                 f"{self.groups} groups; a multiple of {self.groups} would do"
             )
-        eps = torch.finfo(x.dtype).eps if self.eps is None else self.eps
+        eps = torch.finfo(wide_dtype(x)).eps if self.eps is None else self.eps
         method = Method(BY_AXES, eps, self.groups, axes, features, group_axis, self.center)
         use_batch_stats = self.training or not self.track_stats
         mean, var = (None, None) if use_batch_stats else (self.running_mean, self.running_var)
-        return Inputs(x, self.weight, self.bias, None, None, mean, var, mask), method
+        inputs = Inputs(x, self.weight, self.bias, running_mean=mean, running_var=var, mask=mask)
+        return inputs, method
 
     def _check_sizes(self, x: Tensor, axes: Axes, tensor: Tensor, name: str) -> None:
         sizes = tuple(x.shape[axis] for axis in axes)
@@ -205,6 +211,7 @@ class Norm(TrackingLayer):
             "eps": (self.eps, 1e-5),
             "momentum": (self.momentum, 0.1),
             "skip_nonfinite": (self.skip_nonfinite, False),
+            "activation": (self.activation, None),
         }
-        shown += [f"{key}={value}" for key, (value, usual) in options.items() if value != usual]
+        shown += [f"{key}={value!r}" for key, (value, usual) in options.items() if value != usual]
         return ", ".join(shown)

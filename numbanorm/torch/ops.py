@@ -24,11 +24,12 @@ from numbanorm.core.normalize import differentiate, normalize, restore
 from numbanorm.core.types import Array, Axes, Float64
 from numbanorm.numba_ext.threads import thread_count
 from numbanorm.torch import distributed
-from numbanorm.torch.memory import as_array, empty_like
+from numbanorm.torch.memory import HALVES, as_array, empty_like
 from numbanorm.torch.method import (
     N_INPUTS,
     Inputs,
     Method,
+    activation_of,
     feature_shape,
     group_counts,
     has_instances,
@@ -40,11 +41,19 @@ def _optional(tensor: Tensor | None) -> Array | None:
     return None if tensor is None else as_array(tensor)
 
 
+def _parameter(tensor: Tensor | None) -> Array | None:
+    """Return a parameter or a running statistic, in float32 if it has 16 bits."""
+    if tensor is not None and tensor.dtype in HALVES:
+        tensor = tensor.float()
+    return _optional(tensor)
+
+
 def _mixture(inputs: Inputs) -> Float64 | None:
     mean_weight, var_weight = inputs.mean_weight, inputs.var_weight
     if mean_weight is None or var_weight is None:
         return None
-    return methods.mix(as_array(mean_weight), as_array(var_weight), mean_weight.numel())
+    logits = _parameter(mean_weight), _parameter(var_weight)
+    return methods.mix(*logits, mean_weight.numel())  # type: ignore[arg-type]
 
 
 @functools.lru_cache(maxsize=4096)
@@ -125,7 +134,7 @@ def _restore(
         array,
         as_array(dx),
         geometry,
-        _optional(inputs.weight),
+        _parameter(inputs.weight),
         has_bias,
         method.eps,
         unpacked,
@@ -134,6 +143,9 @@ def _restore(
         sample_variance=method.sample_variance,
         mask=_optional(inputs.mask),
         instances=instances,
+        bias=_parameter(inputs.bias),
+        activation=activation_of(method.activation, method.slope),
+        residual=_optional(inputs.residual),
         exchange=distributed.exchange(method.process_group, array),
     )
 
@@ -144,29 +156,31 @@ def _restore(
 def forward(
     empty_like: Callable[[Tensor, Method], Tensor], inputs: Inputs, method: Method
 ) -> tuple[Tensor, Saved]:
-    """Return y, and what backward needs beside x and mask."""
+    """Return y, and what backward needs beside x, mask and residual."""
     y = empty_like(inputs.x, method)
     array = as_array(inputs.x)
     running = None
     if inputs.running_mean is not None and inputs.running_var is not None:
-        running = as_array(inputs.running_mean), as_array(inputs.running_var)
+        running = _parameter(inputs.running_mean), _parameter(inputs.running_var)
     with thread_count(torch.get_num_threads()):
         saved = normalize(
             array,
             as_array(y),
             _geometry(array.shape, method),
-            _optional(inputs.weight),
-            _optional(inputs.bias),
+            _parameter(inputs.weight),
+            _parameter(inputs.bias),
             method.eps,
-            running=running,
+            running=running,  # type: ignore[arg-type]
             mixture=_mixture(inputs),
             center=method.center,
             sample_variance=method.sample_variance,
             mask=_optional(inputs.mask),
+            activation=activation_of(method.activation, method.slope),
+            residual=_optional(inputs.residual),
             exchange=distributed.exchange(method.process_group, array),
         )
-    # Autograd keeps x and mask, and knows when not to.
-    return y, saved.with_inputs(None, None)
+    # Autograd keeps x, mask and residual, and knows when not to.
+    return y, saved.with_inputs(None, None, None)
 
 
 def backward(
@@ -177,38 +191,51 @@ def backward(
     has_bias: bool,
     use_batch_stats: bool,
     method: Method,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Return the gradients of x, weight, bias and logits, from the statistics or what was saved.
+) -> tuple[Tensor | None, ...]:
+    """Return the gradients of x, weight, bias, logits and residual.
 
-    That of x is written to ``dx``, which may be ``dy``. Of ``inputs``, bias and running statistics
-    are not needed.
+    They come from the packed statistics or from what was saved. That of x is written to ``dx``,
+    which may be ``dy``. Of ``inputs``, running statistics are not needed, and bias only with an
+    activation.
     """
     given = inputs.weight is not None, has_bias, *[w is not None for w in inputs[3:5]]
     if isinstance(statistics, Saved):
-        saved = statistics.with_inputs(as_array(inputs.x), _optional(inputs.mask))
+        saved = statistics.with_inputs(
+            as_array(inputs.x), _optional(inputs.mask), _optional(inputs.residual)
+        )
     else:
         saved = _restore(statistics, inputs, dx, has_bias, use_batch_stats, method)
+    dresidual = None if inputs.residual is None else empty_like(inputs.x, method)
     with thread_count(torch.get_num_threads()):
-        gradients = differentiate(as_array(dy), saved, as_array(dx), dx is dy)
-    dweight, dbias, dmean_weight, dvar_weight = (
-        # A copy, in memory of PyTorch's own, which may be resized.
-        torch.tensor(gradient, dtype=inputs.x.dtype, device="cpu")
-        if is_given and gradient is not None
-        else None
-        for gradient, is_given in zip(gradients, given, strict=True)
+        gradients = differentiate(as_array(dy), saved, as_array(dx), dx is dy, _optional(dresidual))
+    dtype = parameter_dtype(inputs)
+    return (
+        dx,
+        *(
+            # A copy, in memory of PyTorch's own, which may be resized.
+            torch.tensor(gradient, dtype=dtype, device="cpu")
+            if is_given and gradient is not None
+            else None
+            for gradient, is_given in zip(gradients, given, strict=True)
+        ),
+        dresidual,
     )
-    return dx, dweight, dbias, dmean_weight, dvar_weight
+
+
+def parameter_dtype(inputs: Inputs) -> torch.dtype:
+    """Return the type of the parameters, which is one for all."""
+    return next((t.dtype for t in inputs[1:5] if t is not None), inputs.x.dtype)
 
 
 # -- The operators -------------------------------------------------------------------------------
 
 INPUTS = (
     "Tensor x, Tensor? weight, Tensor? bias, Tensor? mean_weight, Tensor? var_weight, "
-    "Tensor? running_mean, Tensor? running_var, Tensor? mask"
+    "Tensor? residual, Tensor? running_mean, Tensor? running_var, Tensor? mask"
 )
 METHOD = (
     "str over, float eps, int num_groups, int[] axes, int[] feature_axes, int group_axis, "
-    "bool center, bool sample_variance, str process_group"
+    "bool center, bool sample_variance, str process_group, str activation, float slope"
 )
 
 
@@ -238,24 +265,31 @@ def _(*args: Any) -> tuple[Tensor, Tensor]:
 @_operator(
     "normalize_backward",
     f"(Tensor dy, {INPUTS}, Tensor statistics, bool has_bias, bool use_batch_stats, {METHOD}) -> "
-    "(Tensor dx, Tensor dweight, Tensor dbias, Tensor dmean_weight, Tensor dvar_weight)",
+    "(Tensor dx, Tensor dweight, Tensor dbias, Tensor dmean_weight, Tensor dvar_weight, "
+    "Tensor dresidual)",
 )
 def backward_op(dy: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    """Return the gradients of x, weight, bias and logits; those that are not there are empty."""
+    """Return the gradients as backward does; those that are not there are empty."""
     inputs, rest, method = backward_arguments(args)
     x = inputs.x
-    dx, *others = backward(empty_like(x, method), dy, inputs, *rest, method)
-    return dx, *(x.new_empty(0) if gradient is None else gradient for gradient in others)
+    gradients = backward(empty_like(x, method), dy, inputs, *rest, method)
+    return tuple(x.new_empty(0) if gradient is None else gradient for gradient in gradients)
 
 
 @backward_op.register_fake
 def _(dy: Tensor, *args: Any) -> tuple[Tensor, ...]:
     inputs, (_, has_bias, _), method = backward_arguments(args)
     x, shape = inputs.x, feature_shape(inputs.x, method)
-    dweight = x.new_empty(0 if inputs.weight is None else shape)
-    dbias = x.new_empty(shape if has_bias else 0)
-    logits = 0 if inputs.mean_weight is None else inputs.mean_weight.shape[0]
-    return empty_like(x, method), dweight, dbias, x.new_empty(logits), x.new_empty(logits)
+    logits = () if inputs.mean_weight is None else inputs.mean_weight.shape
+    sizes = (
+        shape if inputs.weight is not None else None, shape if has_bias else None,
+        *[logits or None] * 2,
+    )  # fmt: skip
+    dtype = parameter_dtype(inputs)
+    others = (x.new_empty(0) if size is None else x.new_empty(size, dtype=dtype) for size in sizes)
+    has_residual = inputs.residual is not None
+    dresidual = empty_like(x, method) if has_residual else x.new_empty(0)
+    return empty_like(x, method), *others, dresidual
 
 
 def backward_arguments(args: Sequence[Any]) -> tuple[Inputs, tuple[Any, Any, Any], Method]:

@@ -6,7 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from numbanorm.core import checks
+from numbanorm.core.checks import ActivationLike
 from numbanorm.torch.base import AffineLayer
+from numbanorm.torch.definition import wide_dtype
 from numbanorm.torch.method import BY_AXES, Inputs, Method
 
 
@@ -57,7 +59,7 @@ class _RMSNorm(_RowNorm):
         return Inputs(x, self.weight, mask=mask)
 
     def _eps(self, x: Tensor) -> float:
-        return torch.finfo(x.dtype).eps if self.eps is None else self.eps
+        return torch.finfo(wide_dtype(x)).eps if self.eps is None else self.eps
 
 
 class RMSNorm(_RMSNorm, nn.RMSNorm):
@@ -108,6 +110,8 @@ class LayerNorm2d(_LayerNorm2d, nn.LayerNorm):
         Added to the variance.
     elementwise_affine, bias : bool
         Whether there are a weight and a bias, of shape (C,); a bias needs a weight.
+    activation : str or tuple, optional
+        What follows in the same pass, see :class:`numbanorm.Norm`.
     device, dtype
         Of the parameters.
 
@@ -127,6 +131,7 @@ class LayerNorm2d(_LayerNorm2d, nn.LayerNorm):
         elementwise_affine: bool = True,
         bias: bool = True,
         *,
+        activation: ActivationLike = None,
         device: Any = None,
         dtype: Any = None,
     ) -> None:
@@ -137,6 +142,7 @@ class LayerNorm2d(_LayerNorm2d, nn.LayerNorm):
             bias,
             device,
             dtype,
+            activation=activation,
         )
 
     def _elsewhere(self, x: Tensor) -> Tensor:

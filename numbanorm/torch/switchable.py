@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import numbanorm
 from numbanorm.core import checks
+from numbanorm.core.checks import ActivationLike
 from numbanorm.core.layouts import Saved
 from numbanorm.torch.base import TrackingLayer, check_mask
 from numbanorm.torch.method import Inputs, Method, tracked_part
@@ -45,10 +46,11 @@ class _SwitchableNorm(TrackingLayer):
         bias: bool = True,
         axis: int = 1,
         sample_variance: bool = False,
+        activation: ActivationLike = None,
         device: Any = None,
         dtype: Any = None,
     ) -> None:
-        super().__init__()
+        super().__init__(activation=activation)
         self.num_features = size = checks.check_count(num_features, "num_features")
         self.eps = checks.check_eps(eps)
         self.momentum = checks.check_momentum(momentum)
@@ -99,16 +101,20 @@ class _SwitchableNorm(TrackingLayer):
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
-    def forward(self, input: Tensor, *, mask: Tensor | None = None) -> Tensor:
-        """Normalise with the learned mixture of statistics; mask as in :class:`BatchNorm2d`."""
+    def forward(
+        self, input: Tensor, *, mask: Tensor | None = None, residual: Tensor | None = None
+    ) -> Tensor:
+        """Normalise with the learned mixture of statistics, else as :class:`BatchNorm2d`."""
         if input.dim() not in self._ranks:
             ranks = " or ".join(map(str, self._ranks))
             raise ValueError(f"expected {ranks} axes, got shape {tuple(input.shape)}")
         # A view has an owner more, its base, so that dx would never be written over dy.
         if self.axis in (1, 1 - input.dim()):
-            return super().forward(input, mask=mask)
+            return super().forward(input, mask=mask, residual=residual)
         counts = None if mask is None else check_mask(mask, input).movedim(self.axis, 1)
-        return super().forward(input.movedim(self.axis, 1), mask=counts).movedim(1, self.axis)
+        added = None if residual is None else residual.movedim(self.axis, 1)
+        y = super().forward(input.movedim(self.axis, 1), mask=counts, residual=added)
+        return y.movedim(1, self.axis)
 
     def _tensors(self) -> tuple[Tensor | None, ...]:
         logits = self.mean_weight, self.var_weight
@@ -129,7 +135,7 @@ class _SwitchableNorm(TrackingLayer):
         use_batch_stats = self.training or not self.tracks
         mean, var = (None, None) if use_batch_stats else (self.running_mean, self.running_var)
         logits = self.mean_weight, self.var_weight
-        inputs = Inputs(x, self.weight, self.bias, *logits, mean, var, mask)
+        inputs = Inputs(x, self.weight, self.bias, *logits, None, mean, var, mask)
         method = Method(
             tuple(self.over),
             self.eps,
@@ -182,7 +188,8 @@ class _SwitchableNorm(TrackingLayer):
             f"affine={self.affine}, track_running_stats={self.track_running_stats}, "
             f"over={self.over}"
         )
-        return shown + (f", num_groups={self.num_groups}" if self.num_groups else "")
+        shown += f", num_groups={self.num_groups}" if self.num_groups else ""
+        return shown + (f", activation={self.activation!r}" if self.activation else "")
 
 
 class SwitchableNorm1d(_SwitchableNorm):

@@ -147,10 +147,10 @@ class Saved(NamedTuple):
         """Go by identity."""
         return id(self)
 
-    def with_inputs(self, x: Array | None, mask: Array | None) -> "Saved":
-        """Return the same with another x and mask, for a caller that keeps them, or None."""
-        views = (None if array is None else self.layout.to_view(array) for array in (x, mask))
-        return self._replace(x=next(views), mask=next(views))
+    def with_inputs(self, x: Array | None, mask: Array | None, residual: Array | None) -> "Saved":
+        """Return the same with other inputs, for a caller that keeps them, or None."""
+        views = [a if a is None else self.layout.to_view(a) for a in (x, mask, residual)]
+        return self._replace(x=views[0], mask=views[1], residual=views[2])
 
     def all_statistics(self) -> list[Statistic]:
         """Return all statistics."""
