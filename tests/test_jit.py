@@ -1,5 +1,6 @@
 """numbanorm.jit: functions for the user's own compiled code, and outside it."""
 
+import importlib
 import json
 import os
 import shutil
@@ -467,3 +468,31 @@ def test_the_users_cache_is_used_and_never_stale(tmp_path):
     assert result_of("new") == [new, [1, 1, 1]]
     assert result_of("next") == [old, [0, 0, 1]]
     assert result_of("old") == [old, [0, 0, 1]]
+
+
+ONE_CALL = """
+    from numba import njit
+    from numbanorm.jit import {0} as norm
+
+    @njit(cache=True)
+    def call(x, weight, bias):
+        return norm(x, weight, bias, 1e-5)[0]
+"""
+
+
+def call_files(*names):
+    x, _, weight, bias = data("batch", (4, 5, 5), np.float64)
+    for name in (*names, *names):
+        user = importlib.import_module(f"of_{name}")
+        assert_same(user.call(x, weight, bias), getattr(jit, name)(x, weight, bias, EPS)[0])
+
+
+def test_caches_of_several_files_do_not_mix(tmp_path):
+    # Each is the first in its process, of the same types: Numba numbers both alike.
+    names = "layer_norm", "instance_norm"
+    env = {"NUMBA_CACHE_DIR": numba.config.CACHE_DIR or str(tmp_path / "cache")}
+    root = os.pathsep.join(map(str, (tmp_path, ROOT)))
+    for name in names:
+        (tmp_path / f"of_{name}.py").write_text(textwrap.dedent(ONE_CALL.format(name)))
+        run(call_files, name, root=root, **env)
+    run(call_files, *names, root=root, **env)

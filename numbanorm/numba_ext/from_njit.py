@@ -16,8 +16,8 @@ from numba import types
 from numba.core.errors import TypingError
 from numba.extending import intrinsic, overload, register_jitable
 
+from numbanorm.numba_ext import private
 from numbanorm.numba_ext.cache import digest_of_modules
-from numbanorm.numba_ext.private import call_python, has, unpack
 from numbanorm.numba_ext.threads import thread_count
 
 AFunction = TypeVar("AFunction", bound=Callable[..., Any])
@@ -52,6 +52,7 @@ class _StaleError(OSError):
     """What Numba takes for a cache without this file."""
 
 
+# Users' caches have the name of this module, and of this function: both have to stay.
 def _load_callback(module: str, name: str, digest: bytes) -> Callback:
     function = getattr(importlib.import_module(module), name, None)
     if function is None or digest != _digest(module):
@@ -61,7 +62,8 @@ def _load_callback(module: str, name: str, digest: bytes) -> Callback:
 
 def _digest(module: str) -> bytes:
     """Return a digest of what makes the calling code; the package itself has the version."""
-    return digest_of_modules(module.partition(".")[0], module, __name__)
+    package = module.partition(".")[0]
+    return digest_of_modules(package, module, __name__, private.__name__)
 
 
 def from_njit(result: Callable[..., Any]) -> Callable[[AFunction], AFunction]:
@@ -71,7 +73,7 @@ def from_njit(result: Callable[..., Any]) -> Callable[[AFunction], AFunction]:
     """
 
     def declare(function: AFunction) -> AFunction:
-        if not has("python"):
+        if not private.has("python"):
             return function
         signature = inspect.signature(function)
         names = ", ".join(signature.parameters)
@@ -82,7 +84,11 @@ def from_njit(result: Callable[..., Any]) -> Callable[[AFunction], AFunction]:
             _check_types(signature, given)
             context = {"checked": _checked, "call": _call(function, result(*given))}
             # Numba takes the names of arguments from the code of a function.
-            return eval(f"lambda {names}: checked(call(({names},)))", {**globals(), **context})
+            caller = eval(f"lambda {names}: checked(call(({names},)))", {**globals(), **context})
+            # And the name of its symbol, which caches of several files may bring into one process.
+            digest = _digest(function.__module__).hex()[:16]
+            caller.__name__ = caller.__qualname__ = f"{function.__name__}_{digest}"
+            return caller
 
         return function
 
@@ -114,9 +120,9 @@ def _call(function: Callable[..., Any], result_type: Any) -> Any:
     @intrinsic
     def call(typing_context: Any, args: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-            arguments = unpack(builder, values[0], len(args))
-            returned = call_python(context, builder, callback, args, arguments, outcome)
-            message, result = unpack(builder, returned, 2)
+            arguments = private.unpack(builder, values[0], len(args))
+            returned = private.call_python(context, builder, callback, args, arguments, outcome)
+            message, result = private.unpack(builder, returned, 2)
             # Zeros where there is none.
             result = context.make_helper(builder, optional, result).data
             return context.make_tuple(builder, signature.return_type, [message, result])
