@@ -29,7 +29,7 @@ from numbanorm import functional
 from numbanorm.core.checks import check_count, empty_array, float_array, parameter
 from numbanorm.core.geometry import Geometry
 from numbanorm.core.layouts import Saved, Statistic
-from numbanorm.core.normalize import backward, restore
+from numbanorm.core.normalize import restore
 from numbanorm.core.types import Array, Axes, Float64
 from numbanorm.methods import channel_axis, channel_geometry, trailing_geometry
 from numbanorm.moments import moments as moments_over
@@ -124,8 +124,8 @@ def _differentiate(
     saved = restore(
         x, dx, geometry, weight, weight is not None, 0.0, [statistic], center=center is not None
     )
-    dx, _, gradients = backward(dy, saved, dx)
-    return dx, gradients.weight, gradients.bias
+    gradients = functional.layer_norm_backward(dy, saved, out=dx)  # that of all methods
+    return gradients.dx, gradients.dweight, gradients.dbias
 
 
 def _rows(x: Array) -> Geometry:
