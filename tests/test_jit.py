@@ -379,7 +379,9 @@ def test_single_numbers_raise():
 
 def test_types_are_told_when_compiling():
     x = np.ones((3, 4))
-    for given, name in ((x.astype(int), None), "x"), ((x, np.ones(4, int)), "weight"):
+    half = x.astype(np.float16)
+    wrong = ((x.astype(int), None), "x"), ((half, None), "x"), ((x, np.ones(4, int)), "weight")
+    for given, name in wrong:
         with pytest.raises(numba.TypingError, match=f"{name}: an array of float32 or float64"):
             njit(lambda x, weight: layer_norm(x, weight, None, 1e-5))(*given)
     with pytest.raises(TypeError, match="x: an array of float32"):
