@@ -26,7 +26,7 @@ import numpy as np
 from numba import types
 
 from numbanorm import functional
-from numbanorm.core.checks import check_count, empty_array, float_array, parameter
+from numbanorm.core.checks import check_count, float_array, parameter
 from numbanorm.core.geometry import Geometry
 from numbanorm.core.layouts import Saved, Statistic
 from numbanorm.core.normalize import restore
@@ -120,11 +120,12 @@ def _differentiate(
         np.zeros(grid) if center is None else center.astype(np.float64).reshape(grid),
         var,
     )
-    weight, dx = parameter(weight, "weight", geometry.param_shape), empty_array(x)
+    weight = parameter(weight, "weight", geometry.param_shape)
+    x = np.ascontiguousarray(x)  # in the order of dx, as it was in that of y
     saved = restore(
-        x, dx, geometry, weight, weight is not None, 0.0, [statistic], center=center is not None
+        x, x, geometry, weight, weight is not None, 0.0, [statistic], center=center is not None
     )
-    gradients = functional.layer_norm_backward(dy, saved, out=dx)  # that of all methods
+    gradients = functional.layer_norm_backward(dy, saved)  # that of all methods
     return gradients.dx, gradients.dweight, gradients.dbias
 
 
