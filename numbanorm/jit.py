@@ -69,6 +69,8 @@ def _forward_of(x: Any, *ndims: int) -> Any:
 def _gradients_of(x: Any, weight: Any, n_parameters: int = 2) -> Any:
     """Return the type of dx and of the gradients of parameters."""
     of_parameter = types.none if isinstance(weight, types.NoneType) else _float64(1)
+    if isinstance(weight, types.Optional):  # which of the two is known when it runs
+        of_parameter = types.Optional(of_parameter)
     return types.Tuple((_like(x), *[of_parameter] * n_parameters))
 
 

@@ -218,6 +218,20 @@ def test_strides_and_rows_inside_njit():
     assert_same(row, layer_norm(x[0], None, None, 0.0))
 
 
+@njit
+def with_or_without(x, weight, has_weight):
+    used = weight if has_weight else None
+    y, mean, rstd = layer_norm(x, used, None, 1e-5)
+    return y, layer_norm_backward(x, x, used, mean, rstd)
+
+
+def test_a_weight_that_may_be_none_inside_njit():
+    x, _, weight, _ = data("layer", (5, 6), np.float64)
+    for has_weight in True, False:
+        expected = with_or_without.py_func(x, weight, has_weight)
+        assert_same(with_or_without(x, weight, has_weight), expected)
+
+
 # -- Threads ---------------------------------------------------------------------------------------
 
 
