@@ -58,6 +58,11 @@ def test_functional(name, found):
     check(name, found)
 
 
+@names(numbanorm.jit)
+def test_jit(name, found):
+    check(name, found)
+
+
 def test_methods_of_norm_are_looked_at():
     looked_at = {name for name, _ in public(numbanorm)}
     methods = (
