@@ -142,7 +142,7 @@ class Tuning:
     tasks: int = 64
     """Tasks of a call: enough for many cores."""
 
-    mapped_part: int = 1 << 26
+    mapped_part: int = 1 << 25
     """Bytes of a file in memory that are read at a time, and then given back: more than a disk
     needs to be fast, and less than anyone misses."""
 

@@ -71,6 +71,13 @@ def test_methods_of_norm_are_looked_at():
     assert {f"Norm.{name}" for name in methods.split()} <= looked_at
 
 
+@pytest.mark.parametrize("optional", ["dask", "sklearn"])
+def test_optional(optional):
+    pytest.importorskip(optional)
+    for name, found in public(importlib.import_module(f"numbanorm.{optional}")):
+        check(name, found)
+
+
 def test_torch():
     pytest.importorskip("torch")
     for name, found in public(importlib.import_module("numbanorm.torch")):
