@@ -4,8 +4,11 @@
 
 The data set is a memory-mapped file of 8-bit crops, 96x96 pixels, from the two photographs that
 come with scikit-learn. `numbanorm.moments` goes over it piece by piece and `Moments.merge` puts
-the pieces together: the result is that of the whole, and one piece at a time is in memory. Where
-Dask is installed, the same is a tree of tasks over a Dask array, in threads and in processes.
+the pieces together: the result is that of the whole, and one piece at a time is in memory.
+
+Where Dask is installed, `numbanorm.dask.moments` does the same in threads and in processes. What
+Dask's dashboard draws as a graph is shown in words: a task for each piece reads it and returns four
+numbers for each channel; a few of those are merged by a task of the next level, and so on to one.
 
 The table has the largest difference to the exact deviations, which come from whole numbers. It
 also has a shortcut that is often seen, the average of the pieces' deviations. That is wrong as
@@ -13,10 +16,10 @@ soon as pieces differ; here they do, since the file has one photograph's crops a
 """
 
 import argparse
+import sys
 import tempfile
 import tracemalloc
 from fractions import Fraction
-from importlib.util import find_spec
 from pathlib import Path
 from time import perf_counter
 
@@ -27,6 +30,17 @@ from tqdm import tqdm
 from train_digits import positive
 
 from numbanorm import Moments, moments
+
+try:
+    import dask
+    import dask.array
+    from dask.callbacks import Callback
+    from dask.diagnostics import ProgressBar
+    from dask.utils import key_split
+
+    from numbanorm.dask import moments as dask_moments
+except ImportError:
+    dask = None
 
 SIZE = 96
 CHANNELS = {"red": "#D55E00", "green": "#009E73", "blue": "#0072B2"}
@@ -74,17 +88,36 @@ def in_pieces(data, piece):
 
 
 def with_dask(data, piece, scheduler):
-    """Return the moments of the whole: those of the blocks of a Dask array, merged as a tree."""
-    import dask
-    import dask.array
-    from tqdm.dask import TqdmCallback
+    """Return the moments of the whole, as Dask takes them, and its task graph in words."""
+    array = dask.array.from_array(data, chunks=(piece, -1, -1, -1)).astype(np.float32)
+    waits_for = {}
 
-    array = dask.array.from_array(data, chunks=(piece, -1, -1, -1))
-    level = [dask.delayed(piece_moments)(block) for block in array.to_delayed().ravel()]
-    while len(level) > 1:
-        level = [dask.delayed(Moments.merge)(level[i : i + 8]) for i in range(0, len(level), 8)]
-    with TqdmCallback(desc=f"Dask, {scheduler}", disable=None):
-        return level[0].compute(scheduler=scheduler)
+    def begins(graph, state):
+        waits_for.update(state["dependencies"])
+
+    watch = Callback(start_state=begins), ProgressBar(out=sys.stderr)
+    with dask.config.set(scheduler=scheduler), watch[0], watch[1]:
+        merged = dask_moments(array, axes=(0, 2, 3))
+    return merged, in_words(waits_for)
+
+
+def in_words(waits_for):
+    """Return what Dask's dashboard draws as a graph: which task waits for which others."""
+    merging = [task for task in waits_for if "merge" in key_split(task)]
+    reading = {before for task in merging for before in waits_for[task]} - set(merging)
+    depth = {}
+
+    def level(task):
+        if task not in depth:
+            depth[task] = 1 + max((level(before) for before in waits_for[task]), default=-1)
+        return depth[task] if task in merging else 0
+
+    levels = max(map(level, merging))
+    most = max(len(waits_for[task]) for task in merging)
+    return (
+        f"{len(reading)} tasks read a piece each and return its moments; "
+        f"{len(merging)} tasks on {levels} levels merge up to {most} results each."
+    )
 
 
 def histograms(data, piece):
@@ -106,7 +139,7 @@ def exact_std(counts):
 
 
 def has_dask():
-    return find_spec("dask") is not None
+    return dask is not None
 
 
 def timed(work, *args):
@@ -187,7 +220,7 @@ def main(argv=None):
         total = Moments.merge(pieces)
         rows = {"Moments.merge": (std(total), seconds)}
         for scheduler in ("threads", "processes") if has_dask() else ():
-            merged, seconds = timed(with_dask, data, args.piece, scheduler)
+            (merged, graph), seconds = timed(with_dask, data, args.piece, scheduler)
             rows[f"Dask, {scheduler}"] = std(merged), seconds
         rows["average of deviations"] = np.mean([std(piece) for piece in pieces], axis=0), None
         counts = histograms(data, args.piece)
@@ -197,8 +230,10 @@ def main(argv=None):
     print(f"{args.images} images: {size:.0f} MB as bytes, {4 * size:.0f} MB as float32.")
     print(f"Of these at most {peak / 1e6:.0f} MB were in memory at a time.\n")
     print(table(rows, exact))
-    if not has_dask():
-        print("With Dask (pip install 'dask[array]') there are two more rows.")
+    if has_dask():
+        print(f"\nDask's graph: {graph}")
+    else:
+        print("With Dask (pip install 'numbanorm[dask]') there are two more rows.")
     plot(counts, pieces, total, args.output)
     print(f"Figure: {args.output}")
     return {name: values for name, (values, _) in rows.items()}, exact

