@@ -1,6 +1,6 @@
 """Time what processes exchange in a forward and its backward, by channels.
 
-    mpiexec -n 4 --bind-to none python exchange.py [--channels 16 256 4096] [--calls 200] [--json exchange.json]
+    mpiexec -n 4 --bind-to none python exchange.py [--channels 16 256 4096] [--calls 200]
 
 A BatchNorm of two samples, once with the communicator and once alone, in turns: the medians'
 difference is what the exchange costs, with all that is done about it. `mpiexec -n 1` shows what is

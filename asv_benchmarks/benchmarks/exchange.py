@@ -50,4 +50,5 @@ class Exchange:
             options = ["--channels", str(channels), "--calls", calls, "--json", str(file)]
             command = [*self.command, str(script), *options]
             subprocess.run(command, stdout=subprocess.DEVNULL, check=True)
-            return round(json.loads(file.read_text())[str(channels)]["exchange"], 1)
+            microseconds: float = json.loads(file.read_text())[str(channels)]["exchange"]
+            return round(microseconds, 1)
