@@ -17,8 +17,8 @@ from reference import Naive, channel_statistic, statistic
 
 FOLDER = Path(__file__).parents[1] / "asv_benchmarks"
 MODULES = (
-    "accuracy", "backward", "baselines", "exchange", "forward", "memory", "moments", "njit", "small",
-    "startup",
+    "accuracy", "backward", "baselines", "exchange", "forward", "memory", "moments", "njit",
+    "small", "startup",
 )  # fmt: skip
 
 
