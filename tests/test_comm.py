@@ -122,6 +122,36 @@ def test_processes_are_as_one(cut):
     mpi(check_layers, cut)
 
 
+def check_activation():
+    comm = world()
+    x, residual, dy = (normal(7, 4, 5, seed=seed, dtype=np.float32) for seed in range(3))
+    options = {"activation": "relu"}
+    layer, whole = (fill(nn.BatchNorm1d(4, **options, comm=c)) for c in (comm, None))
+    y = layer(own(x, comm), residual=own(residual, comm))
+    assert_close(together(y, comm), whole(x, residual=residual), scale=1)
+    found = layer.backward(own(dy, comm))
+    for part, expected in zip(found, whole.backward(dy), strict=True):
+        assert_close(together(part, comm), expected, scale=1)
+    nn.sum_gradients([layer], comm)
+    for name, gradient in whole.gradients().items():
+        assert_close(layer.gradients()[name], gradient, scale=10)
+    # 16 bits are those of the widened x, rounded once.
+    half = own(x, comm).astype(np.float16)
+    wide = nn.BatchNorm1d(4, comm=comm)(half.astype(np.float32))
+    np.testing.assert_array_equal(nn.BatchNorm1d(4, comm=comm)(half), wide.astype(np.float16))
+
+
+def test_activation_residual_and_16_bits():
+    # What the processes need is compiled once, and not by each of them.
+    x = normal(3, 4, 5, dtype=np.float32)
+    for whole_groups in True, False:
+        with nn.tuning.use(whole_groups=whole_groups):
+            layer = nn.BatchNorm1d(4, activation="relu")
+            layer.backward(layer(x, residual=x))
+            nn.BatchNorm1d(4)(x.astype(np.float16))
+    mpi(check_activation)
+
+
 # -- One exchange forward, one backward ----------------------------------------------------------
 
 
@@ -282,7 +312,7 @@ def check_errors():
                 fails(ValueError, "equal sizes", layer, x[:, :3] if here else x)
                 layer(x)
             for wrong, kind, text in (
-                (x.astype(np.int64), TypeError, "float32 or float64"),
+                (x.astype(np.int64), TypeError, "array of float32"),
                 (x[:, :3], ValueError, "got (3,)"),
                 (x[0, 0], ValueError, "axes"),
                 ([[1.0], [2.0, 3.0]], ValueError, "x:"),
