@@ -31,8 +31,10 @@ class Pool:
     """
 
     def __init__(self) -> None:
-        self.n_forwards = 0
-        self.n_skipped = 0
+        self.n_forwards = self.n_skipped = 0
+        # How many of them gave something at all, and how many of these nothing to which channel.
+        self.n_tracked = 0
+        self.n_missed: Any = 0
         self._moments: Moments | None = None
         self._samples: Float64 | None = None
         self._mean = self._var = np.zeros(())
@@ -42,7 +44,7 @@ class Pool:
         """Add the tracked statistic of one forward."""
         if saved.samples is not None:
             n, mean, var = saved.samples.reshape(3, *saved.layout.geometry.running_shape)
-            self.n_forwards += 1
+            self._count(n > 0)
             self._add_samples(n, n * mean, n * var)
             return
         self.add_statistic(
@@ -62,8 +64,9 @@ class Pool:
         """
         axes, n, mean, var = batch
         assert n is not None
-        self.n_forwards += 1
         self._ddof = ddof
+        known = n > 0
+        self._count((known if 0 in axes else known.any(0)).reshape(shape))
         if 0 in axes:
             m2 = var * np.maximum(n - ddof_of_batch, 1)
             moments = Moments(n.reshape(shape), mean.reshape(shape), m2.reshape(shape))
@@ -71,6 +74,13 @@ class Pool:
             return
         sums = sample_sums(batch, ddof, ddof_of_batch)
         self._add_samples(*sums.reshape(3, *shape))
+
+    def _count(self, given: NDArray[np.bool_]) -> None:
+        """Count a forward that gave something to some of the running statistics."""
+        self.n_forwards += 1
+        if given.any():
+            self.n_tracked += 1
+            self.n_missed = self.n_missed + ~given
 
     def _add_samples(self, n: Float64, mean: Float64, var: Float64) -> None:
         """Add the number of samples, and sums of their means and variances."""

@@ -1,5 +1,8 @@
 """Every layer against its definition: modes, shapes, memory layouts, types, `out`."""
 
+import copy
+import pickle
+
 import numpy as np
 import pytest
 from cases import (
@@ -517,6 +520,73 @@ def test_momentum_none_is_the_plain_average():
     np.testing.assert_allclose(
         layer.running_var, np.mean([b.var((0, 2), ddof=1) for b in batches], 0)
     )
+
+
+CUMULATIVE = {
+    "BatchNorm": lambda **k: nn.BatchNorm1d(3, momentum=None, **k),
+    "InstanceNorm": lambda **k: nn.InstanceNorm1d(
+        3, momentum=None, track_running_stats=True, **k
+    ),
+    "SwitchableNorm": lambda **k: nn.SwitchableNorm1d(3, momentum=None, **k),
+    "Norm": lambda **k: nn.Norm((0, 2), track_stats=True, momentum=None, **k),
+}  # fmt: skip
+cumulative = pytest.mark.parametrize("make", CUMULATIVE.values(), ids=CUMULATIVE)
+
+
+def go_on(how, layer, make):
+    """Return the layer after it was kept in some way."""
+    if how == "state dict":
+        new = make(dtype=np.float64, skip_nonfinite=True)
+        new.load_state_dict(layer.state_dict())
+        return new
+    return {"itself": lambda m: m, "pickle": lambda m: pickle.loads(pickle.dumps(m)),
+            "copy": copy.deepcopy}[how](layer)  # fmt: skip
+
+
+@pytest.mark.parametrize("how", ["itself", "pickle", "copy", "state dict"])
+@cumulative
+def test_momentum_none_is_the_average_of_what_was_tracked(make, how):
+    # Neither a batch that is skipped nor an empty one nor one that is wholly masked.
+    layer = make(dtype=np.float64, skip_nonfinite=True)
+    batches = [normal(6, 3, 4, seed=s, offset=s) for s in range(5)]
+    spoiled = batches[0].copy()
+    spoiled[1, 1, 1] = np.nan
+    layer(batches[0])
+    layer(spoiled)
+    layer(batches[1])
+    layer(batches[1], mask=False)
+    layer(np.zeros((0, 3, 4)))
+    assert (layer.num_batches_tracked, layer.num_batches_skipped) == (2, 1)
+    layer = go_on(how, layer, make)
+    for x in (batches[2], spoiled, *batches[3:]):
+        layer(x)
+    assert layer.num_batches_tracked == 5
+    np.testing.assert_allclose(layer.running_mean, np.mean([b.mean((0, 2)) for b in batches], 0))
+
+
+@pytest.mark.parametrize("how", ["itself", "pickle", "copy", "state dict"])
+@cumulative
+def test_momentum_none_counts_by_channel(make, how):
+    layer = make(dtype=np.float64)
+    batches = [normal(6, 3, 4, seed=s, offset=s) for s in range(5)]
+    first = np.array([True, True, False])[:, None]
+    layer(batches[0])
+    layer(batches[1], mask=first)
+    layer(batches[2], mask=~first)
+    assert layer.num_batches_tracked == 3
+    kept = layer.running_mean.copy()
+    means = [b.mean((0, 2)) for b in batches]
+    expected = np.where(first[:, 0], means[0] + means[1], means[0] + means[2]) / 2
+    np.testing.assert_allclose(kept, expected)
+    layer = go_on(how, layer, make)
+    layer(batches[3])
+    layer(batches[4])
+    # A state dict has one number for all channels.
+    n = 3 if how == "state dict" else 2
+    np.testing.assert_allclose(layer.running_mean, (n * kept + means[3] + means[4]) / (n + 2))
+    layer.reset_running_stats()
+    layer(batches[0])
+    np.testing.assert_allclose(layer.running_mean, means[0])
 
 
 @pytest.mark.parametrize("momentum", [0, 0.0, 0.25, 1, 1.0])

@@ -155,7 +155,21 @@ def test_skipped_batches_are_counted():
     batches[1][0, 0] = np.inf
     nn.recalibrate(layer, batches, [layer])
     assert layer.num_batches_skipped == 1
+    assert layer.num_batches_tracked == 2
+
+
+def test_the_average_goes_on_by_channel():
+    # Of three batches, one gives nothing to channel 1; a fourth goes on from there.
+    layer = nn.BatchNorm1d(2, momentum=None, dtype=np.float64)
+    masks = [np.ones((4, 2), bool) for _ in range(3)]
+    masks[1][:, 1] = False
+    batches = [(normal(4, 2, seed=s), mask) for s, mask in enumerate(masks)]
+    nn.recalibrate(lambda batch: layer(batch[0], mask=batch[1]), batches, [layer])
     assert layer.num_batches_tracked == 3
+    before, x = layer.running_mean.copy(), normal(4, 2, seed=9)
+    layer(x)
+    n = np.array([3, 2])
+    np.testing.assert_allclose(layer.running_mean, (n * before + x.mean(0)) / (n + 1))
 
 
 # -- several layers ------------------------------------------------------------------------------

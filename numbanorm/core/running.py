@@ -13,15 +13,17 @@ def track(
     saved: Saved,
     running_mean: Array,
     running_var: Array,
-    n_batches: Array,
-    momentum: float,
+    momentum: float | None,
     skip_nonfinite: bool = False,
+    n_batches: Array | None = None,
+    n_missed: Array | None = None,
 ) -> bool:
     """Move running statistics towards a forward's; return whether they are left alone instead.
 
-    Means and unbiased variances are averaged over axis 0 where it is kept. ``n_batches`` is
-    counted up, ``momentum`` weights the batch. With ``skip_nonfinite``, NaN or Inf in the batch's
-    leaves the statistics alone.
+    Means and unbiased variances are averaged over axis 0 where it is kept. ``momentum`` weights the
+    batch; None means the average of all batches that gave something: there are ``n_batches``, of
+    which ``n_missed`` (R,) gave nothing to one running statistic. Both are counted up. With
+    ``skip_nonfinite``, NaN or Inf in the batch's leaves the statistics alone.
     """
     flat = [_flat(array) for array in (running_mean, running_var)]
     if saved.samples is None:
@@ -30,8 +32,10 @@ def track(
         n, mean, var = saved.samples
         tracked = np.array((n > 0, mean, var)), 0, len(n)
     skipped = call(
-        algebra.track, *tracked, ddof_of_running(saved),
-        saved.layout.ddof(saved.sample_variance), momentum, skip_nonfinite, *flat, n_batches,
+        algebra.track, *tracked, ddof_of_running(saved), saved.layout.ddof(saved.sample_variance),
+        -1.0 if momentum is None else momentum, skip_nonfinite, *flat,
+        np.zeros((), np.int64) if n_batches is None else n_batches,
+        np.zeros(len(flat[0]), np.int64) if n_missed is None else n_missed,
     )  # fmt: skip
     for array, values in zip((running_mean, running_var), flat, strict=True):
         if values is not array:

@@ -163,7 +163,7 @@ def normalize_and_track(
         in_place=in_place,
     )
     if training and running is not None:
-        track(saved, *running, np.zeros((), np.int64), factor)
+        track(saved, *running, factor)
     return y, saved
 
 

@@ -379,20 +379,21 @@ def feature_gradients(feature, sums, dparameters):
 @kernel
 def track(
     group_stats, first, last, ddof, batch_ddof, momentum, skip_nonfinite,
-    running_mean, running_var, n_batches,
+    running_mean, running_var, n_batches, n_missed,
 ):  # fmt: skip
     """Move running statistics (R,) towards those of N samples, groups ``first`` to ``last``.
 
-    Count a batch more, and return whether the statistics are left alone, as something is not
-    finite. A variance was divided by n - batch_ddof, a running one is by n - ddof.
+    Count a batch that gave something to any of them, and in ``n_missed`` (R,) what it gave nothing
+    to: a negative momentum means the average over all others. Return whether the statistics are
+    left alone, as something is not finite. A variance was divided by n - batch_ddof, a running one
+    is by n - ddof.
     """
     n, mean, var = unstack(group_stats, 3)
-    n_batches[()] += 1
     if skip_nonfinite:
         for g in range(first, last):
             if not (np.isfinite(mean[g]) and np.isfinite(var[g])):
                 return True
-    size = len(running_mean)
+    size, n_moved = len(running_mean), 0
     for i in range(size):
         n_samples, mean_sum, var_sum = 0, 0.0, 0.0
         for g in range(first + i, last, size):
@@ -401,7 +402,17 @@ def track(
                 mean_sum += mean[g]
                 var_sum += var[g] * (max(n[g] - batch_ddof, 1.0) / max(n[g] - ddof, 1.0))
         if n_samples > 0:
-            decay = 1.0 - momentum
-            running_mean[i] = decay * running_mean[i] + momentum * (mean_sum / n_samples)
-            running_var[i] = decay * running_var[i] + momentum * (var_sum / n_samples)
+            n_moved += 1
+            weight = momentum
+            if momentum < 0:
+                weight = 1.0 / max(n_batches[()] + 1 - n_missed[i], 1)
+            decay = 1.0 - weight
+            running_mean[i] = decay * running_mean[i] + weight * (mean_sum / n_samples)
+            running_var[i] = decay * running_var[i] + weight * (var_sum / n_samples)
+        else:
+            n_missed[i] += 1
+    if n_moved > 0:
+        n_batches[()] += 1
+    else:
+        n_missed -= 1
     return False

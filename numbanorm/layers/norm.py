@@ -8,7 +8,7 @@ from contextlib import nullcontext
 from typing import Any, Self
 
 import numpy as np
-from numpy.typing import ArrayLike, DTypeLike
+from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from numbanorm import methods
 from numbanorm.core.checks import (
@@ -109,7 +109,7 @@ class Norm(OverAxes):
     running_var : array or None
         Average of the batches' unbiased variances.
     num_batches_tracked : array of int64, 0-d, or None
-        Training forwards so far.
+        Training forwards so far that gave something to the running statistics.
     training : bool
         Whether the batch's own statistics are used; see :meth:`train` and :meth:`eval`.
 
@@ -228,6 +228,8 @@ class Norm(OverAxes):
 
     # Whether instances have sample variances, see SwitchableNorm.from_official.
     sample_variance = False
+    # How many of the batches that were tracked gave nothing to which running statistic.
+    _n_missed: NDArray[np.int64] | None = None
 
     # -- Forward and backward -------------------------------------------------------------------
 
@@ -416,11 +418,12 @@ class Norm(OverAxes):
         mean, var = running
         if "running_mean" not in self._buffers:
             self._buffers = {"running_mean": mean, "running_var": var, **self._buffers}
-        n_batches, momentum = self._buffers["num_batches_tracked"], self.momentum
-        if momentum is None:
-            momentum = 1 / (int(n_batches) + 1 - self.num_batches_skipped)
-        skipped = track(saved, mean, var, n_batches, momentum, self.skip_nonfinite)
-        self.num_batches_skipped += skipped
+        if self._n_missed is None:
+            self._n_missed = np.zeros(mean.size, np.int64)
+        counts = self._buffers["num_batches_tracked"], self._n_missed
+        self.num_batches_skipped += track(
+            saved, mean, var, self.momentum, self.skip_nonfinite, *counts
+        )
 
     # -- What recalibrate asks of a layer -------------------------------------------------------
 
@@ -467,7 +470,8 @@ class Norm(OverAxes):
         self.reset_running_stats()
         np.copyto(mean, statistics.mean, where=statistics.known, casting="same_kind")
         np.copyto(var, statistics.var, where=statistics.known, casting="same_kind")
-        self._buffers["num_batches_tracked"][...] = pool.n_forwards
+        self._buffers["num_batches_tracked"][...] = pool.n_tracked
+        self._n_missed = np.ravel(pool.n_missed).astype(np.int64)
         self.num_batches_skipped = pool.n_skipped
 
     @property
@@ -535,6 +539,7 @@ class Norm(OverAxes):
         for name, buffer in self._buffers.items():
             buffer.fill(1 if name == "running_var" else 0)
         self.num_batches_skipped = 0
+        self._n_missed = None
 
     # -- Modes, state, copies -------------------------------------------------------------------
 
@@ -628,6 +633,8 @@ class Norm(OverAxes):
                 self._adopt({name: value})
             else:
                 self._buffers[name] = value
+        if "num_batches_tracked" in values:
+            self._n_missed = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what is pickled and copied: all but what the last forward kept."""

@@ -258,16 +258,13 @@ class TrackingLayer(NormLayer):
         self.running_mean.copy_(torch.from_numpy(np.where(known, mean, 0)))
         self.running_var.copy_(torch.from_numpy(np.where(known, var, 1)))
         if self.num_batches_tracked is not None:
-            self.num_batches_tracked.fill_(pool.n_forwards)
+            self.num_batches_tracked.fill_(pool.n_tracked)
 
     def _momentum(self, n_before: Any) -> Any:
         """Return the weight of a new value after so many, or after an unknown number: None."""
         if self.momentum is not None:
             return self.momentum
-        if n_before is None:
-            return 0.0
-        skipped = self.num_batches_skipped.item() if self.skip_nonfinite else 0
-        return 1 / (n_before - skipped + 1)
+        return 0.0 if n_before is None else 1 / (n_before + 1)
 
     def _track(self, statistics: Tensor | Saved, samples: int | None = None) -> None:
         """Move the running statistics towards those of a batch, or the mean of its samples'.
@@ -286,7 +283,7 @@ class TrackingLayer(NormLayer):
             momentum = float(self._momentum(None if n is None else n_batches))
             if not self._counts:
                 n_batches = n_batches.copy()
-            if track(statistics, mean, var, n_batches, momentum, self.skip_nonfinite):
+            if track(statistics, mean, var, momentum, self.skip_nonfinite, n_batches):
                 self.num_batches_skipped.add_(1)
             for t, moved in zip(running, wide, strict=True):
                 if moved is not t:
@@ -307,12 +304,13 @@ class TrackingLayer(NormLayer):
         momentum = self._momentum(None if n_batches is None else n_batches.to(dtype))
         # A group with nothing in it leaves its running statistics alone.
         moved = (n_known > 0).to(dtype) * momentum
-        if self._counts and n_batches is not None:
-            n_batches.add_(n_known.any())
+        is_tracked = n_known.any()
         if self.skip_nonfinite:
             is_finite = (mean + var).isfinite().all()
             self.num_batches_skipped.add_(~is_finite)
-            moved = moved * is_finite
+            moved, is_tracked = moved * is_finite, is_tracked & is_finite
+        if self._counts and n_batches is not None:
+            n_batches.add_(is_tracked)
         for running, values in ((self.running_mean, mean), (self.running_var, var)):
             found = torch.where(known > 0, values, 0).sum(0) / n_known.clamp(min=1)
             running.copy_(torch.where(moved > 0, running.lerp(found, moved), running))
