@@ -35,6 +35,11 @@ def channel_geometry(
     by_instance: bool = False,
 ) -> Geometry:
     """Return the geometry of the statistics in ``over`` of an x with channels."""
+    n_channels, n_groups = x.shape[channel], num_groups or 1 if "gn" in over else 1
+    if n_channels % n_groups:
+        raise ValueError(
+            f"num_groups: a divisor of the {n_channels} channels of x is needed, got {n_groups}"
+        )
     everything = range(x.ndim)
     reductions = {
         "in": tuple(a for a in everything if a not in (0, channel)),
@@ -46,7 +51,7 @@ def channel_geometry(
         x.shape,
         tuple(reductions[name] for name in over),
         (channel,),
-        groups=num_groups or 1 if "gn" in over else 1,
+        groups=n_groups,
         group_axis=channel,
         grouped=tuple(name == "gn" for name in over),
         tracked=over.index("bn") if "bn" in over else 0,

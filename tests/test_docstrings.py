@@ -20,10 +20,13 @@ def public(module):
         if inspect.ismodule(found):
             continue
         yield name, found
-        for method, value in vars(found).items() if inspect.isclass(found) else ():
-            function = getattr(value, "__func__", value)
-            if not method.startswith("_") and inspect.isfunction(function):
-                yield f"{name}.{method}", function
+        # Methods also of bases that are not public.
+        bases = found.__mro__[:-1] if inspect.isclass(found) else ()
+        for base in (b for b in bases if b is found or b.__name__ not in module.__all__):
+            for method, value in vars(base).items():
+                function = getattr(value, "__func__", value)
+                if not method.startswith("_") and inspect.isfunction(function):
+                    yield f"{name}.{method}", function
 
 
 def names(module):

@@ -309,6 +309,70 @@ def test_ranks_and_sizes(call, words):
     refused(call, *words)
 
 
+# -- What would do --------------------------------------------------------------------------------
+
+
+class Sparse:
+    """What NumPy takes for one object, as a sparse array of SciPy."""
+
+    def toarray(self):
+        return np.eye(3, dtype=np.int8)
+
+
+def ask_for_remedy(x, name="x"):
+    """Return what a message says would do, as Python calculates it, or None."""
+    with pytest.raises(TypeError, match=f"^{name}: ") as raised:
+        nn.LayerNorm(3)(x)
+    found = re.search(r"(x\.toarray.*|numpy\.asarray\(.*\)) would do", str(raised.value))
+    return eval(found[1], {"x": x, "numpy": np}) if found else None, str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "x",
+    [np.eye(3, dtype=int), np.eye(3) > 0, np.eye(3).astype(object), np.eye(3).astype(str),
+     np.eye(3).astype(np.longdouble), Sparse()],
+    ids=lambda x: type(x).__name__ if isinstance(x, Sparse) else str(x.dtype),
+)  # fmt: skip
+def test_the_remedy_works(x):
+    remedy, _ = ask_for_remedy(x)
+    assert nn.LayerNorm(3)(remedy).shape == (3, 3)
+
+
+@pytest.mark.parametrize(
+    ("x", "word"),
+    [
+        (np.array([["a", "b", "c"]]), "numbers are needed"),
+        (np.array([[{}, {}, {}]]), "numbers are needed"),
+        (np.ones((2, 3)) * 1j, "x.real and x.imag"),
+        (None, "an array is needed, got None"),
+    ],
+    ids=["strings", "objects", "complex", "None"],
+)
+def test_no_remedy_that_does_not_work(x, word):
+    remedy, message = ask_for_remedy(x)
+    assert remedy is None
+    assert word in message
+
+
+def test_tensors_that_are_no_arrays():
+    torch = pytest.importorskip("torch")
+    for x, remedy in (
+        (torch.ones(2, 3, requires_grad=True), "detach"),
+        (torch.ones(2, 3).to_sparse(), "to_dense"),
+    ):
+        _, message = ask_for_remedy(x)
+        assert remedy in message
+
+
+def test_a_layer_that_is_used_twice_is_pointed_to_functions():
+    layer = nn.LayerNorm(3)
+    layer(normal(2, 3))
+    layer(normal(2, 3))
+    layer.backward(normal(2, 3))
+    with pytest.raises(RuntimeError, match=r"numbanorm\.functional"):
+        layer.backward(normal(2, 3))
+
+
 # -- backward at the wrong time ------------------------------------------------------------------
 
 
@@ -373,7 +437,10 @@ I64 = np.ones(3, np.int64)
     ("weight of layer_norm", lambda: F.layer_norm(ROW, 6, np.ones(4)), ["weight", "(4,)", "(6,)"]),
     ("bias of layer_norm", lambda: F.layer_norm(ROW, 6, None, np.ones(4)), ["bias", "(4,)"]),
     ("eps of layer_norm", lambda: F.layer_norm(ROW, 6, eps=np.nan), ["eps", "nan"]),
-    ("groups", lambda: F.group_norm(ROW, 4), ["4", "6"]),
+    ("groups", lambda: F.group_norm(ROW, 4), ["num_groups", "4", "6"]),
+    ("groups of gn",
+     lambda: F.switchable_norm(ROW, *np.ones((2, 1)), over=("gn",), num_groups=4),
+     ["num_groups", "4", "6"]),
     ("no groups", lambda: F.group_norm(ROW, 0), ["num_groups", "0"]),
     ("weight of group_norm", lambda: F.group_norm(ROW, 2, np.ones(2)), ["weight", "(2,)"]),
     ("normalized_shape of rms_norm", lambda: F.rms_norm(ROW, 5), ["normalized_shape", "(5,)"]),

@@ -410,3 +410,17 @@ def test_bad_state_dicts(state, error, words):
     with pytest.raises(error) as caught:
         nn.SwitchableNorm2d.from_official(state())
     assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+@pytest.mark.parametrize("given", [None, np.float32, np.float64])
+@pytest.mark.parametrize("kept", [np.float16, np.float32, np.float64])
+def test_the_dtype_is_that_of_the_checkpoint(kept, given):
+    shape = (1, 4, 1, 1)
+    state = {"weight": np.full(shape, 1 / 3), "bias": np.zeros(shape)}
+    state |= {name: np.full(2, 0.1) for name in ("mean_weight", "var_weight")}
+    state = {name: value.astype(kept) for name, value in state.items()}
+    options = {} if given is None else {"dtype": given}
+    layer = nn.SwitchableNorm2d.from_official(state, **options)
+    expected = given or {np.float16: np.float32}.get(kept, kept)
+    assert layer.dtype == layer.weight.dtype == layer.mean_weight.dtype == expected
+    np.testing.assert_array_equal(layer.weight, state["weight"].reshape(4).astype(expected))

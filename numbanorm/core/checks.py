@@ -20,10 +20,28 @@ ActivationLike = str | tuple[str, float] | None
 
 def as_array(value: ArrayLike, name: str) -> Array:
     """Return value as an array, or name what has no shape."""
+    if value is None:
+        raise TypeError(f"{name}: an array is needed, got None")
     try:
         return np.asarray(value)
     except ValueError as error:
         raise ValueError(f"{name}: an array is needed; {error}") from None
+    except (TypeError, RuntimeError) as error:  # as of a tensor that cannot be one
+        raise TypeError(f"{name}: an array is needed; {error}") from None
+
+
+def _remedy(value: ArrayLike, array: Array, name: str) -> str:
+    """Return what makes floats of what was given, if anything does."""
+    for method in ("toarray", "todense"):
+        if hasattr(value, method):  # a sparse array is an object to NumPy
+            return f"it is sparse; {name}.{method}().astype(numpy.float32) would do"
+    if array.dtype.kind == "c":
+        return f"layers for its parts, {name}.real and {name}.imag, would do, or abs({name})"
+    try:
+        np.asarray(array, np.float32)
+    except (TypeError, ValueError):
+        return "numbers are needed, and not all of this are"
+    return f"numpy.asarray({name}, numpy.float32) would do"
 
 
 def float_array(x: ArrayLike, name: str) -> Array:
@@ -36,7 +54,7 @@ def float_array(x: ArrayLike, name: str) -> Array:
     if not is_float(array.dtype):
         raise TypeError(
             f"{name}: an array of float32, float64, float16 or bfloat16 is needed, "
-            f"got {array.dtype}; numpy.asarray({name}, numpy.float32) would do"
+            f"got {array.dtype}; {_remedy(x, array, name)}"
         )
     if not array.flags.aligned or not array.dtype.isnative:
         array = array.astype(array.dtype.newbyteorder("="))
@@ -50,7 +68,8 @@ def bool_mask(mask: ArrayLike | None, shape: tuple[int, ...]) -> Array | None:
     array = as_array(mask, "mask")
     if array.dtype != np.bool_:
         raise TypeError(
-            f"mask: an array of bool, True where an element counts, is needed, got {array.dtype}"
+            f"mask: an array of bool, True where an element counts, is needed, got {array.dtype}; "
+            f"mask != 0 would do for numbers"
         )
     try:
         return np.broadcast_to(array, shape)
@@ -187,13 +206,30 @@ def check_shape(shape: int | Iterable[int], name: str) -> tuple[int, ...]:
     return tuple(n.__index__() for n in sizes)
 
 
-def check_dtype(dtype: DTypeLike) -> np.dtype[Any]:
-    """Return the type of parameters; float32 or float64."""
+def check_flag(value: bool, name: str) -> bool:
+    """Return True or False; a word is neither."""
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(f"{name}: True or False is needed, got {value!r}")
+    return bool(value)
+
+
+def check_device(device: object) -> None:
+    """Raise unless it is the CPU, where all arrays are."""
+    if device is not None and str(device) != "cpu":
+        raise ValueError(
+            f"device: None or 'cpu' is needed, as arrays are nowhere else, got {str(device)!r}"
+        )
+
+
+def check_dtype(dtype: DTypeLike | None) -> np.dtype[Any]:
+    """Return the type of parameters; float32 or float64, where None is the first."""
     try:
         result = np.dtype(dtype)
     except TypeError:
         result = None
-    if result is None or dtype is None or result not in (np.float32, np.float64):
+    if dtype is None:
+        return np.dtype(np.float32)
+    if result is None or result not in (np.float32, np.float64):
         raise TypeError(f"dtype: float32 or float64 is needed, got {dtype!r}")
     return result
 
@@ -204,7 +240,10 @@ def parameter(value: ArrayLike | None, name: str, shape: tuple[int, ...]) -> Arr
         return None
     array = as_array(value, name)
     if not is_float(array.dtype):
-        raise TypeError(f"{name}: an array of floats is needed, got {array.dtype}")
+        raise TypeError(
+            f"{name}: an array of floats is needed, got {array.dtype}; "
+            f"{_remedy(value, array, name)}"
+        )
     if array.shape != shape:
         raise ValueError(f"{name}: shape {shape} is needed for this x, got {array.shape}")
     return array

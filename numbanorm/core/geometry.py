@@ -150,8 +150,8 @@ def geometry(
         size = shape[group_axis]
         if size % groups:
             raise ValueError(
-                f"x: axis {group_axis} of size {size} cannot be split into {groups} groups; "
-                f"a multiple of {groups} would do"
+                f"groups: a divisor of {size}, the size of axis {group_axis} of x, is needed, "
+                f"got {groups}; or an x of which it is one"
             )
         shape = (*shape[:group_axis], groups, size // groups, *shape[group_axis + 1 :])
         features, instance_axes = _split(features, group_axis), _split(instance_axes, group_axis)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from contextlib import nullcontext
 from typing import Any, Self
 
 import numpy as np
-from numpy.typing import ArrayLike, DTypeLike, NDArray
+from numpy.typing import ArrayLike, DTypeLike
 
 from numbanorm import methods
 from numbanorm.core.checks import (
@@ -17,8 +17,7 @@ from numbanorm.core.checks import (
     check_activation,
     check_count,
     check_dtype,
-    check_eps,
-    check_momentum,
+    check_flag,
     check_shape,
     float_array,
     like_x,
@@ -34,28 +33,11 @@ from numbanorm.core.running import is_finite, share_samples, track
 from numbanorm.core.types import Array, Float64
 from numbanorm.kernels.activations import Activation
 from numbanorm.layers.axes import OverAxes
+from numbanorm.layers.state import State
 from numbanorm.recalibrate import Pool
 
 
-def array_property(group: str, name: str, doc: str) -> Any:
-    """Return a property for an array of the layer, which stays the same array when it is set."""
-
-    def get(layer: Norm) -> Array | None:
-        array: Array | None = getattr(layer, group).get(name)
-        return array
-
-    def replace(layer: Norm, value: ArrayLike) -> None:
-        array = get(layer)
-        if array is None:
-            raise AttributeError(f"{name}: this layer has none")
-        if np.shape(value) != array.shape:
-            raise ValueError(f"{name}: shape {array.shape} is needed, got {np.shape(value)}")
-        array[...] = value
-
-    return property(get, replace, doc=doc)
-
-
-class Norm(OverAxes):
+class Norm(State, OverAxes):
     """Normalise x over any axes: y = (x - mean) / sqrt(var + eps) * weight + bias.
 
     All other layers are a ``Norm`` with axes and shapes of their own.
@@ -93,8 +75,10 @@ class Norm(OverAxes):
     activation : str or tuple, optional
         What follows in the same pass: "relu", "leaky_relu" (or with a slope,
         ``("leaky_relu", 0.2)``), "relu6", "silu", "gelu", "gelu_tanh", "sigmoid" or "tanh".
-    dtype : dtype
-        Of parameters and running statistics, float32 or float64.
+    device : optional
+        As in PyTorch's signatures, None or "cpu": arrays are nowhere else.
+    dtype : dtype, optional
+        Of parameters and running statistics, float32 (as with None) or float64.
     comm : mpi4py communicator, optional
         Of processes that train together: statistics over axis 0 are those of all their x.
 
@@ -172,7 +156,8 @@ class Norm(OverAxes):
         momentum: float | None = 0.1,
         skip_nonfinite: bool = False,
         activation: ActivationLike = None,
-        dtype: DTypeLike = np.float32,
+        device: object = None,
+        dtype: DTypeLike | None = np.float32,
         comm: Any = None,
     ) -> None:
         self.axes = axes if isinstance(axes, AllBut) else axis_tuple(axes, "axes")
@@ -185,9 +170,10 @@ class Norm(OverAxes):
         self.groups = check_count(groups, "groups")
         (self.group_axis,) = axis_tuple(group_axis, "group_axis")
         self.center = bool(center)
-        self.eps = None if eps is None else check_eps(eps)
-        self.momentum = check_momentum(momentum)
-        self.skip_nonfinite = bool(skip_nonfinite)
+        self.eps = eps
+        self.momentum = momentum
+        self.skip_nonfinite = skip_nonfinite
+        self.device = device
         self.activation = activation
         self.dtype = check_dtype(dtype)
         self.affine = bool(affine)
@@ -228,8 +214,6 @@ class Norm(OverAxes):
 
     # Whether instances have sample variances, see SwitchableNorm.from_official.
     sample_variance = False
-    # How many of the batches that were tracked gave nothing to which running statistic.
-    _n_missed: NDArray[np.int64] | None = None
 
     # -- Forward and backward -------------------------------------------------------------------
 
@@ -376,7 +360,9 @@ class Norm(OverAxes):
         """
         if self._saved is None:
             raise RuntimeError(
-                "backward: a forward is needed first, and each forward serves one backward"
+                "backward: a forward is needed first, and each forward serves one backward; "
+                "where a layer is used several times in between, the functions ..._forward and "
+                "..._backward of numbanorm.functional keep what each use needs"
             )
         exchange = self._saved.exchange
         with nullcontext() if exchange is None else exchange.turn(BACKWARD_ROWS):
@@ -390,17 +376,6 @@ class Norm(OverAxes):
         return dx if dresidual is None else (dx, dresidual)
 
     # -- Parameters and running statistics ------------------------------------------------------
-
-    def _new_parameters(self, shape: tuple[int, ...]) -> dict[str, Array]:
-        new = {"weight": np.ones(shape, self.dtype)}
-        if self._has_bias:
-            new["bias"] = np.zeros(shape, self.dtype)
-        return new
-
-    def _adopt(self, parameters: dict[str, Array]) -> None:
-        for name, value in parameters.items():
-            self._parameters[name] = value
-            self._gradients[name] = np.zeros_like(value)
 
     def _running_or_new(self, shape: tuple[int, ...]) -> tuple[Array, Array]:
         if "running_mean" in self._buffers:
@@ -487,14 +462,6 @@ class Norm(OverAxes):
         if processes is not None:
             self._exchange = Exchange(processes, shape, self.several_values)
 
-    weight = array_property("_parameters", "weight", "Scale, or None.")
-    bias = array_property("_parameters", "bias", "Shift, or None.")
-    running_mean = array_property("_buffers", "running_mean", "Running mean, or None.")
-    running_var = array_property("_buffers", "running_var", "Running unbiased variance, or None.")
-    num_batches_tracked = array_property(
-        "_buffers", "num_batches_tracked", "Training forwards, or None."
-    )
-
     def parameters(self) -> dict[str, Array]:
         """Return the parameters by name; an optimiser updates the arrays in place.
 
@@ -557,7 +524,7 @@ class Norm(OverAxes):
         >>> numbanorm.BatchNorm2d(2).train().training
         True
         """
-        self.training = bool(mode)
+        self.training = check_flag(mode, "mode")
         return self
 
     def eval(self) -> Self:
@@ -570,71 +537,6 @@ class Norm(OverAxes):
         False
         """
         return self.train(False)
-
-    def state_dict(self) -> dict[str, Array]:
-        """Return copies of parameters and running statistics, with PyTorch's keys and shapes.
-
-        Examples
-        --------
-        >>> import numbanorm
-        >>> list(numbanorm.BatchNorm2d(2).state_dict())
-        ['weight', 'bias', 'running_mean', 'running_var', 'num_batches_tracked']
-        """
-        state = {**self._parameters, **self._buffers}
-        return {name: value.copy() for name, value in state.items()}
-
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Copy parameters and running statistics from a state dict, also one of PyTorch.
-
-        Parameters
-        ----------
-        state_dict : mapping of str to array
-            Arrays or CPU tensors. ``num_batches_tracked`` may be missing, as it is in old
-            checkpoints.
-
-        Raises
-        ------
-        TypeError, ValueError
-            If an entry is missing, unknown or of another shape; the layer is then as before.
-
-        Examples
-        --------
-        >>> import numbanorm
-        >>> layer = numbanorm.BatchNorm2d(2)
-        >>> layer.load_state_dict(numbanorm.BatchNorm2d(2).state_dict())
-        """
-        if not isinstance(state_dict, Mapping):
-            raise TypeError(f"state_dict: a mapping is needed, got {type(state_dict).__name__}")
-        # What the first x has yet to bring takes its shape from the state dict.
-        names = [*self._parameters, *self._buffers]
-        if self.affine and self.weight is None:
-            names += ["weight", *(["bias"] if self._has_bias else [])]
-        if self.track_stats and self.running_mean is None:
-            names += ["running_mean", "running_var"]
-        missing = set(names) - set(state_dict) - {"num_batches_tracked"}
-        unknown = set(state_dict) - set(names)
-        if missing or unknown:
-            raise ValueError(
-                f"state_dict: the entries {names} are needed; "
-                f"missing {sorted(missing)}, unknown {sorted(map(str, unknown))}"
-            )
-        values = {name: _entry(name, value, self.dtype) for name, value in state_dict.items()}
-        current = {**self._parameters, **self._buffers}
-        for name, value in values.items():
-            if name in current and current[name].shape != value.shape:
-                raise ValueError(
-                    f"state_dict: shape {current[name].shape} is needed for {name!r}, "
-                    f"got {value.shape}"
-                )
-        for name, value in values.items():
-            if name in current:
-                current[name][...] = value
-            elif name in ("weight", "bias"):
-                self._adopt({name: value})
-            else:
-                self._buffers[name] = value
-        if "num_batches_tracked" in values:
-            self._n_missed = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what is pickled and copied: all but what the last forward kept."""
@@ -656,13 +558,3 @@ class Norm(OverAxes):
                     f"{value}" if argument.default is argument.empty else f"{name}={value}"
                 )
         return f"{type(self).__name__}({', '.join(shown)})"
-
-
-def _entry(name: str, value: Any, dtype: np.dtype[Any]) -> Array:
-    """Return a copy of an entry of a state dict, in the type that the layer has for it."""
-    array = np.asarray(value.detach() if hasattr(value, "detach") else value)
-    kind = "iu" if name == "num_batches_tracked" else "f"
-    if array.dtype.kind not in kind:
-        needed = "integers" if kind == "iu" else "floats"
-        raise TypeError(f"state_dict: {needed} are needed for {name!r}, got {array.dtype}")
-    return array.astype(np.int64 if kind == "iu" else dtype)

@@ -13,7 +13,6 @@ from numbanorm.core.checks import (
     bool_mask,
     check_channel_axis,
     check_count,
-    check_eps,
     check_shape,
     float_array,
     like_x,
@@ -50,8 +49,10 @@ class BatchNorm(Norm):
         counted in ``num_batches_skipped``.
     activation : str or tuple, optional
         What follows in the same pass, see :class:`~numbanorm.Norm`.
-    dtype : dtype
-        Of parameters and running statistics, float32 or float64.
+    device : optional
+        As in PyTorch's signatures, None or "cpu": arrays are nowhere else.
+    dtype : dtype, optional
+        Of parameters and running statistics, float32 (as with None) or float64.
     comm : mpi4py communicator, optional
         Of processes that train together, see :class:`Norm`.
 
@@ -78,6 +79,7 @@ class BatchNorm(Norm):
     """
 
     several_values = True
+    has_default_eps = False
 
     def __init__(
         self,
@@ -91,7 +93,8 @@ class BatchNorm(Norm):
         axis: int = 1,
         skip_nonfinite: bool = False,
         activation: ActivationLike = None,
-        dtype: DTypeLike = np.float32,
+        device: object = None,
+        dtype: DTypeLike | None = np.float32,
         comm: Any = None,
     ) -> None:
         self.num_features = check_count(num_features, "num_features")
@@ -103,10 +106,11 @@ class BatchNorm(Norm):
             feature_axes=self.axis,
             shape=self.num_features,
             bias=bias,
-            eps=check_eps(eps),
+            eps=eps,
             momentum=momentum,
             skip_nonfinite=skip_nonfinite,
             activation=activation,
+            device=device,
             dtype=dtype,
             comm=comm,
         )
@@ -184,7 +188,7 @@ class InstanceNorm(Norm):
     track_running_stats : bool
         Whether there are running statistics, of shape (C,), averages over samples and batches,
         which evaluation uses.
-    bias, axis, skip_nonfinite, dtype
+    bias, axis, skip_nonfinite, activation, device, dtype
         As in :class:`BatchNorm`.
 
     Raises
@@ -211,6 +215,7 @@ class InstanceNorm(Norm):
     """
 
     several_values = True
+    has_default_eps = False
 
     def __init__(
         self,
@@ -224,7 +229,8 @@ class InstanceNorm(Norm):
         axis: int = 1,
         skip_nonfinite: bool = False,
         activation: ActivationLike = None,
-        dtype: DTypeLike = np.float32,
+        device: object = None,
+        dtype: DTypeLike | None = np.float32,
     ) -> None:
         self.num_features = check_count(num_features, "num_features")
         self.axis = check_channel_axis(axis)
@@ -235,10 +241,11 @@ class InstanceNorm(Norm):
             feature_axes=self.axis,
             shape=self.num_features,
             bias=bias,
-            eps=check_eps(eps),
+            eps=eps,
             momentum=momentum,
             skip_nonfinite=skip_nonfinite,
             activation=activation,
+            device=device,
             dtype=dtype,
         )
 
@@ -365,7 +372,7 @@ class GroupNorm(Norm):
         Added to the variance.
     affine : bool
         Whether there are a weight and a bias, of shape (C,).
-    bias, axis, dtype
+    bias, axis, activation, device, dtype
         As in :class:`BatchNorm`.
 
     Raises
@@ -389,6 +396,8 @@ class GroupNorm(Norm):
     array([[-1.,  1., -1.,  1.]])
     """
 
+    has_default_eps = False
+
     def __init__(
         self,
         num_groups: int,
@@ -399,7 +408,8 @@ class GroupNorm(Norm):
         bias: bool = True,
         axis: int = 1,
         activation: ActivationLike = None,
-        dtype: DTypeLike = np.float32,
+        device: object = None,
+        dtype: DTypeLike | None = np.float32,
     ) -> None:
         self.num_groups = check_count(num_groups, "num_groups")
         self.num_channels = check_count(num_channels, "num_channels")
@@ -416,8 +426,9 @@ class GroupNorm(Norm):
             groups=self.num_groups,
             group_axis=self.axis,
             bias=bias,
-            eps=check_eps(eps),
+            eps=eps,
             activation=activation,
+            device=device,
             dtype=dtype,
         )
 
@@ -438,8 +449,8 @@ class LayerNorm(Norm):
         Whether there are a weight and a bias, of shape ``normalized_shape``.
     bias : bool
         Whether an affine layer has a bias.
-    dtype : dtype
-        Of the parameters, float32 or float64.
+    activation, device, dtype
+        As in :class:`BatchNorm`.
 
     Raises
     ------
@@ -462,6 +473,8 @@ class LayerNorm(Norm):
            [-1.,  1.]])
     """
 
+    has_default_eps = False
+
     def __init__(
         self,
         normalized_shape: int | Iterable[int],
@@ -470,7 +483,8 @@ class LayerNorm(Norm):
         bias: bool = True,
         *,
         activation: ActivationLike = None,
-        dtype: DTypeLike = np.float32,
+        device: object = None,
+        dtype: DTypeLike | None = np.float32,
     ) -> None:
         self.normalized_shape = check_shape(normalized_shape, "normalized_shape")
         axes = tuple(range(-len(self.normalized_shape), 0))
@@ -480,8 +494,9 @@ class LayerNorm(Norm):
             feature_axes=axes,
             shape=self.normalized_shape,
             bias=bias,
-            eps=check_eps(eps),
+            eps=eps,
             activation=activation,
+            device=device,
             dtype=dtype,
         )
 
@@ -504,8 +519,8 @@ class RMSNorm(Norm):
         By default the machine epsilon of x's type, as in PyTorch.
     elementwise_affine : bool
         Whether there is a weight, of shape ``normalized_shape``; there is no bias.
-    dtype : dtype
-        Of the weight, float32 or float64.
+    activation, device, dtype
+        As in :class:`BatchNorm`.
 
     Raises
     ------
@@ -534,7 +549,8 @@ class RMSNorm(Norm):
         elementwise_affine: bool = True,
         *,
         activation: ActivationLike = None,
-        dtype: DTypeLike = np.float32,
+        device: object = None,
+        dtype: DTypeLike | None = np.float32,
     ) -> None:
         self.normalized_shape = check_shape(normalized_shape, "normalized_shape")
         axes = tuple(range(-len(self.normalized_shape), 0))
@@ -547,6 +563,7 @@ class RMSNorm(Norm):
             bias=False,
             eps=eps,
             activation=activation,
+            device=device,
             dtype=dtype,
         )
 

@@ -13,12 +13,12 @@ from numbanorm.core.checks import (
     ActivationLike,
     check_channel_axis,
     check_count,
-    check_eps,
     check_over,
 )
 from numbanorm.core.geometry import AllBut, Geometry
 from numbanorm.core.types import Array, Float64
-from numbanorm.layers.norm import Norm, array_property
+from numbanorm.layers.norm import Norm
+from numbanorm.layers.state import array_property, to_array
 
 
 class SwitchableNorm(Norm):
@@ -51,7 +51,7 @@ class SwitchableNorm(Norm):
     sample_variance : bool
         Whether the variance of an instance is divided by n - 1 instead of n, see
         :meth:`from_official`.
-    bias, axis, skip_nonfinite, activation, dtype, comm
+    bias, axis, skip_nonfinite, activation, device, dtype, comm
         As in :class:`~numbanorm.BatchNorm`.
 
     Attributes
@@ -85,6 +85,8 @@ class SwitchableNorm(Norm):
     {'in': 0.5, 'bn': 0.5}
     """
 
+    has_default_eps = False
+
     def __init__(
         self,
         num_features: int,
@@ -101,7 +103,8 @@ class SwitchableNorm(Norm):
         skip_nonfinite: bool = False,
         sample_variance: bool = False,
         activation: ActivationLike = None,
-        dtype: DTypeLike = np.float32,
+        device: object = None,
+        dtype: DTypeLike | None = np.float32,
         comm: Any = None,
     ) -> None:
         self.num_features = check_count(num_features, "num_features")
@@ -122,10 +125,11 @@ class SwitchableNorm(Norm):
             feature_axes=self.axis,
             shape=self.num_features,
             bias=bias,
-            eps=check_eps(eps),
+            eps=eps,
             momentum=momentum,
             skip_nonfinite=skip_nonfinite,
             activation=activation,
+            device=device,
             dtype=dtype,
             comm=comm,
         )
@@ -178,7 +182,7 @@ class SwitchableNorm(Norm):
         *,
         eps: float = 1e-5,
         momentum: float | None = None,
-        dtype: DTypeLike = np.float32,
+        dtype: DTypeLike | None = None,
     ) -> Self:
         """Load a checkpoint of the authors' own code, and reproduce that code's outputs.
 
@@ -198,8 +202,9 @@ class SwitchableNorm(Norm):
         momentum : float, optional
             Weight of the *new* value; by default that of the authors' class: 0.1 in 2d (they
             write 0.9, the weight of the old value), 0.003 in 1d and 3d.
-        dtype : dtype
-            Of parameters and running statistics, float32 or float64.
+        dtype : dtype, optional
+            Of parameters and running statistics, float32 or float64; by default that of the
+            checkpoint.
 
         Raises
         ------
@@ -218,14 +223,11 @@ class SwitchableNorm(Norm):
         >>> state |= {"mean_weight": np.ones(2), "var_weight": np.ones(2)}
         >>> numbanorm.SwitchableNorm2d.from_official(state)
         SwitchableNorm2d(4, eps=1e-05, momentum=0.1, affine=True, track_running_stats=False,
-            over=('in', 'ln'), sample_variance=True)
+            over=('in', 'ln'), sample_variance=True, dtype=float64)
         """
         if not isinstance(state_dict, Mapping):
             raise TypeError(f"state_dict: a mapping is needed, got {type(state_dict).__name__}")
-        state = {
-            name: np.asarray(value.detach() if hasattr(value, "detach") else value)
-            for name, value in state_dict.items()
-        }
+        state = {name: to_array(value) for name, value in state_dict.items()}
         missing = [name for name in ("weight", "mean_weight", "var_weight") if name not in state]
         if missing:
             raise ValueError(f"state_dict: {missing} are needed, got {sorted(state)}")
@@ -245,6 +247,9 @@ class SwitchableNorm(Norm):
                         f"{name!r}, got {shape}"
                     )
                 state[name] = state[name].reshape(channels)
+        if dtype is None:
+            floats = [array.dtype for array in state.values() if array.dtype.kind == "f"]
+            dtype = np.result_type(np.float32, *floats)
         layer = cls(
             channels,
             eps,
@@ -291,14 +296,15 @@ class SwitchableNorm1d(SwitchableNorm):
         skip_nonfinite: bool = False,
         sample_variance: bool = False,
         activation: ActivationLike = None,
-        dtype: DTypeLike = np.float32,
+        device: object = None,
+        dtype: DTypeLike | None = np.float32,
         comm: Any = None,
     ) -> None:
         super().__init__(
             num_features, eps, momentum, affine, track_running_stats,
             over=over, num_groups=num_groups, zero_init=zero_init, bias=bias, axis=axis,
             skip_nonfinite=skip_nonfinite, sample_variance=sample_variance, activation=activation,
-            dtype=dtype, comm=comm,
+            device=device, dtype=dtype, comm=comm,
         )  # fmt: skip
 
 
