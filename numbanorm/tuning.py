@@ -146,6 +146,11 @@ class Tuning:
     """Bytes of a file in memory that are read at a time, and then given back: more than a disk
     needs to be fast, and less than anyone misses."""
 
+    recycle: bool = os.environ.get("NUMBANORM_RECYCLE", "1") != "0"
+    """Whether outputs take the memory of earlier ones (`python asv_benchmarks/recycling.py` says
+    what it gives); NUMBANORM_RECYCLE=0 switches it off, and the next as well."""
+    dx_over_dy: bool = os.environ.get("NUMBANORM_RECYCLE", "1") != "0"
+    """Whether PyTorch's gradient of x is written over that of y where nobody else has it."""
     recycle_tensors_from: int = 1 << 20
     """Bytes from which a tensor's memory is recycled: what is smaller malloc has at hand."""
     recycle_arrays_from: int = 1 << 22

@@ -8,6 +8,7 @@ import threading
 import numpy as np
 import pytest
 from cases import normal
+from children import run
 
 import numbanorm as nn
 from numbanorm import functional as F
@@ -253,3 +254,25 @@ def test_threads_do_not_take_each_others_memory():
     for thread in threads:
         thread.join()
     assert [found[seed] for seed in range(4)] == expected
+
+
+def test_without_recycling(layer, arrays):
+    with use(recycle=False):
+        y = layer(array(*SHAPE))
+        assert y.base is None
+        del y
+        layer(array(*SHAPE))
+    assert n_kept(arrays) == 0
+
+
+def print_what_is_kept():
+    layer = nn.BatchNorm2d(4)
+    y = layer(array(8, 4, 256, 256))
+    print(n_kept(_memory.arrays) == y.nbytes, y.base is None)
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"), [("0", "False True"), ("1", "True False"), ("", "True False")]
+)
+def test_the_switch(value, expected):
+    assert run(print_what_is_kept, NUMBANORM_RECYCLE=value).strip() == expected

@@ -8,8 +8,10 @@ import threading
 import numpy as np
 import pytest
 from cases import normal
+from children import run
 
 from numbanorm.core.memory import USED_WITHIN
+from numbanorm.tuning import tuning, use
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed: pip install torch")
 ours = pytest.importorskip("numbanorm.torch")
@@ -280,3 +282,35 @@ def test_threads_do_not_take_each_others_memory():
         thread.join()
     for i in range(4):
         np.testing.assert_allclose(found[i], alone, rtol=1e-5)
+
+
+def test_without_recycling(layer, outputs):
+    with use(recycle=False):
+        layer(tensor(*SHAPE))
+        layer(tensor(*SHAPE))
+    assert n_kept(outputs) == 0
+
+
+@pytest.mark.parametrize("over", [True, False])
+def test_dx_over_dy(layer, over):
+    x, places = tensor(*SHAPE).requires_grad_(), []
+
+    class Note(torch.autograd.Function):
+        forward = staticmethod(lambda ctx, y: y.clone())
+
+        @staticmethod
+        def backward(ctx, dy):
+            places.append((dx := 2 * dy).data_ptr())
+            return dx
+
+    with use(dx_over_dy=over):
+        Note.apply(layer(x)).square().sum().backward()
+    assert (x.grad.data_ptr() in places) == over
+
+
+def print_dx_over_dy():
+    print(tuning().recycle, tuning().dx_over_dy)
+
+
+def test_the_switch():
+    assert run(print_dx_over_dy, NUMBANORM_RECYCLE="0") == "False False\n"

@@ -136,7 +136,7 @@ class _Arrays(Recycler[_Bytes]):
     def empty_for(self, layer: object, like: Array) -> Array:
         """Return an array of the shape and type of another one, in C order, for a layer."""
         shape, dtype, n_bytes = like.shape, like.dtype, like.nbytes
-        if n_bytes < tuning().recycle_arrays_from:
+        if n_bytes < tuning().recycle_arrays_from or not tuning().recycle:
             return np.empty(shape, dtype)
         self.used_by(layer)
         found = self.find(n_bytes)

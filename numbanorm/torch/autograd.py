@@ -152,7 +152,7 @@ class _Normalize(torch.autograd.Function):
         if dy is None or torch.is_grad_enabled() or not private.is_eager(dy):
             return *_gradients(ctx, dy, ops.pack(ctx.saved)), None
         inputs, dy = Inputs(*ctx.saved_tensors), dy.resolve_neg()
-        sole = private.sole_owner_counts()
+        sole = private.sole_owner_counts() if tuning().dx_over_dy else None
         is_free = sole is not None and private.owner_counts(dy) == sole
         dx = gradient_like(inputs.x, dy, is_free, ctx.method)
         has_bias, use_batch_stats = ctx.rest
@@ -175,7 +175,7 @@ def normalize(layer: object, inputs: Inputs, method: Method) -> tuple[Tensor, Te
     if method.process_group or not private.is_eager(x):
         y, statistics = _normalize_forward(*inputs, *method.arguments())
         return y, statistics
-    if x.nbytes >= tuning().recycle_tensors_from:
+    if x.nbytes >= tuning().recycle_tensors_from and tuning().recycle:
         outputs.used_by(layer)
     if torch.is_grad_enabled():
         y, statistics = private.apply_of(_Normalize)(*inputs, method)

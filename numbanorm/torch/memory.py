@@ -109,6 +109,7 @@ class _Outputs(Recycler[_Memory]):
         n_bytes = x.nbytes
         if (
             n_bytes < tuning().recycle_tensors_from
+            or not tuning().recycle
             or not private.can_count_storages()
             or not has_same_form(x, x, method)
         ):
