@@ -104,6 +104,9 @@ class Geometry:
         self.running_shape = running_shape
         self.running_grid = tuple(shape[axis] if axis in kept else 1 for axis in axes)
         self.group_size = math.prod(shape[axis] for axis in reductions[tracked])
+        # Whether each element is a group of its own in every statistic.
+        reduced = {axis for axes in reductions for axis in axes}
+        self.single_values = all(shape[axis] == 1 for axis in reduced)
 
     def inner(self, affine: bool) -> Axes:
         """Return the axes that every statistic reduces and no parameter spans."""

@@ -264,6 +264,10 @@ def differentiate(
     for written, to in ((target, copied), second):
         if written is not None and to is not None:
             to[...] = written.reshape(to.shape)
+    if saved.scale is not None:
+        dx *= saved.scale
+    if saved.is_constant:
+        np.copyto(dx, 0, where=np.isfinite(dx))
     dmixture: tuple[Float64 | None, Float64 | None] = None, None
     if saved.mixture is not None:
         # A single statistic has a logit whose gradient is 0.

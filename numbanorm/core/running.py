@@ -27,7 +27,7 @@ def track(
     """
     flat = [_flat(array) for array in (running_mean, running_var)]
     if saved.samples is None:
-        tracked = saved.layout.tracked(saved.statistics.groups)
+        tracked = saved.layout.tracked(saved.groups)
     else:
         n, mean, var = saved.samples
         tracked = np.array((n > 0, mean, var)), 0, len(n)

@@ -18,9 +18,10 @@ from numbanorm.core.checks import (
     output_array,
     parameter,
 )
+from numbanorm.core.extremes import normalize
 from numbanorm.core.geometry import Geometry
 from numbanorm.core.layouts import Saved
-from numbanorm.core.normalize import backward, normalize
+from numbanorm.core.normalize import backward
 from numbanorm.core.running import track
 from numbanorm.core.types import Array, Float64
 

@@ -18,8 +18,8 @@ from numbanorm.core.checks import (
     output_array,
     parameter,
 )
+from numbanorm.core.extremes import normalize
 from numbanorm.core.layouts import Saved
-from numbanorm.core.normalize import normalize
 from numbanorm.core.types import Array
 from numbanorm.functional.common import (
     normalize_and_track,

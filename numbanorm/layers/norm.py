@@ -25,10 +25,11 @@ from numbanorm.core.checks import (
     output_array,
 )
 from numbanorm.core.exchange import BACKWARD_ROWS, FORWARD_ROWS, Exchange, check_comm
+from numbanorm.core.extremes import normalize
 from numbanorm.core.geometry import AllBut, Geometry, axis_tuple
 from numbanorm.core.layouts import Saved
 from numbanorm.core.memory import arrays
-from numbanorm.core.normalize import backward, normalize
+from numbanorm.core.normalize import backward
 from numbanorm.core.running import is_finite, share_samples, track
 from numbanorm.core.types import Array, Float64
 from numbanorm.kernels.activations import Activation

@@ -120,6 +120,10 @@ class Saved(NamedTuple):
     samples : array (3, R) or None
         What is tracked where processes share averages over samples: their number, and the averages
         of their means and unbiased variances.
+    scale : array of the shape of x, or None
+        What x was multiplied by, see :mod:`numbanorm.core.extremes`.
+    unscaled : array or None
+        The statistics of all groups without that.
     """
 
     layout: "Layout"
@@ -138,6 +142,8 @@ class Saved(NamedTuple):
     statistics: Statistics
     exchange: Exchange | None = None
     samples: Float64 | None = None
+    scale: Float64 | None = None
+    unscaled: Float64 | None = None
 
     def __eq__(self, other: object) -> bool:
         """Tell whether it is the same: arrays are not compared."""
@@ -161,9 +167,21 @@ class Saved(NamedTuple):
         """The statistic that has running averages."""
         return self._statistic(self.layout.geometry.tracked)
 
+    @property
+    def is_constant(self) -> bool:
+        """Whether each element is a group of its own, so that y does not depend on x."""
+        is_alone = self.mask is None and self.exchange is None
+        uses_means = self.mode.center and self.mode.use_batch_stats
+        return self.layout.geometry.single_values and is_alone and uses_means
+
+    @property
+    def groups(self) -> Float64:
+        """The statistics of all groups of x."""
+        return self.statistics.groups if self.unscaled is None else self.unscaled
+
     def _statistic(self, k: int) -> Statistic:
         geometry = self.layout.geometry
-        n, mean, var = self.layout.statistic(self.statistics.groups, k)
+        n, mean, var = self.layout.statistic(self.groups, k)
         given = not self.mode.use_batch_stats and k == geometry.tracked
         return Statistic(geometry.reductions[k], None if given else n.astype(np.int64), mean, var)
 
