@@ -110,6 +110,7 @@ QUOTAS = {
     "version 1, none": ("1:cpu:/", {"cpu": v1(-1)}, math.inf),
     "both": ("1:cpu:/\n0::/", {"cpu": v1(200000), "unified": v2("max")}, 2),
     "damaged": ("0::/", {".": v2("")}, math.inf),
+    "of other bytes": ("2:memory:/\udcff\nno groups\n0::/", {".": v2(100000)}, 1),
     "no groups": (None, {}, math.inf),
 }
 
@@ -123,7 +124,7 @@ def test_quota(tmp_path, groups, quotas, expected):
             (root / "sys/fs/cgroup" / folder / name).write_text(f"{value}\n")
     if groups is not None:
         (root / "proc/self").mkdir(parents=True)
-        (root / "proc/self/cgroup").write_text(f"{groups}\n")
+        (root / "proc/self/cgroup").write_text(f"{groups}\n", errors="surrogateescape")
     assert cpu_quota(root) == expected
 
 

@@ -17,12 +17,12 @@ def cpu_quota(root: Path = Path("/")) -> float:
     the host, where only the outermost folder is to be seen.
     """
     try:
-        groups = (root / "proc/self/cgroup").read_text().splitlines()
+        groups = (root / "proc/self/cgroup").read_text(errors="replace").splitlines()
     except OSError:
         return math.inf
     quotas = [math.inf]
     for group in groups:
-        _, controllers, path = group.split(":", 2)
+        _, controllers, path = (*group.split(":", 2), "", "")[:3]
         for folder in _folders(root / "sys/fs/cgroup", controllers):
             group_folder = folder / path.strip("/")
             for place in (group_folder, *group_folder.parents):
