@@ -21,6 +21,11 @@ collect_ignore += [
 ]
 
 
+def pytest_report_header():
+    """Say at once what a first run waits for."""
+    return "numbanorm: where nothing is compiled yet, the first tests take some minutes"
+
+
 def pytest_ignore_collect(collection_path, config):
     """Leave out, with ``-m fast``, files without such a test: to import them takes longest."""
     if config.option.markexpr == "fast" and collection_path.is_file():

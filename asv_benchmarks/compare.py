@@ -23,6 +23,7 @@ import contextlib
 import fnmatch
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -54,6 +55,7 @@ def serve(library: str) -> None:
     """Answer requests from standard input, a line of JSON each."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what a library prints must not come between the answers
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the one who asks
     worker = Worker(library)
     print(json.dumps("ready"), file=answers)
     for line in sys.stdin:
@@ -62,7 +64,10 @@ def serve(library: str) -> None:
             answer = getattr(worker, verb)(*arguments)
         except NotImplementedError:  # a case that the library does not have: a gap in the table
             answer = None
-        print(json.dumps(answer), file=answers)
+        try:
+            print(json.dumps(answer), file=answers)
+        except BrokenPipeError:  # who asks has ended
+            return
 
 
 class Worker:
@@ -227,7 +232,7 @@ def assert_same(
         )  # fmt: skip
 
 
-def measure(case: cases.Case, libraries: list[Library], rounds: int) -> dict[str, Any] | None:
+def measure(case: cases.Case, libraries: list[Library], rounds: int) -> dict[str, Any]:
     """Return the medians of a case, in seconds, and the medians of ratios."""
     index = cases.CASES.index(case)
     results = {library.name: library.ask("prepare", index) for library in libraries}
@@ -399,13 +404,19 @@ def main(arguments: list[str] | None = None) -> int:
     if not chosen:
         parser.error(f"--case: none of {len(cases.CASES)} cases fits {options.case!r}")
     names = [n for n in LIBRARIES if n not in options.without and installed(n)]
-    print(f"load of other processes: {other_load():.2f} cores of {os.cpu_count()}")
-    libraries = [Library(name) for name in names]
+    print(f"load of other processes: {other_load():.2f} cores of {os.cpu_count()}", flush=True)
     rows = []
-    for case in tqdm(chosen, unit="case"):
-        row = measure(case, libraries, options.rounds)
-        if row is not None:
-            rows.append(row)
+    # Shown at once: libraries take seconds to import.
+    with tqdm(total=len(chosen), unit="case") as bar, contextlib.suppress(KeyboardInterrupt):
+        libraries = [Library(name) for name in names]
+        for case in chosen:
+            bar.set_postfix_str(case.name)
+            rows.append(measure(case, libraries, options.rounds))
+            bar.update()
+    if not rows:
+        return 130
+    if len(rows) < len(chosen):
+        print(f"interrupted: {len(rows)} of {len(chosen)} cases")
     print(f"load of other processes: {other_load():.2f} cores of {os.cpu_count()}\n")
     print("milliseconds; x: that library's time over ours, forward + backward in training\n")
     print(table(rows, names[1:]))

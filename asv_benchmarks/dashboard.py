@@ -59,17 +59,19 @@ SCRIPTS = {
 }
 
 
-def run_asv(*arguments: str, quiet: bool = False) -> None:
+def run_asv(*arguments: str, quiet: bool = False, accepted: tuple[int, ...] = (0,)) -> None:
     """Run asv here; if it fails, end with what it says, and without a traceback of our own."""
     if find_spec("asv") is None:
         raise SystemExit("asv is not installed: pip install -e '.[bench]'")
-    done = subprocess.run(
-        [sys.executable, "-m", "asv", *arguments], cwd=HERE, check=False, text=True,
+    with subprocess.Popen(
+        [sys.executable, "-m", "asv", *arguments], cwd=HERE, text=True,
         stdout=subprocess.PIPE if quiet else None, stderr=subprocess.STDOUT if quiet else None,
-    )  # fmt: skip
-    if done.returncode:
-        said = (done.stdout or "").strip()
-        raise SystemExit(f"{said}\nasv {arguments[0]} ended with status {done.returncode}".strip())
+    ) as process:  # fmt: skip
+        # Ctrl-C reaches both; leaving this block waits for asv, which then saves what it has.
+        said = process.communicate()[0] or ""
+    if process.returncode not in accepted:
+        message = f"asv {arguments[0]} ended with status {process.returncode}"
+        raise SystemExit(f"{said.strip()}\n{message}".strip())
 
 
 def measure(commits: int, machine: str) -> None:
@@ -79,11 +81,20 @@ def measure(commits: int, machine: str) -> None:
         "their environment; Ctrl-C keeps the commits that are done",
         flush=True,
     )
-    run_asv("machine", "--yes", "--machine", machine, quiet=True)
+    listed = ["git", "-C", str(HERE), "rev-list", "--first-parent", f"{FIRST}..HEAD"]
+    found = subprocess.run(listed, capture_output=True, text=True, check=True).stdout.split()
+    steps = max(commits - 1, 1)
+    chosen = {found[i * (len(found) - 1) // steps]: None for i in range(commits)}
+    hashes = HTML.parent / "commits"
+    hashes.parent.mkdir(exist_ok=True)
+    hashes.write_text("\n".join(chosen))
+    # Another kernel of the operating system would begin another graph.
+    run_asv("machine", "--yes", "--machine", machine, "--os", platform.system(), quiet=True)
     try:
         run_asv(
-            "run", "--machine", machine, "--steps", str(commits), "--skip-existing-commits",
-            "--attribute", "rounds=1", "--bench", HISTORY, f"{FIRST}..HEAD",
+            "run", "--machine", machine, "--skip-existing-commits",
+            "--attribute", "rounds=1", "--bench", HISTORY, f"HASHFILE:{hashes}",
+            accepted=(0, 2),  # 2: a benchmark fails at a commit, and the others have a result
         )  # fmt: skip
     except KeyboardInterrupt:
         kept = len(list((RESULTS / machine).glob("*-*.json")))
@@ -92,20 +103,29 @@ def measure(commits: int, machine: str) -> None:
         ) from None
 
 
-def publish() -> None:
-    """Write the pages."""
-    again = "python asv_benchmarks/dashboard.py --measure"
-    if not list(RESULTS.glob("*/*-*.json")):
-        raise SystemExit(f"there are no results in {RESULTS} yet: {again}")
+def check_clone() -> None:
+    """End with what to do where commits are missing."""
     git = ["git", "-C", str(HERE), "rev-parse", "--is-shallow-repository"]
     shallow = subprocess.run(git, capture_output=True, text=True, check=False)
     if shallow.returncode:
         raise SystemExit("the commits are needed: run it in a clone of the repository")
     if shallow.stdout.strip() == "true":
         raise SystemExit("this clone lacks older commits: git fetch --unshallow")
+
+
+def publish() -> None:
+    """Write the pages."""
+    again = "python asv_benchmarks/dashboard.py --measure"
+    if not list(RESULTS.glob("*/*-*.json")):
+        raise SystemExit(f"there are no results in {RESULTS} yet: {again}")
     run_asv("publish", "--no-pull", quiet=True)
-    if not json.loads((HTML / "index.json").read_text())["graph_param_list"]:
+    index = json.loads((HTML / "index.json").read_text())
+    if not index["graph_param_list"]:
         raise SystemExit(f"none of the commits measured is behind what is checked out: {again}")
+    # A benchmark without a result would be an empty place.
+    measured = {path.stem for path in (HTML / "graphs" / "summary").glob("*.json")}
+    index["benchmarks"] = {k: v for k, v in index["benchmarks"].items() if k in measured}
+    (HTML / "index.json").write_text(json.dumps(index))
 
 
 def localize(page: str) -> tuple[str, list[str]]:
@@ -247,12 +267,18 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--benchmark", default=BENCHMARK, help="and its parameters, as in its URL")
     parser.add_argument("--browser", help="the path of a Chromium")
     options = parser.parse_args(arguments)
+    if options.measure is not None and options.measure < 1:
+        parser.error(f"--measure: at least one commit is needed, got {options.measure}")
+    check_clone()
     if options.measure:
         measure(options.measure, options.machine)
     publish()
     if options.offline or ((options.serve or options.picture) and not reachable(HTML)):
         make_offline(HTML)
     if options.picture:
+        names = json.loads((HTML / "index.json").read_text())["benchmarks"]
+        if options.benchmark.partition("?")[0] not in names:
+            parser.error(f"--benchmark: one with results is needed, of {', '.join(names)}")
         folder = HTML.parent / "pictures"
         folder.mkdir(exist_ok=True)
         with served(HTML) as address:

@@ -2,9 +2,11 @@
 
     python asv_benchmarks/regression.py [BASE [HEAD]] [--factor 1.3] [--bench REGEX]
 
-By default the last commit is compared with the one before it. Both are built and measured in
-turns, twice each, so that a machine that drifts drifts for both. What seems slower is measured
-once more, in twice as many turns, and counts if it is slower then as well. The exit status is
+By default what is checked out is compared with the commit where it left main, and on main with what
+was fetched last or the commit before. Both are built and measured in turns, twice each, so that a
+machine that drifts drifts for both. What seems slower is measured once more, in twice as many
+turns, and counts if it is slower then as well. Ctrl-C shows what both have been measured for. The
+exit status is
 
 0   no benchmark is slower by the factor,
 1   at least one is,
@@ -13,6 +15,7 @@ once more, in twice as many turns, and counts if it is slower then as well. The 
 """
 
 import argparse
+import json
 import os
 import re
 import subprocess
@@ -23,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from compare import other_load
 
 HERE = Path(__file__).resolve().parent
+SCRATCH = HERE.parent / ".asv"
 # All kernels by layout, dtype and what is written to, without other libraries: some minutes.
 BENCH = r"^((forward|backward)\.(Layouts|Dtypes|Memory|Threads)|moments\.Kinds)\."
 
@@ -57,10 +61,40 @@ def verdict(output: str, status: int, factor: float) -> tuple[int, str]:
     return 0, f"NO REGRESSION: none {of} is slower by a factor over {factor}{rest}"
 
 
+def git(*arguments: str) -> str:
+    """Return what git prints, or "" where it fails."""
+    command = ["git", "-C", str(HERE), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+
+def base_of(head: str) -> str:
+    """Return where a commit left main, or the one before it if it is the last of main."""
+    commit = git("rev-parse", "--verify", head)
+    bases = (git("merge-base", main, head) for main in ("main", "origin/main"))
+    return next((base for base in bases if base not in ("", commit)), f"{head}~1")
+
+
+def own_config() -> Path:
+    """Write a configuration whose results stay apart from the history in the repository."""
+    try:
+        from asv.util import load_json
+    except ImportError:
+        print("COULD NOT MEASURE: asv is not installed: pip install -e '.[bench]'")
+        raise SystemExit(2) from None
+    config = load_json(HERE / "asv.conf.json", js_comments=True)
+    for key in ("repo", "benchmark_dir", "env_dir", "html_dir"):
+        config[key] = str((HERE / config[key]).resolve())
+    config["results_dir"] = str(SCRATCH / "regression")
+    SCRATCH.mkdir(exist_ok=True)
+    path = SCRATCH / "regression.conf.json"
+    path.write_text(json.dumps(config))
+    return path
+
+
 def asv(*arguments: str) -> tuple[str, int]:
     """Run asv here; return what it prints, which is shown as well, and its exit status."""
     with subprocess.Popen(
-        [sys.executable, "-m", "asv", *arguments],
+        [sys.executable, "-m", "asv", "--config", own_config(), *arguments],
         cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     ) as process:  # fmt: skip
         lines = []
@@ -75,7 +109,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("base", nargs="?", help="what to compare with; the commit before HEAD")
+    parser.add_argument("base", nargs="?", help="what to compare with")
     parser.add_argument("head", nargs="?", default="HEAD")
     parser.add_argument("--factor", type=float, default=1.3, help="what counts as slower")
     parser.add_argument("--bench", default=BENCH, help="a regular expression of benchmarks")
@@ -86,7 +120,11 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.factor <= 1:
         parser.error(f"--factor: more than 1 is needed, got {options.factor}")
-    base = options.base or f"{options.head}~1"
+    base = options.base or base_of(options.head)
+    if git("rev-parse", "--verify", base) == git("rev-parse", "--verify", options.head) != "":
+        parser.error(f"{base} and {options.head} are the same commit")
+    for role, commit in (("base", base), ("head", options.head)):
+        print(f"{role}: {git('log', '-1', '--format=%h %s', commit) or commit}", flush=True)
     # asv would ask for it.
     if not Path("~/.asv-machine.json").expanduser().exists():
         asv("machine", "--yes")
@@ -100,12 +138,18 @@ def main(arguments: list[str] | None = None) -> int:
         )  # fmt: skip
         return *verdict(output, status, options.factor), output
 
-    status, message, output = measure(options.bench, options.rounds)
-    if status == 1:
-        suspects = [name for mark, _, name in rows(output) if mark == "+"]
-        print(f"\n{message}\n\nonce more:", flush=True)
-        exactly = "|".join(map(re.escape, suspects))
-        status, message, _ = measure(f"^({exactly})$", 2 * options.rounds)
+    try:
+        status, message, output = measure(options.bench, options.rounds)
+        if status == 1:
+            suspects = [name for mark, _, name in rows(output) if mark == "+"]
+            print(f"\n{message}\n\nonce more:", flush=True)
+            exactly = "|".join(map(re.escape, suspects))
+            status, message, _ = measure(f"^({exactly})$", 2 * options.rounds)
+    except KeyboardInterrupt:
+        print("\ninterrupted; what has been measured for both so far:", flush=True)
+        asv("compare", "--factor", str(options.factor), base, options.head)
+        print("COULD NOT MEASURE: interrupted")
+        return 2
     loads.append(other_load())
     if status == 1 and max(loads) > options.max_load:
         status, message = 2, f"COULD NOT MEASURE, the machine is not idle (--max-load)\n{message}"

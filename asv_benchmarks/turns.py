@@ -171,14 +171,16 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"--case: none of {len(cases.CASES)} cases fits {options.case}")
     names = options.states or ["HEAD"]
     names += [str(ROOT)] if len(names) == 1 else []
-    with tempfile.TemporaryDirectory() as temporary:
+    head = "   ".join(f"{key:>8}  ratio" for key in PHASES)
+    print(f"{', '.join(names[1:])} over {names[0]}\n\n{'':36}{'copies':>13}   {head}", flush=True)
+    with tempfile.TemporaryDirectory() as temporary, contextlib.suppress(KeyboardInterrupt):
         states = [State(folder_of(name, Path(temporary))) for name in names]
         if options.threads:
             for state in states:
                 state.modules[PACKAGE].set_num_threads(options.threads)
-        head = "   ".join(f"{key:>8}  ratio" for key in PHASES)
-        print(f"{', '.join(names[1:])} over {names[0]}\n\n{'':36}{'copies':>13}   {head}")
         for case in chosen:
+            # What a state has not compiled yet takes a while.
+            print(f"{case.name} ...", end="\r", file=sys.stderr, flush=True)
             print(line(case.name, measure(case, states, options.rounds)), flush=True)
     return 0
 

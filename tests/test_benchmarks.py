@@ -216,7 +216,9 @@ def benchmarks_of(module):
     """Yield the classes of a module that asv finds, and the names of their benchmarks."""
     for name, found in vars(module).items():
         if inspect.isclass(found) and not name.startswith("_"):
-            names = [n for n in dir(found) if n.split("_")[0] in ("time", "peakmem", "track")]
+            names = [
+                n for n in dir(found) if n.split("_")[0] in ("time", "timeraw", "peakmem", "track")
+            ]
             if names:
                 yield found, names
 
@@ -233,11 +235,25 @@ def test_benchmarks_run_and_leave_out_nothing_of_numbanorm(load, name, tmp_path)
             first, *rest = getattr(found, "params", [[]])
             for params in itertools.product(first, *(values[:1] for values in rest)):
                 for benchmark in names:
-                    if benchmark == "track_compile":  # seconds, and CI runs it
+                    # It takes seconds, and CI runs it; asv runs what timeraw returns.
+                    if benchmark == "track_compile":
                         continue
                     instance = found()
                     instance.setup(*params)
                     getattr(instance, benchmark)(*params)
+
+
+@pytest.mark.parametrize("name", [*MODULES, "ratios"])
+def test_benchmarks_have_names_versions_and_units(load, name):
+    """A cell of the grid is the mean over all parameters: other libraries have their own."""
+    for found, names in benchmarks_of(load(f"benchmarks.{name}")):
+        assert name == "baselines" or "library" not in getattr(found, "param_names", ())
+        for benchmark in names:
+            function = getattr(found, benchmark)
+            assert function.pretty_name
+            assert isinstance(found.version, str)
+            if benchmark.startswith("track"):
+                assert getattr(function, "unit", None) or found.unit
 
 
 def test_setup_raises_where_a_result_is_wrong(load, cases, monkeypatch, tmp_path):
@@ -309,6 +325,7 @@ class TestRegression:
             return TABLE.format(mark="+", ratio="2.00"), 1
 
         monkeypatch.setattr(regression, "asv", asv)
+        monkeypatch.setattr(regression, "git", lambda *_: "")
         monkeypatch.setattr(regression, "other_load", lambda: 0.25)
         assert regression.main(["--factor", "1.5", "--bench", "small"]) == 1
         printed = capsys.readouterr().out
@@ -324,6 +341,37 @@ class TestRegression:
         assert not re.search(second, "moments.time('a', 1)")
         regression.main(["v1", "v2"])
         assert asked[-1][-2:] == ("v1", "v2")
+
+    @pytest.mark.parametrize(
+        ("main", "origin", "base"),
+        [("left", "fetched", "left"), ("this", "fetched", "fetched"), ("this", "", "HEAD~1")],
+    )
+    def test_base(self, regression, monkeypatch, main, origin, base):
+        """Where the branch left main; on main, what was fetched, or the commit before."""
+        answers = {"main": main, "origin/main": origin, "--verify": "this"}
+        monkeypatch.setattr(regression, "git", lambda _, key, __: answers[key])
+        assert regression.base_of("HEAD") == base
+
+    def test_a_commit_and_itself(self, regression, monkeypatch, capsys):
+        monkeypatch.setattr(regression, "git", lambda *_: "this")
+        with pytest.raises(SystemExit) as exit:
+            regression.main(["main", "HEAD"])
+        assert exit.value.code == 2
+        assert "main and HEAD are the same commit" in capsys.readouterr().err
+
+    def test_interrupted(self, regression, monkeypatch, capsys):
+        asked = []
+
+        def asv(*arguments):
+            asked.append(arguments[0])
+            if arguments[0] == "continuous":
+                raise KeyboardInterrupt
+            return "", 0
+
+        monkeypatch.setattr(regression, "asv", asv)
+        assert regression.main([]) == 2
+        assert asked[-2:] == ["continuous", "compare"]
+        assert "interrupted" in capsys.readouterr().out
 
     def test_a_busy_machine_proves_nothing(self, regression, monkeypatch, capsys):
         answer = TABLE.format(mark="+", ratio="2.00"), 1
@@ -436,6 +484,8 @@ class TestDashboard:
     def test_arguments(self, dashboard, monkeypatch, tmp_path):
         done = []
         monkeypatch.setattr(dashboard, "HTML", tmp_path / "html")
+        monkeypatch.setattr(dashboard, "check_clone", lambda: None)
+        monkeypatch.setattr(dashboard, "reachable", lambda _: True)
         monkeypatch.setattr(dashboard, "publish", lambda: done.append("publish"))
         monkeypatch.setattr(dashboard, "make_offline", lambda html: done.append("offline"))
 
@@ -445,9 +495,39 @@ class TestDashboard:
 
         monkeypatch.setattr(dashboard, "look", look)
         (tmp_path / "html").mkdir()
+        names = {dashboard.BENCHMARK.partition("?")[0]: {}}
+        (tmp_path / "html" / "index.json").write_text(json.dumps({"benchmarks": names}))
         assert dashboard.main([]) == 0
         picture = tmp_path / "picture.png"
         arguments = ["--offline", "--picture", str(picture), "--browser", "/b"]
         assert dashboard.main(arguments) == 0
         assert done == ["publish", "publish", "offline", (dashboard.BENCHMARK, "/b")]
         assert picture.read_bytes() == b"png"
+
+    def test_says_what_to_do(self, dashboard, monkeypatch, tmp_path):
+        monkeypatch.setattr(dashboard, "RESULTS", tmp_path)
+        with pytest.raises(SystemExit, match=r"there are no results in .*--measure"):
+            dashboard.publish()
+        (tmp_path / "machine").mkdir()
+        (tmp_path / "machine" / "0123-env.json").write_text("{}")
+        monkeypatch.setattr(dashboard, "find_spec", lambda _: None)
+        with pytest.raises(SystemExit, match="asv is not installed: pip install"):
+            dashboard.publish()
+        monkeypatch.setattr(dashboard, "HERE", tmp_path)
+        with pytest.raises(SystemExit, match="run it in a clone"):
+            dashboard.check_clone()
+
+    def test_without_a_network(self, dashboard, monkeypatch, tmp_path):
+        (tmp_path / "html").mkdir()
+        page = tmp_path / "html" / "index.html"
+        page.write_text('<script src="https://nowhere.invalid/jquery-3.3.1.min.js">')
+        assert not dashboard.reachable(tmp_path / "html")
+        monkeypatch.setenv("PATH", "")
+        with pytest.raises(SystemExit, match="cannot be reached, and npm could not install them"):
+            dashboard.make_offline(tmp_path / "html")
+
+    def test_a_taken_port(self, dashboard, tmp_path):
+        with dashboard.served(tmp_path) as address:
+            port = int(address.rstrip("/").rpartition(":")[2])
+            with pytest.raises(SystemExit, match="--port 0"), dashboard.served(tmp_path, port):
+                pass

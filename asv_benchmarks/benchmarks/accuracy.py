@@ -40,4 +40,4 @@ class Offset:
         ulp = np.spacing(np.maximum(np.abs(exact), 1).astype("float32"))
         return round(float((np.abs(y - exact) / ulp).max()), 1)
 
-    track_largest_error.pretty_name = "Largest error of y in float32, for data around a million"
+    track_largest_error.pretty_name = "Largest error of y around a million"

@@ -10,9 +10,7 @@ class Images(by.Images):
 
     param_names = (*by.Images.param_names, "library")
     params = (*by.Images.params, OTHERS)
-    time_train_and_backward = by.timed(
-        "PyTorch and NumPy: forward and backward, images, by shape", "train", "backward"
-    )
+    time_train_and_backward = by.timed("PyTorch, NumPy: images", "train", "backward")
 
 
 class Rows(by.Rows):
@@ -20,9 +18,7 @@ class Rows(by.Rows):
 
     param_names = (*by.Rows.param_names, "library")
     params = (*by.Rows.params, OTHERS)
-    time_train_and_backward = by.timed(
-        "PyTorch and NumPy: forward and backward, rows, by shape", "train", "backward"
-    )
+    time_train_and_backward = by.timed("PyTorch, NumPy: rows", "train", "backward")
 
 
 class Small(small.Small):
@@ -31,10 +27,10 @@ class Small(small.Small):
     param_names = (*small.Small.param_names, "library")
     params = (*small.Small.params, ("torch",))
     time_evaluate_100 = by.timed(
-        "PyTorch: 100 forwards of small arrays in evaluation", *("evaluate",) * small.CALLS
+        "PyTorch: small arrays, 100 evaluations", *("evaluate",) * small.CALLS
     )
     time_train_and_backward_100 = by.timed(
-        "PyTorch: 100 times forward and backward of small arrays",
+        "PyTorch: small arrays, 100 steps",
         *("train", "backward") * small.CALLS,
     )
 
@@ -44,7 +40,7 @@ class Moments(moments.Images):
 
     param_names = (*moments.Images.param_names, "library")
     params = (*moments.Images.params, OTHERS)
-    time_moments = moments.timed("PyTorch and NumPy: mean and variance of images, by shape")
+    time_moments = moments.timed("PyTorch, NumPy: moments of images")
 
 
 class MomentsOfRows(moments.Rows):
@@ -52,7 +48,7 @@ class MomentsOfRows(moments.Rows):
 
     param_names = (*moments.Rows.param_names, "library")
     params = (*moments.Rows.params, OTHERS)
-    time_moments = moments.timed("PyTorch and NumPy: mean and variance of rows, by shape")
+    time_moments = moments.timed("PyTorch, NumPy: moments of rows")
 
 
 class Offset(accuracy.Offset):
@@ -66,5 +62,5 @@ class Offset(accuracy.Offset):
         return super().track_largest_error(_, library)
 
     track_largest_error.pretty_name = (  # type: ignore[attr-defined]
-        "PyTorch and NumPy: largest error of y, for data around a million"
+        "PyTorch, NumPy: error around a million"
     )

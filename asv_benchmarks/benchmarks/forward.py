@@ -6,41 +6,41 @@ from . import by
 class Images(by.Images):
     """By shape."""
 
-    time_train = by.timed("Forward in training, images, by shape", "train")
+    time_train = by.timed("Forward, images, by shape", "train")
 
 
 class Rows(by.Rows):
     """By shape."""
 
-    time_train = by.timed("Forward in training, rows, by shape", "train")
+    time_train = by.timed("Forward, rows, by shape", "train")
 
 
 class Layouts(by.Layouts):
     """By layout."""
 
-    time_train = by.timed("Forward in training, channels first and last", "train")
+    time_train = by.timed("Forward, channels first and last", "train")
 
 
 class Dtypes(by.Dtypes):
     """By dtype."""
 
-    time_train = by.timed("Forward in training, by dtype", "train")
+    time_train = by.timed("Forward, by dtype", "train")
 
 
 class Threads(by.Threads):
     """By threads."""
 
-    time_train = by.timed("Forward in training, by number of threads", "train")
+    time_train = by.timed("Forward, by number of threads", "train")
 
 
 class Memory(by.Memory):
     """By what is written to."""
 
-    time_train = by.timed("Forward in training, into out= and fresh memory", "train")
+    time_train = by.timed("Forward, into out= and fresh memory", "train")
 
 
 class Evaluation(by.Images):
     """With running statistics."""
 
     params = (("batch",), *by.Images.params[1:])
-    time_evaluate = by.timed("Forward in evaluation, BatchNorm of images, by shape", "evaluate")
+    time_evaluate = by.timed("Evaluation, BatchNorm, by shape", "evaluate")

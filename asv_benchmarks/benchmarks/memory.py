@@ -50,6 +50,6 @@ class Peak:
         self.kept = self.layer.forward(self.x, out=self.y)
         self.layer.backward(self.dy, out=self.dx)
 
-    peakmem_reference.pretty_name = "Peak memory: x, dy and what out= takes, and no pass"
-    peakmem_forward.pretty_name = "Peak memory: forward in training"
-    peakmem_forward_and_backward.pretty_name = "Peak memory: forward in training and backward"
+    peakmem_reference.pretty_name = "Peak memory: the arrays alone"
+    peakmem_forward.pretty_name = "Peak memory: forward"
+    peakmem_forward_and_backward.pretty_name = "Peak memory: forward, backward"

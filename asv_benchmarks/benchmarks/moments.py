@@ -69,7 +69,7 @@ class Images(_Moments):
 
     param_names: Any = ("over", "shape")
     params: Any = (tuple(OVER), by.SHAPES)
-    time_moments = timed("Mean and variance of images, by shape")
+    time_moments = timed("Moments of images, by shape")
 
     def setup(self, over: str, shape: str, library: str = "numbanorm") -> None:
         """Make the array ready."""
@@ -81,7 +81,7 @@ class Rows(_Moments):
 
     param_names: Any = ("shape",)
     params: Any = (("bert", "narrow"),)
-    time_moments = timed("Mean and variance of rows, by shape")
+    time_moments = timed("Moments of rows, by shape")
 
     def setup(self, shape: str, library: str = "numbanorm") -> None:
         """Make the array ready."""
@@ -93,7 +93,7 @@ class Kinds(_Moments):
 
     param_names = ("channels", "dtype", "threads")
     params = (("first", "last"), ("float32", "float64"), (1, 2))
-    time_moments = timed("Mean and variance by layout, dtype and threads")
+    time_moments = timed("Moments by layout, dtype and threads")
 
     def setup(self, channels: str, dtype: str, threads: int) -> None:
         """Make the array ready."""

@@ -55,7 +55,7 @@ class Bound(_Measured):
         """Return the median share."""
         return round(float(rows[layer]["bound"][phase]), 3)
 
-    track_share.pretty_name = "Share of the speed of memory (more is better)"
+    track_share.pretty_name = "Share of memory's speed (more: better)"
 
 
 class PyTorch(_Measured):
@@ -75,4 +75,4 @@ class PyTorch(_Measured):
         """Return the median of the ratios of pairs."""
         return round(float(rows[layer]["ratios"]["torch"][into]), 2)
 
-    track_ratio.pretty_name = "Times faster than PyTorch, in turns (more is better)"
+    track_ratio.pretty_name = "Times PyTorch's speed (more: better)"

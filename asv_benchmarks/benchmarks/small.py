@@ -20,7 +20,7 @@ class Small(by.Prepared):
         """Make the case ready."""
         self.ready(CASES[case], library)
 
-    time_evaluate_100 = by.timed("Small arrays: 100 forwards in evaluation", *("evaluate",) * CALLS)
+    time_evaluate_100 = by.timed("Small arrays, 100 evaluations", *("evaluate",) * CALLS)
     time_train_and_backward_100 = by.timed(
-        "Small arrays: 100 times forward and backward", *("train", "backward") * CALLS
+        "Small arrays, 100 steps", *("train", "backward") * CALLS
     )

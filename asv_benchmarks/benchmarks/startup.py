@@ -52,7 +52,7 @@ class Import:
         return "import numbanorm", "import numba, numpy"
 
     timeraw_numbanorm.pretty_name = "Import of numbanorm"
-    timeraw_beyond_numba_and_numpy.pretty_name = "Import of numbanorm, beyond Numba's and NumPy's"
+    timeraw_beyond_numba_and_numpy.pretty_name = "Import, beyond Numba's and NumPy's"
 
 
 class FirstCall(by.Prepared):
@@ -75,8 +75,8 @@ class FirstCall(by.Prepared):
         """Time it where nothing has been compiled."""
         return CALL, EMPTY_CACHE + _make(layer)
 
-    timeraw_warm_cache.pretty_name = "First call of a layer, kernels on disk"
-    timeraw_cold_cache.pretty_name = "First call of a layer, nothing compiled"
+    timeraw_warm_cache.pretty_name = "First call, kernels on disk"
+    timeraw_cold_cache.pretty_name = "First call, nothing compiled"
     timeraw_cold_cache.repeat = 1
 
     def track_compile(self, layer: str) -> float:
@@ -98,4 +98,4 @@ class FirstCall(by.Prepared):
         return float(ran.stdout)
 
     track_compile.unit = "seconds"
-    track_compile.pretty_name = "First call of a layer, nothing compiled: Numba's share"
+    track_compile.pretty_name = "First call, nothing compiled: Numba"
