@@ -19,7 +19,7 @@ def documented():
     """Return the names of each module that api.md lists."""
     names, module = {}, None
     for line in (DOCS / "api.md").read_text(encoding="utf-8").splitlines():
-        if line.startswith(".. currentmodule:: "):
+        if line.startswith(".. module:: "):
             module = line.split()[-1]
         elif entry := re.fullmatch(r"   (\w+)", line):
             names.setdefault(module, []).append(entry[1])

@@ -1,5 +1,6 @@
 """Calls of numbanorm.jit from the user's own compiled code, and what they take to compile."""
 
+import functools
 import os
 import subprocess
 import sys
@@ -19,6 +20,7 @@ def _plain(x: np.ndarray, weight: np.ndarray, bias: np.ndarray) -> np.ndarray:
     return (x - x.mean(1)[:, None]) / np.sqrt(x.var(1) + 1e-5)[:, None] * weight + bias
 
 
+@functools.cache  # asv sets up before each call that it times
 def _callers(layer_norm: Any) -> dict[str, Callable[..., Any]]:
     """Return functions that call one 100 times, and return the last y."""
 
@@ -44,6 +46,8 @@ class Calls:
 
     param_names = ("caller", "shape")
     params = (("njit", "prange", "Python"), tuple(SHAPES))
+    # Counted up where what is measured changes.
+    version = "1"
     timeout = 120
 
     def setup(self, caller: str, shape: str) -> None:
@@ -58,6 +62,8 @@ class Calls:
     def time_100(self, *_: Any) -> None:
         """Time them."""
         self.call(*self.args)
+
+    time_100.pretty_name = "@njit: 100 calls of layer_norm"
 
 
 USER = """
@@ -96,6 +102,7 @@ class Compile:
     param_names = ("calls",)
     params = (("forward", "both"),)
     timeout = 300
+    version = "1"
     unit = "seconds"
 
     def setup(self, calls: str) -> None:
@@ -107,3 +114,5 @@ class Compile:
         command = [sys.executable, "-c", USER.format(function=calls)]
         ran = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=os.environ)
         return float(ran.stdout)
+
+    track_compile.pretty_name = "@njit: what a call takes longer to compile"
