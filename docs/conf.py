@@ -37,7 +37,9 @@ highlight_language = "text"
 autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
 # Docstrings say which shapes and dtypes an array has; the aliases keep their short names.
-autodoc_type_aliases = {name: name for name in ("Array", "ArrayLike", "DTypeLike", "Float64")}
+autodoc_type_aliases = {
+    name: name for name in ("ActivationLike", "Array", "ArrayLike", "DTypeLike", "Float64")
+}
 TypeAliasForwardRef.__repr__ = lambda alias: alias.name  # in unions as well
 napoleon_google_docstring = False
 napoleon_use_ivar = True

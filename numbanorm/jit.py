@@ -20,6 +20,8 @@ that a layer with a bias alone has a weight of ones. Arrays of statistics, and g
 parameters, are float64; y and dx have the type of x, and are C-contiguous.
 """
 
+from __future__ import annotations
+
 from typing import Any
 
 import numpy as np

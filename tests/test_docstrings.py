@@ -105,8 +105,9 @@ def test_help_is_readable():
     # Python 3.14 has no quotes there.
     shown = pydoc.plain(pydoc.render_doc(numbanorm.BatchNorm2d)).replace("'", "")
     assert "forward(self, x: ArrayLike, *, mask: ArrayLike | None = None" in shown
-    for module in numbanorm, numbanorm.functional:
+    for module in numbanorm, numbanorm.functional, numbanorm.jit:
         for name, found in public(module):
             signature = pydoc.plain(pydoc.render_doc(found)).split("\n")[2]
             assert name.rpartition(".")[2] in signature
             assert "numpy._typing" not in signature
+            assert "ndarray[" not in signature
