@@ -44,8 +44,12 @@ def test_links_lead_somewhere(page):
         assert (page.parent / target.partition("#")[0]).exists(), target
 
 
-def test_the_gallery_has_every_figure():
+def test_the_gallery_has_every_example_and_figure():
     shown = (DOCS / "gallery.md").read_text(encoding="utf-8")
+    for script in (ROOT / "examples").glob("*.py"):
+        # What the examples share is none.
+        if script.stem not in ("figures", "nn"):
+            assert script.name in shown
     for figure in (ROOT / "examples" / "gallery").glob("*.png"):
         assert f"(../examples/gallery/{figure.name})" in shown
 
