@@ -19,8 +19,8 @@ def documented():
     """Return the names of each module that api.md lists."""
     names, module = {}, None
     for line in (DOCS / "api.md").read_text(encoding="utf-8").splitlines():
-        if line.startswith(".. module:: "):
-            module = line.split()[-1]
+        if heading := re.fullmatch(r"\.\. (?:current)?module:: (\S+)", line):
+            module = heading[1]
         elif entry := re.fullmatch(r"   (\w+)", line):
             names.setdefault(module, []).append(entry[1])
     return names
@@ -28,7 +28,7 @@ def documented():
 
 @pytest.mark.parametrize("name", MODULES)
 def test_the_api_has_every_public_name(name):
-    if name.rpartition(".")[2] in ("dask", "sklearn", "torch"):
+    if name in ("numbanorm.dask", "numbanorm.sklearn", "numbanorm.torch"):
         pytest.importorskip(name.rpartition(".")[2])
     public = set(importlib.import_module(name).__all__)
     # Modules have a heading of their own.
