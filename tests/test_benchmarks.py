@@ -517,6 +517,11 @@ class TestDashboard:
         with pytest.raises(SystemExit, match="run it in a clone"):
             dashboard.check_clone()
 
+    def test_without_playwright(self, dashboard, monkeypatch, tmp_path):
+        monkeypatch.setitem(sys.modules, "playwright.sync_api", None)
+        with pytest.raises(SystemExit, match="playwright is not installed: pip install"):
+            dashboard.look("http://127.0.0.1/", dashboard.BENCHMARK, tmp_path, None)
+
     def test_without_a_network(self, dashboard, monkeypatch, tmp_path):
         (tmp_path / "html").mkdir()
         page = tmp_path / "html" / "index.html"
