@@ -31,6 +31,7 @@ from numbanorm.torch.layers import (
 )
 from numbanorm.torch.norm import Norm
 from numbanorm.torch.rows import LayerNorm, LayerNorm2d, RMSNorm
+from numbanorm.torch.summary import summary
 from numbanorm.torch.switchable import SwitchableNorm1d, SwitchableNorm2d, SwitchableNorm3d
 
 __all__ = [
@@ -52,6 +53,7 @@ __all__ = [
     "convert",
     "convert_switchable",
     "revert",
+    "summary",
 ]
 
 # Pickles and reprs name what is public by this module.

@@ -120,6 +120,10 @@ class NormLayer(nn.Module):
         """Return what is normalised and how, or None for a shape that is PyTorch's to judge."""
         raise NotImplementedError
 
+    def _examples(self) -> list[tuple[int, ...]]:
+        """Return shapes of small x."""
+        raise NotImplementedError
+
     def _note(self, inputs: Inputs, method: Method, statistics: Tensor | Saved) -> None:
         """Take note of the statistics of a forward."""
 

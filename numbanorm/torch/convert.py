@@ -6,19 +6,10 @@ from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from numbanorm.core import checks
-from numbanorm.torch import layers, rows, switchable
+from numbanorm.torch import layers, switchable
+from numbanorm.torch.foreign import ORIGINS, OURS, Classes, Finder, is_norm
 from numbanorm.torch.memory import outputs
 
-_OURS: dict[type, type] = {
-    getattr(nn, ours.__name__): ours
-    for ours in (
-        layers.BatchNorm1d, layers.BatchNorm2d, layers.BatchNorm3d, layers.SyncBatchNorm,
-        layers.InstanceNorm1d, layers.InstanceNorm2d, layers.InstanceNorm3d,
-        layers.GroupNorm, rows.LayerNorm, rows.RMSNorm,
-    )
-}  # fmt: skip
-# The way back goes by the class, so that a layer has nothing that it did not have.
-_ORIGINS = {ours: theirs for theirs, ours in _OURS.items()}
 _SWITCHABLE: dict[type, type] = {
     batch: ours
     for theirs, converted, ours in (
@@ -30,13 +21,19 @@ _SWITCHABLE: dict[type, type] = {
 }
 
 
-def convert(module: nn.Module) -> nn.Module:
+def convert(module: nn.Module, *, classes: Classes | None = None) -> nn.Module:
     """Let numbanorm do the normalising of a model, in place.
 
     Layers become those of this module and stay the same objects: parameters, buffers, hooks and
-    mode are untouched, and so is an optimiser. Layers of exactly PyTorch's classes are meant; a
-    subclass, which may have a forward of its own, is left alone. Lazy ones follow once they know
-    their size.
+    mode are untouched, and so is an optimiser. :func:`summary` says what became of each layer,
+    :func:`revert` undoes it.
+
+    Taken are layers of exactly PyTorch's classes, and of subclasses that add nothing; those of
+    timm, torchvision, diffusers and Hugging Face's transformers; and what ``classes`` maps. All but
+    the first are tried before, as copies on small random inputs, without their hooks: what does not
+    give the same in both modes, gradients and all, is left. A class that carries an activation or
+    dropout of its own keeps it, as a second step. A subclass of PyTorch's with a forward of its own
+    is left. Lazy ones follow once they know their size.
 
     Outputs of a MiB and more are written where earlier ones of their size were that nobody has any
     more. So some memory is kept, no more than was in use at one time, until all layers are gone.
@@ -45,6 +42,9 @@ def convert(module: nn.Module) -> nn.Module:
     ----------
     module : torch.nn.Module
         A model, or a single layer.
+    classes : mapping of class to callable, optional
+        What else to take: for a class of modules, a function that makes a layer of this module for
+        one of them. It has its parameters by their name, or by their shape.
 
     Returns
     -------
@@ -54,7 +54,7 @@ def convert(module: nn.Module) -> nn.Module:
     Raises
     ------
     TypeError
-        If ``module`` is no module.
+        If ``module`` is no module, or if ``classes`` does not fit.
 
     Examples
     --------
@@ -63,11 +63,14 @@ def convert(module: nn.Module) -> nn.Module:
     >>> type(numbanorm.torch.convert(torch.nn.Sequential(torch.nn.LayerNorm(4)))[0])
     <class 'numbanorm.torch.LayerNorm'>
     """
-    for layer in _modules(module):
-        if type(layer) in _OURS:
-            layer.__class__ = _OURS[type(layer)]
-        elif isinstance(layer, LazyModuleMixin) and layer.cls_to_become in _OURS:
-            layer.cls_to_become = _OURS[layer.cls_to_become]
+    finder = Finder(classes)
+    for layer in modules_of(module):
+        if isinstance(layer, LazyModuleMixin) and layer.cls_to_become in OURS:
+            layer.cls_to_become = OURS[layer.cls_to_become]
+        elif finder.may_take(layer):
+            found = finder.find(layer)
+            if not isinstance(found, str):
+                layer.__class__ = found
     return module
 
 
@@ -101,17 +104,17 @@ def revert(module: nn.Module) -> nn.Module:
     >>> type(numbanorm.torch.revert(model)[0])
     <class 'torch.nn.modules.normalization.LayerNorm'>
     """
-    for layer in _modules(module):
+    for layer in modules_of(module):
         # A lazy layer is told in itself what to become, and remembers that.
-        if vars(layer).get("cls_to_become") in _ORIGINS:
+        if vars(layer).get("cls_to_become") in ORIGINS:
             del layer.cls_to_become
-        if type(layer) in _ORIGINS:
-            layer.__class__ = _ORIGINS[type(layer)]
+        if type(layer) in ORIGINS:
+            layer.__class__ = ORIGINS[type(layer)]
             outputs.not_used_by(layer)
     return module
 
 
-def _modules(module: nn.Module) -> list[nn.Module]:
+def modules_of(module: nn.Module) -> list[nn.Module]:
     """Return a module and all that are in it."""
     if not isinstance(module, nn.Module):
         raise TypeError(f"module: a torch.nn.Module is needed, got {type(module).__name__}")
@@ -143,7 +146,8 @@ def convert_switchable(
     Raises
     ------
     TypeError, ValueError
-        If ``over`` and ``num_groups`` do not fit, or if a lazy BatchNorm has no size yet.
+        If ``over`` and ``num_groups`` do not fit, if a lazy BatchNorm has no size yet, or if there
+        is no BatchNorm layer.
 
     Examples
     --------
@@ -153,12 +157,19 @@ def convert_switchable(
     {'mean': {'ln': 0.5, 'bn': 0.5}, 'var': {'ln': 0.5, 'bn': 0.5}}
     """
     names = None if over is None else checks.check_over(over, num_groups)
-    layers = _modules(module)
+    layers = modules_of(module)
     for layer in layers:
         if getattr(layer, "cls_to_become", None) in _SWITCHABLE:
             raise ValueError(f"module: {layer} has no size yet; run the model once before")
         if type(layer) in _SWITCHABLE:
             switchable.check_groups(layer.num_features, num_groups)
+    possible = *_SWITCHABLE, *_SWITCHABLE.values()
+    if not any(type(layer) in possible for layer in layers):
+        others = {type(layer).__name__ for layer in layers if is_norm(layer)}
+        raise ValueError(
+            "module: a BatchNorm layer of PyTorch's or numbanorm's own class is needed, got "
+            + (f"only {', '.join(sorted(others))}" if others else "no norm layer")
+        )
     for layer in layers:
         if type(layer) in _SWITCHABLE:
             layer.__class__ = _SWITCHABLE[type(layer)]

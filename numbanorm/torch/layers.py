@@ -49,6 +49,10 @@ class _BatchNorm(_ChannelNorm):
             ("bn",), self.eps, process_group=group
         )
 
+    def _examples(self) -> list[tuple[int, ...]]:
+        ranks = [rank for rank in (2, 3, 4, 5) if rank in self._ranks]
+        return [(3, self.num_features, 2, 3, 2)[:rank] for rank in ranks]
+
     def _note(self, inputs: Inputs, method: Method, statistics: Tensor | Saved) -> None:
         if self.training and self.track_running_stats and self.tracks:
             self._track(statistics)
@@ -176,6 +180,10 @@ class _InstanceNorm(_ChannelNorm):
         method = Method(("in" if use_batch_stats else "bn",), self.eps)
         return self._inputs(x, mask, use_batch_stats), method
 
+    def _examples(self) -> list[tuple[int, ...]]:
+        shape = 2, self.num_features, 3, 2, 2
+        return [shape[1:][: self._ranks[0]], shape[: self._ranks[1]]]
+
     def _use_batch_stats(self) -> bool:
         return self.training or not self.track_running_stats
 
@@ -242,6 +250,9 @@ class _GroupNorm(AffineLayer):
         if not self._have_shape(x.shape[1:2]):
             return None
         return self._inputs(x, mask), Method(("gn",), self.eps, self.num_groups)
+
+    def _examples(self) -> list[tuple[int, ...]]:
+        return [(3, self.num_channels, 4), (2, self.num_channels, 3, 2)]
 
 
 class GroupNorm(_GroupNorm, nn.GroupNorm):

@@ -185,6 +185,23 @@ class Norm(TrackingLayer):
         inputs = Inputs(x, self.weight, self.bias, running_mean=mean, running_var=var, mask=mask)
         return inputs, method
 
+    def _examples(self) -> list[tuple[int, ...]]:
+        shapes = []
+        for n_axes in range(1, 6):
+            sizes = [self.groups * n for n in (3, 4, 2, 5, 3)[:n_axes]]
+            known = (*self.axes, *(self.feature_axes or ()), self.group_axis)
+            if not all(-n_axes <= axis < n_axes for axis in known):
+                continue
+            axes = normalize_axes(self.axes, n_axes)
+            features = normalize_axes(AllBut(axes), n_axes) if 0 in axes else axes
+            if self.feature_axes is not None:
+                features = normalize_axes(self.feature_axes, n_axes)
+            if self.shape is None or len(self.shape) == len(features):
+                for axis, n in zip(features, self.shape or (), strict=False):
+                    sizes[axis] = n
+                shapes.append(tuple(sizes))
+        return shapes
+
     def _check_sizes(self, x: Tensor, axes: Axes, tensor: Tensor, name: str) -> None:
         sizes = tuple(x.shape[axis] for axis in axes)
         if sizes != tensor.shape:

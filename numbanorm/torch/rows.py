@@ -25,6 +25,9 @@ class _RowNorm(AffineLayer):
             return None
         return self._inputs(x, mask), Method.of_rows(n_axes, self._eps(x), self._center)
 
+    def _examples(self) -> list[tuple[int, ...]]:
+        return [(*outer, *self.normalized_shape) for outer in ((3,), (2, 3), (2, 2, 3))]
+
     def _eps(self, x: Tensor) -> float:
         return self.eps
 
@@ -87,13 +90,16 @@ class _ChannelsFirst(_RowNorm):
         method = Method(BY_AXES, self._eps(x), axes=(1,), feature_axes=(1,), center=self._center)
         return self._inputs(x, mask), method
 
+    def _examples(self) -> list[tuple[int, ...]]:
+        return [(2, *self.normalized_shape, 3, 2)]
+
 
 class _LayerNorm2d(_ChannelsFirst, _LayerNorm):
     """LayerNorm's."""
 
 
-class _RMSNorm2d(_ChannelsFirst, _RMSNorm):
-    """RMSNorm's."""
+class RMSNorm2d(_ChannelsFirst, _RMSNorm):
+    """RMSNorm's, for layers of other libraries: PyTorch has none."""
 
 
 class LayerNorm2d(_LayerNorm2d, nn.LayerNorm):

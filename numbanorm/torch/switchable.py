@@ -144,6 +144,12 @@ class _SwitchableNorm(TrackingLayer):
         )
         return inputs, method
 
+    def _examples(self) -> list[tuple[int, ...]]:
+        shapes = [[3, 2, 3, 2][: rank - 1] for rank in self._ranks]
+        for shape in shapes:
+            shape.insert(self.axis % (len(shape) + 1), self.num_features)
+        return [tuple(shape) for shape in shapes]
+
     def _note(self, inputs: Inputs, method: Method, statistics: Tensor | Saved) -> None:
         if self.training and self.tracks and inputs.x.numel():
             if isinstance(statistics, Tensor):
