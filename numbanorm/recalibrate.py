@@ -144,7 +144,13 @@ def recalibrate(
         raise ValueError("layers: at least one layer with running statistics is needed, got none")
     for layer in tracking:
         if not getattr(layer, "tracks", False):
-            raise TypeError(f"layers: a layer with running statistics is needed, got {layer!r}")
+            needed = "a layer with running statistics is needed"
+            classes = () if hasattr(layer, "begin_pooling") else type(layer).__mro__
+            if any(cls.__module__.startswith("torch.nn") for cls in classes):
+                needed += (
+                    "; numbanorm.torch.convert(model) makes them of PyTorch's and has to be first"
+                )
+            raise TypeError(f"layers: {needed}, got {layer!r}")
     pools = [Pool() for _ in tracking]
     before = [layer.begin_pooling(pool) for layer, pool in zip(tracking, pools, strict=True)]
     try:

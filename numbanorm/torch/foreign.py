@@ -189,12 +189,12 @@ class Finder:
     def find(self, layer: nn.Module) -> type | str:
         """Return the class that a layer should get, or why it is left."""
         cls = type(layer)
+        if "forward" in vars(layer):
+            return "its forward was replaced"
         if cls in OURS and cls not in self.classes:
             return OURS[cls]
         if isinstance(layer, LazyModuleMixin):
             return "it is lazy, and has no size yet"
-        if "forward" in vars(layer):
-            return "its forward was replaced"
         if parametrize.is_parametrized(layer):
             return "it is parametrized; convert it before"
         if any(t.is_meta for t in (*layer.parameters(), *layer.buffers())):
