@@ -222,6 +222,17 @@ def test_a_class_that_agrees_is_taken(make, classes, x):
     assert (type(layer), list(vars(layer))) == (cls, has)
 
 
+def test_the_trial_does_not_depend_on_the_defaults():
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.bfloat16)
+        with torch.device("meta"), torch.no_grad():
+            layers = [ours.convert(cls(4).to_empty(device="cpu")) for cls in (LlamaRMSNorm, Gemma)]
+    finally:
+        torch.set_default_dtype(before)
+    assert [is_ours(layer) for layer in layers] == [True, False]
+
+
 def shared_layer_norm(old):
     layer = ours.LayerNorm(5, eps=1e-3)
     layer.weight, layer.bias = old.gamma, old.beta
