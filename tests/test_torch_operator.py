@@ -224,6 +224,13 @@ def transforms(layer):
     yield from_func.vmap(layer, in_dims=1, out_dims=1)(stack.transpose(0, 1))
     in_dims = (0, *[None] * len(parameters))
     yield from_func.vmap(from_func.grad(loss, everything), in_dims)(stack, *parameters)
+    all_mapped = tuple(torch.stack([p, p + 1, p - 1]) for p in parameters)
+    yield from_func.vmap(call, (None, *[0] * len(parameters)))(x, *all_mapped) if parameters else ()
+    y, vjp = from_func.vjp(call, x, *parameters)
+    yield from_func.vmap(vjp)(torch.stack([y**2, y + 1, y]))
+    yield from_func.vmap(from_func.vmap(vjp))(torch.stack([torch.stack([y**2, y]), stack]))
+    yield from_func.jacrev(lambda x: layer(x)[0, 0])(x)
+    yield from_func.functionalize(from_func.grad(loss))(x, *parameters)
     yield from_func.jvp(layer, (x,), (x**2,))
     yield from_func.jacrev(curve)(t)
     yield from_func.jacfwd(curve)(t)
@@ -264,6 +271,35 @@ def test_forward_mode_within_forward_mode(make, shape):
     step = 1e-5
     expected = (derivative(x + step * second) - derivative(x - step * second)) / (2 * step)
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: ours.SwitchableNorm2d(4, track_running_stats=False),
+        lambda: ours.SwitchableNorm2d(4).eval(),
+        lambda: ours.Norm((0, 2, 3), shape=4),
+        lambda: ours.Norm((1, 2), shape=(4, 5), groups=2, feature_axes=(1, 2)),
+        lambda: ours.LayerNorm2d(4),
+    ],
+)
+def test_maps_of_layers_that_pytorch_has_not(make):
+    layer, x = filled(make()), tensor(3, 2, 4, 5, 6)
+    found = from_func.vmap(layer)(x)
+    torch.testing.assert_close(found, torch.stack([layer(each) for each in x]))
+    _, vjp = from_func.vjp(layer, x[0])
+    dys = tensor(3, 2, 4, 5, 6, seed=1)
+    expected = torch.stack([vjp(dy)[0] for dy in dys])
+    torch.testing.assert_close(from_func.vmap(vjp)(dys)[0], expected)
+
+
+def test_a_map_of_gradients_is_one_call(monkeypatch):
+    seen, backward = [], ops.backward
+    monkeypatch.setattr(ops, "backward", lambda dx, *rest: seen.append(dx) or backward(dx, *rest))
+    for make in PAIRS.values():
+        y, vjp = from_func.vjp(filled(make(ours)), tensor(4, 6, 5, 5))
+        from_func.vmap(vjp)(torch.stack([y] * 7))
+    assert [dx.shape for dx in seen] == [(7, 4, 6, 5, 5)] * len(PAIRS)
 
 
 def test_gradient_penalty():

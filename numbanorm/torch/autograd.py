@@ -12,10 +12,11 @@ from torch import Tensor
 
 from numbanorm.core.layouts import Saved
 from numbanorm.torch import ops, private
-from numbanorm.torch.definition import definition, fill, wide_dtype
+from numbanorm.torch.definition import gradient_function
 from numbanorm.torch.memory import gradient_like, outputs
-from numbanorm.torch.method import N_GRADIENTS, N_INPUTS, Inputs, Method, method_of, tracked_part
+from numbanorm.torch.method import N_GRADIENTS, N_INPUTS, Inputs, Method, method_of
 from numbanorm.torch.ops import backward_arguments
+from numbanorm.torch.vmap import map_backward, map_forward
 from numbanorm.tuning import tuning
 
 
@@ -72,20 +73,7 @@ def _differentiate_backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None
     """Differentiate the gradients of the definition."""
     dy, *tensors, statistics = ctx.saved_tensors
     inputs, method = Inputs(*tensors), ctx.method
-    if method.process_group:  # the definition knows the samples of this process alone
-        raise NotImplementedError("SyncBatchNorm over several processes has no second derivative")
-    if not ctx.use_batch_stats:
-        mean, _, var, _ = tracked_part(statistics, inputs.x, method).to(wide_dtype(inputs.x))
-        inputs = inputs._replace(running_mean=mean, running_var=var)
-    filled = fill(inputs, method)
-
-    def y(*tensors: Tensor) -> Tensor:
-        return definition(Inputs(*tensors, *filled[N_GRADIENTS:]), method)[0]
-
-    def gradient(dy: Tensor, *tensors: Tensor) -> Any:
-        return torch.func.vjp(y, *tensors)[1](dy)
-
-    primals = filled[:N_GRADIENTS]
+    gradient, primals = gradient_function(inputs, statistics, ctx.use_batch_stats, method)
     # Backward has no bias, but its gradient.
     has_gradient = [*ctx.given[:2], ctx.has_bias, *ctx.given[3:]]
     cotangents = (
@@ -97,27 +85,22 @@ def _differentiate_backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None
 
 
 def _differentiable(
-    op: Any, save: Callable[..., None], differentiate: Callable[..., tuple[Tensor | None, ...]]
+    op: Any,
+    save: Callable[..., None],
+    differentiate: Callable[..., tuple[Tensor | None, ...]],
+    map_rule: Callable[..., Any],
 ) -> Callable[..., Any]:
     """Register how to differentiate an operator and how to map it; return what calls it."""
     op.register_autograd(differentiate, setup_context=save)
 
-    def one_by_one(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
-        def take(i: int) -> Iterable[Any]:
-            for arg, dim in zip(args, in_dims, strict=True):
-                yield arg.select(dim, i) if isinstance(dim, int) else arg
-
-        results = [op(*take(i)) for i in range(info.batch_size)]
-        return tuple(map(torch.stack, zip(*results, strict=True))), (0,) * len(results[0])
-
-    torch.library.register_vmap(op, one_by_one)
+    torch.library.register_vmap(op, map_rule)
 
     # torch.func differentiates such functions, but not operators.
     class Function(torch.autograd.Function):
-        generate_vmap_rule = True
         forward = staticmethod(lambda *args: op(*args))
         setup_context = staticmethod(save)
         backward = staticmethod(differentiate)
+        vmap = staticmethod(map_rule)
 
     def call(*args: Any) -> Any:
         in_transform = private.may_be_transformed() and torch.is_grad_enabled()
@@ -126,8 +109,18 @@ def _differentiable(
     return call
 
 
-_normalize_backward = _differentiable(ops.backward_op, _save_backward, _differentiate_backward)
-_normalize_forward = _differentiable(ops.normalize_op, _save_forward, _differentiate_forward)
+_normalize_backward: Callable[..., Any] = _differentiable(
+    ops.backward_op,
+    _save_backward,
+    _differentiate_backward,
+    lambda *args: map_backward(_normalize_forward, _normalize_backward, *args),
+)
+_normalize_forward: Callable[..., Any] = _differentiable(
+    ops.normalize_op,
+    _save_forward,
+    _differentiate_forward,
+    lambda *args: map_forward(_normalize_forward, *args),
+)
 
 
 # -- Without the dispatcher ----------------------------------------------------------------------
@@ -164,13 +157,6 @@ def normalize(layer: object, inputs: Inputs, method: Method) -> tuple[Tensor, Te
     """Return a layer's y and the statistics: what was saved where nothing else needs a tensor."""
     if type(method.eps) is not float:  # PyTorch takes a tensor
         method = method._replace(eps=float(method.eps))
-    if private.has_tangent(inputs.floats()):
-        # Forward mode within forward mode is wrong in PyTorch's own layers.
-        if method.process_group:
-            raise NotImplementedError(
-                "SyncBatchNorm over several processes has no forward-mode derivative"
-            )
-        return definition(inputs, method)
     x = inputs.x
     if method.process_group or not private.is_eager(x):
         y, statistics = _normalize_forward(*inputs, *method.arguments())

@@ -23,10 +23,12 @@ def can_take(x: Tensor, *others: Tensor | None) -> bool:
 
     It takes plain tensors with data of their own: dense, on the CPU, of a type of float, which is
     one for all; with x of 16 bits all others may be of float32. What is to run elsewhere is
-    PyTorch's.
+    PyTorch's, and what torch.func maps.
     """
     dtype = x.dtype
-    if dtype not in DTYPES or not dtype.is_floating_point or private.is_exported() or x.is_nested:
+    if dtype not in DTYPES or not dtype.is_floating_point or x.is_nested:
+        return False
+    if private.is_exported() or private.is_mapped():
         return False
     dtype_of_others = dtype
     if dtype in HALVES:
@@ -152,8 +154,11 @@ class NormLayer(nn.Module):
                 f"residual: the shape of x, {tuple(input.shape)}, is needed, "
                 f"got {tuple(residual.shape)}"
             )
-        by_numbanorm = can_take(input, *self._tensors())
-        if not by_numbanorm and counts is None and self._has_other:
+        tensors = self._tensors()
+        # Forward mode within forward mode is wrong in PyTorch's own layers: the definition is not.
+        has_tangent = private.has_tangent((input, residual, *tensors))
+        by_numbanorm = not has_tangent and can_take(input, *tensors)
+        if not (by_numbanorm or has_tangent) and counts is None and self._has_other:
             return self._finish(self._elsewhere(input), residual)
         planned = self._plan(input, counts)
         if planned is None:

@@ -1,15 +1,24 @@
 """The definition: what the operator does, in PyTorch's own operators.
 
-For other devices and types, for forward-mode derivatives of SwitchableNorm and for second
-derivatives.
+For other devices and types, for forward-mode derivatives and for second ones.
 """
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from numbanorm.torch.method import Inputs, Method, feature_shape, split_shape, tracked
+from numbanorm.torch.method import (
+    N_GRADIENTS,
+    Inputs,
+    Method,
+    feature_shape,
+    split_shape,
+    tracked,
+    tracked_part,
+)
 
 
 def fill(inputs: Inputs, method: Method) -> Inputs:
@@ -42,6 +51,11 @@ def finish(y: Tensor, residual: Tensor | None, activation: str, slope: float) ->
 
 def definition(inputs: Inputs, method: Method) -> tuple[Tensor, Tensor]:
     """Return y and the packed statistics, for any device and type."""
+    if method.process_group:  # the samples of other processes are not known here
+        raise NotImplementedError(
+            "SyncBatchNorm over several processes has neither forward-mode nor second derivatives, "
+            "is not mapped, and needs plain tensors on the CPU"
+        )
     inputs = fill(inputs, method)._replace(residual=inputs.residual)
     x, weight, bias, mean_weight, var_weight, residual, *running, mask = inputs
     running_mean, running_var = running
@@ -100,3 +114,21 @@ def definition(inputs: Inputs, method: Method) -> tuple[Tensor, Tensor]:
         y = y + lost
     y = finish(y.reshape(x.shape), residual, method.activation, method.slope)
     return y.to(x.dtype), torch.cat(packed, 1)
+
+
+def gradient_function(
+    inputs: Inputs, statistics: Tensor, use_batch_stats: bool, method: Method
+) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """Return a function of dy and the tensors that have gradients, and these tensors."""
+    if not use_batch_stats:
+        mean, _, var, _ = tracked_part(statistics, inputs.x, method).to(wide_dtype(inputs.x))
+        inputs = inputs._replace(running_mean=mean, running_var=var)
+    filled = fill(inputs, method)
+
+    def y(*tensors: Tensor) -> Tensor:
+        return definition(Inputs(*tensors, *filled[N_GRADIENTS:]), method)[0]
+
+    def gradients(dy: Tensor, *tensors: Tensor) -> Any:
+        return torch.func.vjp(y, *tensors)[1](dy)
+
+    return gradients, filled[:N_GRADIENTS]
