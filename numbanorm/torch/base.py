@@ -100,6 +100,8 @@ class NormLayer(nn.Module):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the layer; for :mod:`torch.fx` it is one node, as layers of PyTorch are."""
+        # The older ONNX exporter gives what is for keywords by position, as None.
+        args = args[:1] if all(arg is None for arg in args[1:]) else args
         proxy = args[0] if args else kwargs.get("input")
         if not isinstance(proxy, torch.fx.Proxy):
             return super().__call__(*args, **kwargs)

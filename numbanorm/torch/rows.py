@@ -154,4 +154,5 @@ class LayerNorm2d(_LayerNorm2d, nn.LayerNorm):
     def _elsewhere(self, x: Tensor) -> Tensor:
         if x.dim() != 4:
             raise ValueError(f"x: (N, C, H, W) is needed, got shape {tuple(x.shape)}")
-        return super()._elsewhere(x.movedim(1, -1)).movedim(-1, 1)
+        # The older ONNX exporter makes nonsense of movedim(-1, 1).
+        return super()._elsewhere(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)

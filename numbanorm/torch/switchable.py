@@ -109,12 +109,13 @@ class _SwitchableNorm(TrackingLayer):
             ranks = " or ".join(map(str, self._ranks))
             raise ValueError(f"expected {ranks} axes, got shape {tuple(input.shape)}")
         # A view has an owner more, its base, so that dx would never be written over dy.
-        if self.axis in (1, 1 - input.dim()):
+        axis = self.axis % input.dim()
+        if axis == 1:
             return super().forward(input, mask=mask, residual=residual)
-        counts = None if mask is None else check_mask(mask, input).movedim(self.axis, 1)
-        added = None if residual is None else residual.movedim(self.axis, 1)
-        y = super().forward(input.movedim(self.axis, 1), mask=counts, residual=added)
-        return y.movedim(1, self.axis)
+        counts = None if mask is None else check_mask(mask, input).movedim(axis, 1)
+        added = None if residual is None else residual.movedim(axis, 1)
+        y = super().forward(input.movedim(axis, 1), mask=counts, residual=added)
+        return y.movedim(1, axis)
 
     def _tensors(self) -> tuple[Tensor | None, ...]:
         logits = self.mean_weight, self.var_weight

@@ -1,7 +1,8 @@
-"""What torch.func.vmap makes of the operators: one call, with the mapped axis as one more of x.
+"""What torch.func.vmap makes of the operators, as in :func:`torch.func.jacrev`: one call.
 
-Statistics are then those of axes. Parameters, and their gradients for each sample of the map, are
-left to PyTorch. What cannot be one call is the definition, mapped.
+The mapped axis is one more of x, and statistics are those of axes. The parameters' gradients for
+each part of the map are left to PyTorch. What cannot be one call is the definition, mapped. A layer
+inside a map is PyTorch's own: see :func:`numbanorm.torch.private.is_mapped`.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from numbanorm.torch.definition import definition, gradient_function
-from numbanorm.torch.method import BY_AXES, N_INPUTS, Inputs, Method, method_of
+from numbanorm.torch.method import BY_AXES, N_GRADIENTS, N_INPUTS, Inputs, Method, method_of
 from numbanorm.torch.ops import backward_arguments
 
 _RUNNING = Inputs._fields.index("running_mean")
@@ -23,15 +24,10 @@ def map_forward(normalize: Any, info: Any, in_dims: Sequence[Any], *args: Any) -
     mapped = Inputs(*_in_front(inputs, in_dims, size))
     is_given = inputs.running_mean is not None
     folded = _fold(mapped, method, is_given, in_dims[_RUNNING])
-    if folded is None:
+    if folded is None or inputs.weight is not None or inputs.bias is not None:
         return _map(lambda *tensors: definition(Inputs(*tensors), method), mapped), (0, 0)
     plain = Inputs(mapped.x, running_mean=inputs.running_mean, running_var=inputs.running_var)
     y, statistics = normalize(*plain, *folded.arguments())
-    grid, _ = _axes_of_features(mapped.x, folded)
-    if mapped.weight is not None:
-        y = y * mapped.weight.reshape(grid)
-    if mapped.bias is not None:
-        y = y + mapped.bias.reshape(grid)
     if is_given:
         return (y, statistics), (0, None)
     return (y, statistics.reshape(4, size, -1)), (0, 1)
@@ -50,7 +46,8 @@ def map_backward(
     mapped, nothing = Inputs(*tensors), dy.new_empty(0)
     folded = _fold(mapped, method, not use_batch_stats, in_dims[N_INPUTS + 1])
     if folded is None:
-        given = True, inputs.weight is not None, has_bias, *[t is not None for t in inputs[3:5]]
+        given = [t is not None for t in inputs[:N_GRADIENTS]]
+        given[2] = has_bias
 
         def gradients(dy: Tensor, statistics: Tensor, *tensors: Any) -> tuple[Tensor, ...]:
             gradient, primals = gradient_function(
@@ -59,7 +56,7 @@ def map_backward(
             pairs = zip(gradient(dy, *primals), given, strict=True)
             return tuple(found if is_given else nothing for found, is_given in pairs)
 
-        return _map(gradients, (dy, each, *mapped)), (0,) * 5
+        return _map(gradients, (dy, each, *mapped)), (0,) * N_GRADIENTS
     plain, arguments = Inputs(mapped.x), folded.arguments()
     if use_batch_stats:
         statistics = each.transpose(0, 1).reshape(4, -1)
@@ -76,7 +73,7 @@ def map_backward(
         dweight = dweight.sum(others) if others else dweight
         dy = dy * mapped.weight.reshape(grid)
     dx, *_ = differentiate(dy, *Inputs(mapped.x), statistics, False, use_batch_stats, *arguments)
-    results = dx, dweight, dbias, nothing, nothing
+    results = dx, dweight, dbias, *[nothing] * (N_GRADIENTS - 3)
     return results, tuple(None if result is nothing else 0 for result in results)
 
 
@@ -100,7 +97,8 @@ def _fold(inputs: Inputs, method: Method, is_given: bool, dim: object) -> Method
     ``is_given`` says whether statistics are, and ``dim`` whether they are mapped.
     """
     is_other = inputs.mean_weight is not None or method.sample_variance or method.process_group
-    if is_other or inputs.mask is not None or (is_given and (method.axes or dim is not None)):
+    fused = method.activation or inputs.residual is not None
+    if is_other or fused or inputs.mask is not None or (is_given and (method.axes or dim is not None)):
         return None
     if method.axes:
         axes, features, (group_axis,) = (
