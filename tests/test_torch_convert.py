@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import warnings
 
 import pytest
 
@@ -117,6 +118,7 @@ class MyRMSNorm(nn.Module):
 class MyLayerNorm(nn.Module):
     def __init__(self, n):
         super().__init__()
+        self.normalized_shape = n
         self.beta = nn.Parameter(torch.rand(n))
         self.gamma = nn.Parameter(torch.rand(n))
 
@@ -237,6 +239,28 @@ def shared_layer_norm(old):
     layer = ours.LayerNorm(5, eps=1e-3)
     layer.weight, layer.bias = old.gamma, old.beta
     return layer
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
+def test_compile():
+    torch._dynamo.reset()
+    model = nn.Sequential(MyRMSNorm(5), LlamaRMSNorm(5), MyLayerNorm(5), nn.LayerNorm(5))
+    ours.convert(model, classes={**RMS, MyLayerNorm: shared_layer_norm})
+    assert all(map(is_ours, model))
+    compiled = torch.compile(copy.deepcopy(model), fullgraph=True, backend="aot_eager")
+    same_steps(compiled, model, torch.rand(3, 5))
+
+
+def test_torch_fx_and_trace():
+    model = ours.convert(nn.Sequential(MyRMSNorm(5), LlamaRMSNorm(5)), classes=RMS)
+    x = torch.rand(3, 5)
+    nodes = torch.fx.symbolic_trace(model).graph.nodes
+    assert [n.target for n in nodes if n.op == "call_module"] == ["0", "1"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        traced = torch.jit.trace(model, (x,))
+    assert "numbanorm::" not in str(traced.graph) + str(traced.inlined_graph)
+    torch.testing.assert_close(traced(2 * x), model(2 * x))
 
 
 def test_arguments_have_the_names_of_before():

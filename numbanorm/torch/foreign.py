@@ -264,8 +264,6 @@ def _plain(layer: nn.Module) -> Iterable[tuple[type, Names]]:
         if "weight" not in parameters:
             return
         names = *names, ("normalized_shape", Path("weight.shape"))
-    elif type(layer.normalized_shape) is not tuple:
-        return
     missing: Names = tuple((n, None) for n in ("weight", "bias") if not hasattr(layer, n))
     if "bias" not in parameters:
         yield rows.RMSNorm, (*names, *missing)

@@ -15,18 +15,23 @@ from numbanorm.torch.method import BY_AXES, Inputs, Method
 class _RowNorm(AffineLayer):
     """Over trailing axes, with a weight for each element."""
 
-    normalized_shape: tuple[int, ...]
+    normalized_shape: Any
     _center: ClassVar[bool] = True
 
     def _plan(self, x: Tensor, mask: Tensor | None) -> tuple[Inputs, Method] | None:
-        n_axes = len(self.normalized_shape)
+        n_axes = len(self._row_shape())
         shape = x.shape[x.dim() - n_axes :]
-        if shape != self.normalized_shape or not self._have_shape(shape) or x.numel() == 0:
+        if shape != self._row_shape() or not self._have_shape(shape) or x.numel() == 0:
             return None
         return self._inputs(x, mask), Method.of_rows(n_axes, self._eps(x), self._center)
 
     def _examples(self) -> list[tuple[int, ...]]:
-        return [(*outer, *self.normalized_shape) for outer in ((3,), (2, 3), (2, 2, 3))]
+        return [(*outer, *self._row_shape()) for outer in ((3,), (2, 3), (2, 2, 3))]
+
+    def _row_shape(self) -> tuple[int, ...]:
+        # Of other libraries it may be a number, or a list.
+        shape = self.normalized_shape
+        return (shape,) if isinstance(shape, int) else tuple(shape)
 
     def _eps(self, x: Tensor) -> float:
         return self.eps
@@ -83,7 +88,7 @@ class _ChannelsFirst(_RowNorm):
 
     def _plan(self, x: Tensor, mask: Tensor | None) -> tuple[Inputs, Method] | None:
         shape = x.shape[1:2]
-        if x.dim() != 4 or shape != self.normalized_shape or not self._have_shape(shape):
+        if x.dim() != 4 or shape != self._row_shape() or not self._have_shape(shape):
             return None
         if x.numel() == 0:
             return None
@@ -91,7 +96,7 @@ class _ChannelsFirst(_RowNorm):
         return self._inputs(x, mask), method
 
     def _examples(self) -> list[tuple[int, ...]]:
-        return [(2, *self.normalized_shape, 3, 2)]
+        return [(2, *self._row_shape(), 3, 2)]
 
 
 class _LayerNorm2d(_ChannelsFirst, _LayerNorm):
