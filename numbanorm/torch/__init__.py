@@ -11,6 +11,7 @@ Kernels run on PyTorch's threads where it brings GNU OpenMP with it; Numba's thr
 as it is.
 
 Other devices and types, forward-mode and second derivatives are left to PyTorch's own code.
+:func:`fuse` has norm, addition and activation done in one pass.
 """
 
 from pathlib import Path
@@ -19,6 +20,7 @@ import torch
 
 from numbanorm.numba_ext import threads
 from numbanorm.torch.convert import convert, convert_switchable, revert
+from numbanorm.torch.fuse import fuse
 from numbanorm.torch.layers import (
     BatchNorm1d,
     BatchNorm2d,
@@ -52,6 +54,7 @@ __all__ = [
     "SyncBatchNorm",
     "convert",
     "convert_switchable",
+    "fuse",
     "revert",
     "summary",
 ]

@@ -74,6 +74,8 @@ class NormLayer(nn.Module):
 
     # What follows in the same pass, see numbanorm.Norm.
     _activation: ActivationLike = None
+    # Whether a residual may have another shape, as in a model that was fused.
+    _any_residual: bool = False
     # Whether there is such a class; if not, the definition does what numbanorm cannot.
     _has_other: ClassVar[bool] = True
     # The modules in it that a converted layer runs afterwards, as dropout and activation of timm's.
@@ -152,6 +154,8 @@ class NormLayer(nn.Module):
         """
         counts = None if mask is None else check_mask(mask, input)
         if residual is not None and residual.shape != input.shape:
+            if self._any_residual:
+                return self._apart(input, residual)
             raise ValueError(
                 f"residual: the shape of x, {tuple(input.shape)}, is needed, "
                 f"got {tuple(residual.shape)}"
@@ -191,6 +195,15 @@ class NormLayer(nn.Module):
         for name in self._then:
             y = getattr(self, name)(y)
         return y
+
+    def _apart(self, x: Tensor, residual: Tensor) -> Tensor:
+        """Return y step by step."""
+        activation, self._activation = self._activation, None
+        try:
+            y = self.forward(x)
+        finally:
+            self._activation = activation
+        return self._finish(y, residual)
 
     def _finish(self, y: Tensor, residual: Tensor | None) -> Tensor:
         """Add a residual and apply the activation, step by step."""

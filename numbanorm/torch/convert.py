@@ -7,6 +7,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 
 from numbanorm.core import checks
 from numbanorm.torch import layers, switchable
+from numbanorm.torch.base import NormLayer
 from numbanorm.torch.foreign import ORIGINS, OURS, Classes, Finder, is_norm
 from numbanorm.torch.memory import outputs
 
@@ -95,6 +96,8 @@ def revert(module: nn.Module) -> nn.Module:
     ------
     TypeError
         If ``module`` is no module.
+    ValueError
+        If a layer has an activation, which PyTorch's class would not apply.
 
     Examples
     --------
@@ -104,6 +107,12 @@ def revert(module: nn.Module) -> nn.Module:
     >>> type(numbanorm.torch.revert(model)[0])
     <class 'torch.nn.modules.normalization.LayerNorm'>
     """
+    for name, layer in module.named_modules() if isinstance(module, nn.Module) else ():
+        if isinstance(layer, NormLayer) and layer.activation is not None:
+            raise ValueError(
+                f"module: {name or 'the layer'} has activation={layer.activation!r}, which "
+                "PyTorch's class would not apply; take the model as it was before fuse()"
+            )
     for layer in modules_of(module):
         # A lazy layer is told in itself what to become, and remembers that.
         if vars(layer).get("cls_to_become") in ORIGINS:

@@ -62,7 +62,8 @@ class FrozenBatchNorm2d(NormLayer):
         if x.dim() != 4 or not self._have_shape(x.shape[1:2]) or x.numel() == 0:
             return None
         running = self.running_mean, self.running_var
-        inputs = Inputs(x, self.weight, self.bias, None, None, *running, mask=mask)
+        mean, var = running
+        inputs = Inputs(x, self.weight, self.bias, running_mean=mean, running_var=var, mask=mask)
         return inputs, Method(("bn",), self.eps)
 
     def _examples(self) -> list[tuple[int, ...]]:
@@ -246,7 +247,10 @@ class Finder:
         return [(ours, ()) for ours in (OURS[base], *CHANNELS_FIRST.get(base, ()))]
 
 
-CHANNELS_FIRST = {nn.LayerNorm: [rows.LayerNorm2d], nn.RMSNorm: [rows.RMSNorm2d]}
+CHANNELS_FIRST: dict[type, list[type]] = {
+    nn.LayerNorm: [rows.LayerNorm2d],
+    nn.RMSNorm: [rows.RMSNorm2d],
+}
 
 
 def _plain(layer: nn.Module) -> Iterable[tuple[type, Names]]:

@@ -21,7 +21,7 @@ def summary(module: nn.Module) -> str:
     Returns
     -------
     str
-        A line for each layer: its name, its class, yes or no, and why not.
+        A line for each layer: its name, its class, yes or no, its activation, and why not.
 
     Raises
     ------
@@ -34,18 +34,21 @@ def summary(module: nn.Module) -> str:
     >>> import numbanorm.torch
     >>> model = numbanorm.torch.convert(torch.nn.Sequential(torch.nn.LayerNorm(4)))
     >>> print(numbanorm.torch.summary(model))
-    layer  class                      numbanorm  why not
+    layer  class                      numbanorm  activation  why not
     0      numbanorm.torch.LayerNorm  yes
     numbanorm runs 1 of 1 norm layers
     """
-    finder, rows = Finder(), [("layer", "class", "numbanorm", "why not")]
+    finder, rows = Finder(), [("layer", "class", "numbanorm", "activation", "why not")]
     modules_of(module)
     for name, layer in module.named_modules():
         if is_norm(layer):
             reason = _why_not(layer, finder)
             cls = type(layer)
             shown = f"{cls.__module__}.{cls.__qualname__}"
-            rows.append((name or "(itself)", shown, "no" if reason else "yes", reason))
+            follows = getattr(layer, "activation", None) if isinstance(layer, NormLayer) else None
+            activation = "" if follows is None else str(follows)
+            runs = "no" if reason else "yes"
+            rows.append((name or "(itself)", shown, runs, activation, reason))
     n = sum(row[2] == "yes" for row in rows)
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)

@@ -97,8 +97,13 @@ def _fold(inputs: Inputs, method: Method, is_given: bool, dim: object) -> Method
     ``is_given`` says whether statistics are, and ``dim`` whether they are mapped.
     """
     is_other = inputs.mean_weight is not None or method.sample_variance or method.process_group
-    fused = method.activation or inputs.residual is not None
-    if is_other or fused or inputs.mask is not None or (is_given and (method.axes or dim is not None)):
+    is_fused = method.activation or inputs.residual is not None
+    if (
+        is_other
+        or is_fused
+        or inputs.mask is not None
+        or (is_given and (method.axes or dim is not None))
+    ):
         return None
     if method.axes:
         axes, features, (group_axis,) = (
