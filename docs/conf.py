@@ -80,6 +80,12 @@ def without_last_line(app, name, source):
     source[0] = re.sub(r"\n\n( *```\n)", r"\n\1", source[0])
 
 
+def without_requests(app, what, name, *others):
+    """Leave out what scikit-learn makes of the arguments of ``fit``: it refers to its own site."""
+    return True if re.fullmatch(r"set_\w+_request", name) else None
+
+
 def setup(app):
-    """Register it."""
+    """Register them."""
     app.connect("source-read", without_last_line)
+    app.connect("autodoc-skip-member", without_requests)
