@@ -42,7 +42,8 @@ def sum_gradients(layers: Iterable[Any], comm: Any) -> None:
     if processes is None:
         _gradients(layers)
         return
-    exchange = Exchange(processes)
+    # What is told first is whether all have the same, which may be much.
+    exchange = Exchange(processes, (0,))
     exchange.needed = "layers: equal names and shapes of gradients"
     with exchange.turn(ROWS):
         named = _gradients(layers)

@@ -165,6 +165,10 @@ def check_exchanges():
             sent.append(values.size)
             return super().Allgather(values, gathered)
 
+        def allgather(self, value):
+            sent.append(value)
+            return super().allgather(value)
+
     comm = Counted(world())
     layer, sizes = nn.BatchNorm2d(5, comm=comm), []
     for n, side in ((4, 3), (1, 7), (0, 2)):
@@ -177,12 +181,15 @@ def check_exchanges():
         sizes.append(tuple(sent))
     assert len(set(sizes)) == 1
     assert max(sizes[0]) <= 4 * 5 + 3
-    # What is not known beforehand is agreed on once.
+    # It is one where nothing is known beforehand, and where sizes change there is one more, once.
     layer = nn.Norm((0,), affine=False, comm=comm)
-    for count in 2, 1:
+    for channels, count in (4, 1), (4, 1), (5, 2), (5, 1):
         del sent[:]
-        layer(normal(3, 4))
+        layer(normal(3, channels))
         assert len(sent) == count
+    del sent[:]
+    nn.moments(normal(3, 4), 0, comm=comm)
+    assert len(sent) == 1
     del sent[:]
     nn.BatchNorm1d(4).eval()(normal(3, 4))
     nn.BatchNorm1d(4, comm=comm).eval()(normal(3, 4))
@@ -304,6 +311,7 @@ def fails(kind, text, function, *args, **keywords):
 
 def check_errors():
     comm = world()
+    fails(TypeError, "comm: an intra", nn.BatchNorm1d, 3, comm=type(comm)())  # COMM_NULL
     for bad in range(N):
         here = comm.rank == bad
         x = normal(3, 4, 5)

@@ -8,7 +8,7 @@ wrong and with the sizes of the kept axes, so that what is wrong in one process 
 import zlib
 from abc import ABC, abstractmethod
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 
@@ -24,8 +24,6 @@ class Processes(ABC):
     """The processes that share something, one of which is this one."""
 
     comm: Any = None
-    # What stands for them in a pickle.
-    name: str | None = None
 
     @abstractmethod
     def gather(self, values: Float64) -> Float64:
@@ -40,17 +38,32 @@ class Processes(ABC):
     def count(self) -> int:
         """How many there are."""
 
+    @property
+    def name(self) -> str | None:
+        """What stands for them in a pickle, or None."""
+        return None
+
+
+class Report(NamedTuple):
+    """What a process tells of its error."""
+
+    is_type: bool
+    text: str
+
 
 class Communicator(Processes):
     """The processes of an mpi4py communicator."""
 
     def __init__(self, comm: Any) -> None:
+        self.comm = comm
+
+    @property
+    def name(self) -> str | None:
+        """What stands for them in a pickle: the name of those that every program has, or None."""
         from mpi4py import MPI
 
-        self.comm = comm
-        # Those that every program has.
         names = ("COMM_WORLD", "COMM_SELF")
-        self.name = next((name for name in names if getattr(MPI, name) == comm), None)
+        return next((name for name in names if getattr(MPI, name) == self.comm), None)
 
     @property
     def count(self) -> int:
@@ -115,8 +128,9 @@ class Exchange:
         """Tell the others of an error that they wait with."""
         rows, self._rows = self._rows, 0
         if rows and isinstance(error, Exception):
-            everyone = self._gather(rows, None, 0, None)
-            self._reports(everyone, error)
+            if self.shape is not None:
+                self._gather(rows, None, 0, None)
+            self.processes.gather_objects(Report(isinstance(error, TypeError), str(error)))
 
     def gather(self, rows: Float64, shape: tuple[Any, ...], size: int) -> tuple[Float64, Float64]:
         """Return each process's ``size`` (n,), and its rows (n, rows, groups).
@@ -131,10 +145,15 @@ class Exchange:
             How many elements a group has in this process.
         """
         self._rows = 0
+        if self.shape is None:  # nobody knows how long the others' are
+            told = self.processes.gather_objects((shape, size, rows))
+            self._compare([one if isinstance(one, Report) else one[0] for one in told])
+            self.shape = shape
+            return np.array([one[1] for one in told]), np.stack([one[2] for one in told])
         everyone = self._gather(len(rows), shape, size, rows)
         failed, sizes, digests = everyone[:, :HEADER].T
         if failed.any() or (digests != digests[0]).any():
-            raise self._reports(everyone, shape)
+            self._compare(self.processes.gather_objects(shape))
         if shape == self.shape:
             gathered = everyone[:, HEADER:].reshape(-1, *rows.shape)
         else:
@@ -143,25 +162,23 @@ class Exchange:
 
     def _gather(self, n_rows: int, shape: tuple[Any, ...] | None, size: int, rows: Any) -> Float64:
         """Send a header, and rows where all know how long they are."""
-        n_groups = 0 if self.shape is None else int(np.prod(self.shape))
+        assert self.shape is not None
+        n_groups = int(np.prod(self.shape))
         sent = np.zeros(HEADER + n_rows * n_groups)
         sent[:HEADER] = shape is None, size, zlib.crc32(repr(shape).encode())
         if shape is not None and shape == self.shape:
             sent[HEADER:] = rows.ravel()
         return self.processes.gather(sent)
 
-    def _reports(self, everyone: Float64, own: tuple[Any, ...] | Exception) -> Exception:
-        """Return the error of all, once each has told its own or what sizes it has."""
-        found = self.processes.gather_objects(
-            (isinstance(own, TypeError), str(own)) if isinstance(own, Exception) else own
-        )
-        for rank in np.flatnonzero(everyone[:, 0]):
-            is_type, text = found[rank]
-            return (TypeError if is_type else ValueError)(f"in process {rank}, {text}")
-        return ValueError(
-            f"{self.needed} are needed in all processes, got "
-            + ", ".join(f"{shape} in process {rank}" for rank, shape in enumerate(found))
-        )
+    def _compare(self, told: list[Any]) -> None:
+        """Raise the error that a process reports, or if the shapes of all are not the same."""
+        for rank, one in enumerate(told):
+            if isinstance(one, Report):
+                error = TypeError if one.is_type else ValueError
+                raise error(f"in process {rank}, {one.text}")
+        if len(set(told)) > 1:
+            shapes = ", ".join(f"{shape} in process {rank}" for rank, shape in enumerate(told))
+            raise ValueError(f"{self.needed} are needed in all processes, got {shapes}")
 
     def __deepcopy__(self, memo: object) -> "Exchange":
         """Return one of the same processes: they cannot be copied."""
@@ -187,11 +204,11 @@ def check_comm(comm: Any) -> Communicator | None:
     """Return the processes of an mpi4py communicator, or None."""
     if comm is None:
         return None
-    needed = "comm: an intracommunicator of mpi4py, such as MPI.COMM_WORLD, or None is needed"
-    try:
-        from mpi4py import MPI
-    except ImportError as error:
-        raise TypeError(f"{needed}; mpi4py is not installed ({error})") from None
-    if not isinstance(comm, MPI.Intracomm) or comm == MPI.COMM_NULL:
-        raise TypeError(f"{needed}, got {comm!r}")
+    # What does the same will do as well; a null communicator is False.
+    methods = [getattr(comm, name, None) for name in ("Get_size", "Allgather", "allgather")]
+    if not all(map(callable, methods)) or not comm or getattr(comm, "is_inter", False):
+        raise TypeError(
+            "comm: an intracommunicator of mpi4py, such as MPI.COMM_WORLD, or None is needed, "
+            f"got {comm!r}"
+        )
     return Communicator(comm)
