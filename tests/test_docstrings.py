@@ -25,7 +25,9 @@ def public(module):
         for base in (b for b in bases if b is found or b.__name__ not in module.__all__):
             for method, value in vars(base).items():
                 function = getattr(value, "__func__", value)
-                if not method.startswith("_") and inspect.isfunction(function):
+                # Those that scikit-learn gives a class of ours are its own.
+                ours = str(getattr(function, "__module__", "")).startswith("numbanorm")
+                if not method.startswith("_") and inspect.isfunction(function) and ours:
                     yield f"{name}.{method}", function
 
 
