@@ -1,5 +1,7 @@
 """Statistics of Dask arrays: each chunk in one pass, merged as a tree by the current scheduler."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Iterable
 from typing import Any

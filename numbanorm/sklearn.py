@@ -1,5 +1,7 @@
 """A transformer for scikit-learn on the library's statistics."""
 
+from __future__ import annotations
+
 from typing import Self
 
 import numpy as np

@@ -53,6 +53,13 @@ def check(name, found):
     assert arguments <= set(re.findall(r"\w+", described)), "parameters are missing"
 
 
+def check_help(name, found):
+    shown = pydoc.plain(pydoc.render_doc(found))
+    assert name.rpartition(".")[2] in shown.split("\n")[2]
+    for long in "numpy._typing", "ndarray[":
+        assert long not in shown
+
+
 @names(numbanorm)
 def test_public(name, found):
     check(name, found)
@@ -81,6 +88,7 @@ def test_optional(optional):
     pytest.importorskip(optional)
     for name, found in public(importlib.import_module(f"numbanorm.{optional}")):
         check(name, found)
+        check_help(name, found)
 
 
 def test_torch():
@@ -109,7 +117,4 @@ def test_help_is_readable():
     assert "forward(self, x: ArrayLike, *, mask: ArrayLike | None = None" in shown
     for module in numbanorm, numbanorm.functional, numbanorm.jit:
         for name, found in public(module):
-            signature = pydoc.plain(pydoc.render_doc(found)).split("\n")[2]
-            assert name.rpartition(".")[2] in signature
-            assert "numpy._typing" not in signature
-            assert "ndarray[" not in signature
+            check_help(name, found)
