@@ -68,8 +68,8 @@ class Method(NamedTuple):
     @classmethod
     def of_rows(cls, n_axes: int, eps: float, center: bool = True) -> Self:
         """Return that of LayerNorm and RMSNorm over so many trailing axes."""
-        axes = tuple(range(-n_axes, 0))
-        return cls(BY_AXES, eps, axes=axes, feature_axes=axes, center=center)
+        axes = (-1,) if n_axes == 1 else tuple(range(-n_axes, 0))
+        return cls(BY_AXES, eps, 1, axes, axes, 1, center)
 
     def arguments(self) -> tuple[Any, ...]:
         """Return what the operators take for it."""

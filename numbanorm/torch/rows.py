@@ -19,11 +19,11 @@ class _RowNorm(AffineLayer):
     _center: ClassVar[bool] = True
 
     def _plan(self, x: Tensor, mask: Tensor | None) -> tuple[Inputs, Method] | None:
-        n_axes = len(self._row_shape())
-        shape = x.shape[x.dim() - n_axes :]
-        if shape != self._row_shape() or not self._have_shape(shape) or x.numel() == 0:
+        wanted = self._row_shape()
+        shape = x.shape[x.dim() - len(wanted) :]
+        if shape != wanted or not self._have_shape(shape) or x.numel() == 0:
             return None
-        return self._inputs(x, mask), Method.of_rows(n_axes, self._eps(x), self._center)
+        return self._inputs(x, mask), Method.of_rows(len(wanted), self._eps(x), self._center)
 
     def _examples(self) -> list[tuple[int, ...]]:
         return [(*outer, *self._row_shape()) for outer in ((3,), (2, 3), (2, 2, 3))]
