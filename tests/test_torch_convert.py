@@ -320,7 +320,7 @@ def test_summary():
     ours.convert(model)[1].to(torch.float8_e5m2)
     model[3].to("meta")
     table = [line.split(maxsplit=3) for line in ours.summary(model).splitlines()]
-    assert table[0] == ["layer", "class", "numbanorm", "why not"]
+    assert table[0] == ["layer", "class", "numbanorm", "activation  why not"]
     assert table[1] == ["0", "numbanorm.torch.BatchNorm2d", "yes"]
     assert table[2][2:] == ["no", "its tensors are float8_e5m2 on cpu"]
     assert table[3][2:] == ["no", "its tensors are float32 on meta"]
