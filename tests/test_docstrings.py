@@ -22,7 +22,8 @@ def public(module):
         yield name, found
         # Methods also of bases that are not public.
         bases = found.__mro__[:-1] if inspect.isclass(found) else ()
-        for base in (b for b in bases if b is found or b.__name__ not in module.__all__):
+        own = (b for b in bases if b.__module__.startswith("numbanorm"))
+        for base in (b for b in own if b is found or b.__name__ not in module.__all__):
             for method, value in vars(base).items():
                 function = getattr(value, "__func__", value)
                 # Those that scikit-learn gives a class of ours are its own.
