@@ -138,7 +138,7 @@ FORWARD = [
     ("x of int64", lambda m: m(np.ones(X.shape, np.int64)), ["x", "int64", "float32"]),
     ("x of int8", lambda m: m(np.ones(X.shape, np.int8)), ["x", "int8"]),
     ("x of bool", lambda m: m(X > 0), ["x", "bool"]),
-    ("x of float16", lambda m: m(X.astype(np.float16)), ["x", "float16"]),
+    ("x of longdouble", lambda m: m(X.astype(np.longdouble)), ["x", "float128"]),
     ("x complex", lambda m: m(X.astype(np.complex64)), ["x", "complex64"]),
     ("x complex of double precision", lambda m: m(X.astype(np.complex128)), ["x", "complex128"]),
     ("x of objects", lambda m: m(X.astype(object)), ["x", "object"]),
@@ -174,7 +174,7 @@ BACKWARD = [
     ("dy a scalar", lambda m: m.backward(1.0), ["dy", "()"]),
     ("dy flat", lambda m: m.backward(DY.ravel()), ["dy", "(60,)"]),
     ("dy of ints", lambda m: m.backward(np.ones(DY.shape, np.int64)), ["dy", "int64"]),
-    ("dy of float16", lambda m: m.backward(DY.astype(np.float16)), ["dy", "float16"]),
+    ("dy of longdouble", lambda m: m.backward(DY.astype(np.longdouble)), ["dy", "float128"]),
     ("dy of objects", lambda m: m.backward(DY.astype(object)), ["dy", "object"]),
     ("dy None", lambda m: m.backward(None), ["dy"]),
     ("out of another shape", lambda m: m.backward(DY, out=np.empty((4, 3, 4), F32)), ["out"]),
@@ -492,10 +492,7 @@ def test_saved_that_is_something_else(name):
 
 
 @table([
-    ("ints", lambda: nn.moments(np.arange(5)), ["x", "int64", "float32"]),
-    ("a list of ints", lambda: nn.moments([1, 2, 3]), ["x", "int64"]),
-    ("bools", lambda: nn.moments(X > 0), ["x", "bool"]),
-    ("float16", lambda: nn.moments(X.astype(np.float16)), ["x", "float16"]),
+    ("complex", lambda: nn.moments(X.astype(complex)), ["x", "complex128"]),
     ("objects", lambda: nn.moments(X.astype(object)), ["x", "object"]),
     ("axes out of range", lambda: nn.moments(X, 3), ["axes", "3"]),
     ("axes out of range below", lambda: nn.moments(X, (0, -4)), ["axes", "-4"]),

@@ -10,7 +10,7 @@ from cases import assert_close, by_id, normal
 
 import numbanorm.functional as F
 
-TAIL = {"mask": None, "out": None}
+TAIL = {"mask": None, "activation": None, "residual": None, "out": None}
 SIGNATURES = {
     "batch_norm": (
         {"x": ..., "running_mean": ..., "running_var": ..., "weight": None, "bias": None,
@@ -55,8 +55,9 @@ def test_signature(name, suffix):
 @pytest.mark.parametrize("name", SIGNATURES)
 def test_signature_of_backward(name):
     parameters = inspect.signature(getattr(F, f"{name}_backward")).parameters
-    assert list(parameters) == ["dy", "saved", "out"]
-    assert parameters["out"].kind is inspect.Parameter.KEYWORD_ONLY
+    assert list(parameters) == ["dy", "saved", "out", "out_residual"]
+    for name in ("out", "out_residual"):
+        assert parameters[name].kind is inspect.Parameter.KEYWORD_ONLY
 
 
 @dataclass
