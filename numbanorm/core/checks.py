@@ -92,9 +92,9 @@ def like_x(value: ArrayLike | None, name: str, x: Array) -> Array | None:
     return array
 
 
-def others(*arrays: Array | None) -> Iterable[Array]:
-    """Return those that are not None."""
-    return (array for array in arrays if array is not None)
+def others(array: Array | None) -> tuple[Array, ...]:
+    """Return an array alone, or nothing for None."""
+    return () if array is None else (array,)
 
 
 def empty_array(like: Array) -> Array:

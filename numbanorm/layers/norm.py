@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
 from numbanorm import methods
+from numbanorm.core import extremes
 from numbanorm.core.checks import (
     ActivationLike,
     bool_mask,
@@ -25,11 +26,10 @@ from numbanorm.core.checks import (
     output_array,
 )
 from numbanorm.core.exchange import BACKWARD_ROWS, FORWARD_ROWS, Exchange, check_comm
-from numbanorm.core.extremes import normalize
 from numbanorm.core.geometry import AllBut, Geometry, axis_tuple
 from numbanorm.core.layouts import Saved
 from numbanorm.core.memory import arrays
-from numbanorm.core.normalize import backward
+from numbanorm.core.normalize import backward, normalize
 from numbanorm.core.running import is_finite, share_samples, track
 from numbanorm.core.types import Array, Float64
 from numbanorm.kernels.activations import Activation
@@ -293,9 +293,11 @@ class Norm(State, OverAxes):
             new = self._new_parameters(shape.param_shape)
         parameters = {**self._parameters, **new}
         running = self._running_or_new(shape.running_shape) if self.track_stats else None
-        counts, added = bool_mask(mask, array.shape), like_x(residual, "residual", array)
+        counts = None if mask is None else bool_mask(mask, array.shape)
+        added = None if residual is None else like_x(residual, "residual", array)
         y, in_place = output_array(out, array, *others(added), empty=self._empty)
-        saved = normalize(
+        # Values of float32 are small enough, and a small layer takes no longer than their check.
+        saved = (extremes.normalize if array.dtype == np.float64 else normalize)(
             array,
             y,
             shape,
@@ -320,7 +322,7 @@ class Norm(State, OverAxes):
             self._geometries[array.shape] = shape
         if self.training and running is not None:
             self._track(running, saved)
-        self._saved = saved
+        self.__dict__["_saved"] = saved  # what users set is checked, which takes longer
         return y
 
     def _empty(self, like: Array) -> Array:
@@ -373,7 +375,7 @@ class Norm(State, OverAxes):
             for name, gradient in zip(names, gradients, strict=True):
                 if name in self._gradients and gradient is not None:
                     self._gradients[name] += gradient.astype(self.dtype)
-        self._saved = None
+        self.__dict__["_saved"] = None
         return dx if dresidual is None else (dx, dresidual)
 
     # -- Parameters and running statistics ------------------------------------------------------
@@ -397,9 +399,8 @@ class Norm(State, OverAxes):
         if self._n_missed is None:
             self._n_missed = np.zeros(mean.size, np.int64)
         counts = self._buffers["num_batches_tracked"], self._n_missed
-        self.num_batches_skipped += track(
-            saved, mean, var, self.momentum, self.skip_nonfinite, *counts
-        )
+        if track(saved, mean, var, self.momentum, self.skip_nonfinite, *counts):
+            self.num_batches_skipped += 1
 
     # -- What recalibrate asks of a layer -------------------------------------------------------
 
