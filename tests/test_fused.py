@@ -260,8 +260,8 @@ def test_functions_are_within_two_units_of_the_last_place(name, dtype):
     wide = x.astype(np.longdouble)
     with np.errstate(all="ignore"):
         if name == "erf":
-            # That of SciPy is in float64, and within a unit there.
-            expected = special.erf(x.astype(np.float64)).astype(np.longdouble)
+            # That of C is in float64, and within a unit there; SciPy's is not.
+            expected = np.array([math.erf(value) for value in x.tolist()], np.longdouble)
         else:
             expected = getattr(np, name)(wide)
         rounded = expected.astype(dtype)

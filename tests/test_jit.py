@@ -361,7 +361,7 @@ def test_wrong_statistics_and_groups_raise():
             rows(x, x, None, np.ones(6), np.ones(5))
         with pytest.raises(ValueError, match=r"rstd: shape \(5,\) is needed"):
             rows(x, x, None, np.ones(5), np.ones(6))
-        with pytest.raises(ValueError, match="cannot be split into 4 groups"):
+        with pytest.raises(ValueError, match="num_groups: a divisor of the 6 channels"):
             groups(x, x, 4, None, stats, stats)
         with pytest.raises(ValueError, match="num_groups: a positive int"):
             groups(x, x, 0, None, stats, stats)

@@ -140,7 +140,7 @@ def test_forward_and_name_alone_are_new(name):
     changed = {key for key in dir(base) if getattr(mine, key) is not getattr(base, key)}
     changed = {key for key in changed if not key.startswith("__")}
     # A class method is made anew when it is looked up.
-    assert changed - {"convert_sync_batchnorm"} == {"forward", "_get_name"}
+    assert changed - {"convert_sync_batchnorm"} == {"forward", "_get_name", "extra_repr"}
 
 
 # -- Memory --------------------------------------------------------------------------------------
@@ -269,17 +269,6 @@ def test_retained_graph_and_partial_gradients():
 
 
 # -- What goes to PyTorch ------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("make", LAYERS_2D.values(), ids=LAYERS_2D)
-def test_16_bit_goes_to_pytorch(make, dtype):
-    layer, reference = make(ours).to(dtype), make(theirs).to(dtype)
-    x = tensor(3, 4, 5, 6, dtype=dtype)
-    assert torch.equal(layer(x), reference(x))
-    # Mixed types, as autocast makes them.
-    if not isinstance(layer, theirs.RMSNorm):
-        assert torch.equal(make(ours)(x), make(theirs)(x))
 
 
 def test_autocast():
@@ -547,8 +536,8 @@ def test_recalibrate_leaves_layers_alone_after_an_error():
     layer = ours.BatchNorm2d(4)
     before = copy.deepcopy(layer.state_dict())
     with pytest.raises(TypeError, match="recalibrate"):
-        numbanorm.recalibrate(layer, [torch.rand(3, 4, 5, 5), torch.rand(3, 4, 5, 5).bfloat16()],
-                              [layer])  # fmt: skip
+        other = torch.rand(3, 4, 5, 5).to(torch.complex64)
+        numbanorm.recalibrate(layer, [torch.rand(3, 4, 5, 5), other], [layer])
     for name, value in layer.state_dict().items():
         assert torch.equal(value, before[name])
     with pytest.raises(TypeError, match="running statistics"):

@@ -124,6 +124,7 @@ def test_channels_last_and_strides_of_the_fake():
             None,
             None,
             None,
+            None,
             "gn",
             1e-5,
             2,
@@ -133,6 +134,8 @@ def test_channels_last_and_strides_of_the_fake():
             True,
             False,
             "",
+            "",
+            0.0,
         )
         torch.library.opcheck(NORMALIZE, args, test_utils=("test_faketensor",))
 
@@ -332,7 +335,6 @@ def test_threads_are_those_of_pytorch(n, torch_threads, monkeypatch):
     def watch(kernel, *args):
         def watched(threads, *args):
             if threads != _launch.SERIAL:
-                assert threads[2] == numba.get_num_threads()
                 seen.append(threads[2])
             kernel(threads, *args)
 

@@ -158,7 +158,7 @@ class NormLayer(nn.Module):
         counts = None if mask is None else check_mask(mask, input)
         if residual is not None and residual.shape != input.shape:
             if self._any_residual:
-                return self._apart(input, residual)
+                return self._apart(input, mask, residual)
             raise ValueError(
                 f"residual: the shape of x, {tuple(input.shape)}, is needed, "
                 f"got {tuple(residual.shape)}"
@@ -199,11 +199,11 @@ class NormLayer(nn.Module):
             y = getattr(self, name)(y)
         return y
 
-    def _apart(self, x: Tensor, residual: Tensor) -> Tensor:
+    def _apart(self, x: Tensor, mask: Tensor | None, residual: Tensor) -> Tensor:
         """Return y step by step."""
         activation, self._activation = self._activation, None
         try:
-            y = self.forward(x)
+            y = self.forward(x, mask=mask)
         finally:
             self._activation = activation
         return self._finish(y, residual)

@@ -74,9 +74,10 @@ def fuse(module: nn.Module) -> nn.Module:
     --------
     >>> import torch
     >>> import numbanorm.torch
-    >>> numbanorm.torch.fuse(torch.nn.Sequential(torch.nn.LayerNorm(4), torch.nn.ReLU()))
+    >>> model = torch.nn.Sequential(torch.nn.GroupNorm(1, 4), torch.nn.ReLU())
+    >>> numbanorm.torch.fuse(model)
     Sequential(
-      (0): numbanorm.LayerNorm((4,), eps=1e-05, elementwise_affine=True, activation='relu')
+      (0): numbanorm.GroupNorm(1, 4, eps=1e-05, affine=True, activation='relu')
       (1): Identity()
     )
     """
