@@ -1,16 +1,18 @@
-"""Train a small residual network in PyTorch before and after `numbanorm.torch.convert`.
+"""Train a small residual network in PyTorch before and after `numbanorm.torch.fuse`.
 
-    python torch_cnn.py [--epochs 6] [--batch-size 64] [--width 16] [--size 32] [--seed 0]
+    python torch_cnn.py [--autocast] [--epochs 6] [--batch-size 64] [--width 16] [--size 32]
     python torch_cnn.py --benchmark
 
-The data are the 1,797 digits that come with scikit-learn, scaled up; a quarter of them is held
-out. Both networks start from the same weights and see the same batches. They take turns, step by
-step, together with a third one that has no norm layers: what a step takes longer than there is
-the time of normalisation.
+`fuse` puts numbanorm's layers into a model and has norm, addition and activation done in one pass
+over memory. The data are the 1,797 digits that come with scikit-learn, scaled up; a quarter of them
+is held out. Both networks start from the same weights, see the same batches and take turns, step by
+step. With --autocast, both train in bfloat16, the weights staying float32.
 
 With --benchmark, the network is four blocks of Conv3x3, norm and ReLU, 32 to 128 channels, on
 random images of 32x3x32x32: BatchNorm of PyTorch and of numbanorm, and SwitchableNorm written
-plainly in PyTorch, as its authors write it, and of numbanorm.
+plainly in PyTorch, as its authors write it, and of numbanorm. Then a residual connection is added
+to each block, and the whole fused, in float32 and bfloat16. A network without what is measured
+takes turns with them: what a step takes longer than there is the time of it.
 """
 
 import argparse
@@ -31,6 +33,7 @@ import numbanorm.torch
 
 # Distinct to colour-blind readers too (Okabe and Ito).
 COLOURS = {"torch.nn": "#e69f00", "numbanorm.torch": "#0072b2"}
+DTYPES = ("float32", "bfloat16")  # of --benchmark
 
 
 class Residual(nn.Module):
@@ -70,10 +73,11 @@ def residual_network(width):
     )
 
 
-def plain_network(channels=(32, 64, 96, 128)):
+def plain_network(channels=(32, 64, 96, 128), residual=False):
     layers = []
     for before, after in zip((3, *channels), channels, strict=False):
         layers += [nn.Conv2d(before, after, 3, padding=1), nn.BatchNorm2d(after), nn.ReLU()]
+        layers += [Residual(after, after, 1)] if residual else []
     return nn.Sequential(
         *layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels[-1], 10)
     )
@@ -115,21 +119,33 @@ class AuthorsSwitchableNorm2d(PlainSwitchableNorm2d):
         return means, [s - m**2 for s, m in zip(squares, means, strict=True)]
 
 
+def replace(module, kind, make):
+    """Put `make(child)` into the place of each child of a kind; return the module."""
+    for name, child in module.named_children():
+        if isinstance(child, kind):
+            setattr(module, name, make(child))
+        else:
+            replace(child, kind, make)
+    return module
+
+
 def replace_norms(module, make):
     """Put `make(channels)` into the place of each BatchNorm; return the module."""
-    for name, child in module.named_children():
-        if isinstance(child, nn.BatchNorm2d):
-            setattr(module, name, make(child.num_features))
-        else:
-            replace_norms(child, make)
-    return module
+    return replace(module, nn.BatchNorm2d, lambda norm: make(norm.num_features))
+
+
+def convolutions_alone(module):
+    """Leave out norms, activations and additions; return the module."""
+    replace(module, Residual, lambda block: block.body)
+    return replace(module, nn.BatchNorm2d | nn.ReLU, lambda _: nn.Identity())
 
 
 class Trainer:
     """A network and its optimiser; `losses` and `seconds` have one entry for each step."""
 
-    def __init__(self, model, rate):
+    def __init__(self, model, rate, autocast=False):
         self.model = model
+        self.autocast = torch.autocast("cpu", torch.bfloat16, enabled=autocast)
         self.optimiser = torch.optim.SGD(model.parameters(), rate, momentum=0.9)
         self.losses, self.seconds = [], []
 
@@ -139,7 +155,8 @@ class Trainer:
         if rate is not None:
             self.optimiser.param_groups[0]["lr"] = rate
         self.optimiser.zero_grad()
-        loss = F.cross_entropy(self.model(images), labels)
+        with self.autocast:
+            loss = F.cross_entropy(self.model(images), labels)
         loss.backward()
         self.optimiser.step()
         self.losses.append(loss.item())
@@ -149,21 +166,24 @@ class Trainer:
     def accuracy(self, images, labels):
         """Return the share of images that the network, in evaluation, is right about."""
         self.model.eval()
-        parts = [self.model(batch).argmax(1) for batch in images.split(256)]
+        with self.autocast:
+            parts = [self.model(batch).argmax(1) for batch in images.split(256)]
         return (torch.cat(parts) == labels).float().mean().item()
 
 
-def take_turns(trainers, *batch, rates=None):
+def take_turns(trainers, *batch, rate=None):
     """Let each network do one step; who is first changes, as what runs before has an effect."""
     names = list(trainers)
     first = len(trainers[names[0]].seconds) % len(names)
     for name in names[first:] + names[:first]:
-        trainers[name].step(*batch, None if rates is None else rates[name])
+        trainers[name].step(*batch, rate)
 
 
-def warm_up(model, images, labels):
-    """Let Numba compile what a step needs."""
-    Trainer(copy.deepcopy(model), 0.0).step(images, labels)
+def trainers_of(models, rate, autocast, *batch):
+    """Return a trainer for each network, after Numba has compiled what a step needs."""
+    for model in models.values():
+        Trainer(copy.deepcopy(model), 0.0, autocast).step(*batch)
+    return {name: Trainer(model, rate, autocast) for name, model in models.items()}
 
 
 def added(trainers, name, without):
@@ -191,18 +211,16 @@ def digits(size, seed):
 
 
 def train(args):
-    """Train both networks; return them with the one that has no norms, and a row for each."""
+    """Train both networks; return them, and a row for each."""
     images, labels, test_images, test_labels = digits(args.size, args.seed)
     torch.manual_seed(args.seed)
     model = residual_network(args.width)
     models = {
         "torch.nn": model,
-        "numbanorm.torch": numbanorm.torch.convert(copy.deepcopy(model)),
-        "without": replace_norms(copy.deepcopy(model), lambda channels: nn.Identity()),
+        "numbanorm.torch": numbanorm.torch.fuse(copy.deepcopy(model)),
     }
-    for network in models.values():
-        warm_up(network, images[: args.batch_size], labels[: args.batch_size])
-    trainers = {name: Trainer(network, 0.0) for name, network in models.items()}
+    first = images[: args.batch_size], labels[: args.batch_size]
+    trainers = trainers_of(models, 0.0, args.autocast, *first)
     batches = -(-len(images) // args.batch_size)
     steps = args.epochs * batches
     generator = np.random.default_rng(args.seed)
@@ -210,24 +228,25 @@ def train(args):
         for _ in range(args.epochs):
             for batch in np.array_split(generator.permutation(len(images)), batches):
                 rate = 0.02 * (1 - progress.n / steps)
-                # Without norms the network would not bear the rate; only its time is wanted.
-                rates = {"torch.nn": rate, "numbanorm.torch": rate, "without": 0.0}
-                take_turns(trainers, images[batch], labels[batch], rates=rates)
+                take_turns(trainers, images[batch], labels[batch], rate=rate)
                 progress.update()
     rows = {}
-    for name in COLOURS:
-        seconds, norm = median(trainers, name), added(trainers, name, "without")
-        accuracy = trainers[name].accuracy(test_images, test_labels)
-        loss = np.mean(trainers[name].losses[-batches:])
-        rows[name] = accuracy, loss, 1e3 * seconds, 1e3 * norm, norm / seconds
+    for name, trainer in trainers.items():
+        accuracy = trainer.accuracy(test_images, test_labels)
+        losses = np.reshape(trainer.losses, (args.epochs, batches)).mean(1)
+        rows[name] = accuracy, losses, 1e3 * median(trainers, name)
     return trainers, rows
 
 
 def table(rows):
-    lines = ["                     test    final   a step    of it in"]
-    lines += ["norm layers      accuracy     loss       ms    norms, ms    share"]
-    for name, row in rows.items():
-        lines.append("{:<16}{:>9.4f}{:>9.4f}{:>9.1f}{:>13.1f}{:>9.0%}".format(name, *row))
+    """Return accuracies and times as text, then the losses of the epochs side by side."""
+    lines = ["                     test   a step"]
+    lines += ["norm layers      accuracy       ms"]
+    for name, (accuracy, _, milliseconds) in rows.items():
+        lines.append(f"{name:<16}{accuracy:>9.4f}{milliseconds:>9.1f}")
+    lines += ["", "loss of epoch" + "".join(f"{name:>17}" for name in rows)]
+    for epoch, losses in enumerate(zip(*(row[1] for row in rows.values()), strict=True), 1):
+        lines.append(f"{epoch:>13}" + "".join(f"{loss:>17.5f}" for loss in losses))
     return "\n".join(lines)
 
 
@@ -241,13 +260,10 @@ def plot(trainers, rows, path):
         left.semilogy(steps, losses, style, color=COLOURS[name], linewidth=width, label=name)
     left.set(title="The same training", xlabel="step", ylabel="cross-entropy of the batch")
     left.legend(frameon=False)
-    names = list(rows)
-    total, norm = (np.array([row[k] for row in rows.values()]) for k in (2, 3))
-    right.barh(names, total - norm, color="#bbbbbb", label="all else")
-    right.barh(names, norm, left=total - norm, color=[COLOURS[n] for n in names])
-    for name, milliseconds, share in zip(names, total, norm / total, strict=True):
-        right.text(milliseconds, name, f" {share:.0%}", va="center")
-    right.set(title="A step, and the norm layers in it", xlabel="milliseconds")
+    for name, (_, _, milliseconds) in rows.items():
+        right.barh(name, milliseconds, color=COLOURS[name])
+        right.text(milliseconds, name, f" {milliseconds:.1f}", va="center")
+    right.set(title="A step", xlabel="milliseconds")
     right.margins(x=0.15)
     right.invert_yaxis()
     for axes in (left, right):
@@ -261,8 +277,8 @@ def plot(trainers, rows, path):
 def benchmark(args):
     """Print how long each network's step is; return the figures that matter."""
     torch.manual_seed(args.seed)
-    images, labels = torch.randn(32, 3, 32, 32), torch.randint(10, (32,))
-    model, ours = plain_network(), numbanorm.torch
+    batch = torch.randn(32, 3, 32, 32), torch.randint(10, (32,))
+    model, residual, ours = plain_network(), plain_network(residual=True), numbanorm.torch
     norms = {
         "BatchNorm": {"PyTorch": nn.BatchNorm2d, "numbanorm": ours.BatchNorm2d},
         "SwitchableNorm": {
@@ -271,28 +287,36 @@ def benchmark(args):
             "numbanorm": ours.SwitchableNorm2d,
         },
     }
+    groups = {
+        norm: {
+            name: replace_norms(copy.deepcopy(model), make)
+            for name, make in ({"without": lambda channels: nn.Identity()} | makers).items()
+        }
+        for norm, makers in norms.items()
+    }
+    for dtype in DTYPES:
+        groups[f"norm, add, ReLU in {dtype}"] = {
+            "without": convolutions_alone(copy.deepcopy(residual)),
+            "PyTorch": residual,
+            "numbanorm": ours.fuse(copy.deepcopy(residual)),
+        }
     print(f"{torch.get_num_threads()} threads, {args.steps} rounds, medians")
-    print(f"{'':<32}{'a step, ms':>12}{'added, ms':>12}")
+    print(f"{'':<44}{'a step, ms':>12}{'added, ms':>12}")
     results = {}
     # Not all at once: memory that a plain SwitchableNorm leaves behind spares others fresh pages.
-    for norm, makers in norms.items():
-        makers = {"no norm": lambda channels: nn.Identity()} | makers
-        trainers = {}
-        for name, make in makers.items():
-            network = replace_norms(copy.deepcopy(model), make)
-            warm_up(network, images, labels)
-            trainers[name] = Trainer(network, 0.01)
+    for group, models in groups.items():
+        trainers = trainers_of(copy.deepcopy(models), 0.01, group.endswith("bfloat16"), *batch)
         for _ in tqdm(range(args.steps), unit="round"):
-            take_turns(trainers, images, labels)
-        step = {name: median(trainers, name) for name in makers}
-        extra = {name: added(trainers, name, "no norm") for name in makers}
-        for name in makers:
-            print(f"{f'{norm}, {name}':<32}{1e3 * step[name]:>12.1f}{1e3 * extra[name]:>12.1f}")
-        mine, theirs = "numbanorm", list(makers)[1]
-        results[f"what {norm} adds, {mine} / {theirs}"] = extra[mine] / extra[theirs]
-        results[f"a step with {norm}, {mine} / {theirs}"] = step[mine] / step[theirs]
+            take_turns(trainers, *batch)
+        step = {name: median(trainers, name) for name in models}
+        extra = {name: added(trainers, name, "without") for name in models}
+        for name in models:
+            print(f"{f'{group}, {name}':<44}{1e3 * step[name]:>12.1f}{1e3 * extra[name]:>12.1f}")
+        mine, theirs = "numbanorm", list(models)[1]
+        results[f"what {group} adds, {mine} / {theirs}"] = extra[mine] / extra[theirs]
+        results[f"a step with {group}, {mine} / {theirs}"] = step[mine] / step[theirs]
         expected, found = (np.array(trainers[name].losses) for name in (theirs, mine))
-        results[f"losses, {norm}"] = (np.abs(found - expected) / expected).max()
+        results[f"losses, {group}"] = (np.abs(found - expected) / expected).max()
     for what, figure in results.items():
         print(f"{what}: {figure:.1e}" if what.startswith("losses") else f"{what}: {figure:.3f}")
     return results
@@ -308,6 +332,7 @@ def positive(text):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--benchmark", action="store_true", help="measure, on random images")
+    parser.add_argument("--autocast", action="store_true", help="train in bfloat16")
     parser.add_argument("--steps", type=positive, default=50, help="of --benchmark, default: 50")
     parser.add_argument("--epochs", type=positive, default=6, help="default: 6")
     parser.add_argument("--batch-size", type=positive, default=64, help="default: 64")

@@ -3,9 +3,9 @@
     python train_digits.py [--norm switchable] [--batch-size 32] [--epochs 15] [--seed 0]
 
 The data are the 1,797 digits of 8x8 pixels that come with scikit-learn; a quarter of them is
-held out. The network is three convolutions and a dense layer, written in NumPy in `nn.py`. Its
-norm layers stand between each convolution and its ReLU. Whatever the norm, training starts from
-the same weights and sees the same batches.
+held out. The network is three convolutions and a dense layer, written in NumPy in `nn.py`. Behind
+each convolution stands a norm layer that is followed by ReLU, which it does in the same passes over
+memory. Whatever the norm, training starts from the same weights and sees the same batches.
 """
 
 import argparse
@@ -27,11 +27,11 @@ import numbanorm
 # Each takes the shape of what the convolution before it makes of one sample.
 NORMS = {
     "none": None,
-    "batch": lambda c, h, w: numbanorm.BatchNorm2d(c),
-    "layer": lambda c, h, w: numbanorm.LayerNorm([c, h, w]),
-    "instance": lambda c, h, w: numbanorm.InstanceNorm2d(c, affine=True),
-    "group": lambda c, h, w: numbanorm.GroupNorm(4, c),
-    "switchable": lambda c, h, w: numbanorm.SwitchableNorm2d(c),
+    "batch": lambda c, h, w: numbanorm.BatchNorm2d(c, activation="relu"),
+    "layer": lambda c, h, w: numbanorm.LayerNorm([c, h, w], activation="relu"),
+    "instance": lambda c, h, w: numbanorm.InstanceNorm2d(c, affine=True, activation="relu"),
+    "group": lambda c, h, w: numbanorm.GroupNorm(4, c, activation="relu"),
+    "switchable": lambda c, h, w: numbanorm.SwitchableNorm2d(c, activation="relu"),
 }
 
 # Distinct to colour-blind readers too (Okabe and Ito); a statistic has the colour of its norm.
@@ -80,7 +80,7 @@ class Run:
     importance: list  # for each batch, for each SwitchableNorm: layer.importance()
     accuracy: float
     seconds: float
-    seconds_in_norm: float
+    seconds_in_norm: float  # and ReLU
 
 
 def digits(seed):
@@ -107,10 +107,11 @@ def network(norm, rng):
     for channels, stride in (16, 1), (32, 2), (32, 1):
         layers.append(Conv2d(shape[0], channels, stride=stride, bias=norm == "none", rng=rng))
         shape = (channels, shape[1] // stride, shape[2] // stride)
-        if norm != "none":
+        if norm == "none":
+            layers.append(ReLU())
+        else:
             norms.append(Timed(NORMS[norm](*shape)))
             layers.append(norms[-1])
-        layers.append(ReLU())
     layers += [Flatten(), Linear(np.prod(shape), 10, gain=0.1, rng=rng)]
     return Sequential(*layers), norms
 
