@@ -7,12 +7,21 @@ With NUMBANORM_BENCH_SMALL=1 in the environment, the images and rows keep their 
 small: to see that everything runs, not how fast.
 """
 
+import contextlib
+import copy
+import fnmatch
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
+
+HALF = ["float16"]
+with contextlib.suppress(ImportError):
+    import ml_dtypes  # noqa: F401  NumPy knows bfloat16 by it
+
+    HALF.insert(0, "bfloat16")
 
 # Passes over memory that cannot be avoided, in units of one array read or written: forward in
 # training, forward in evaluation, backward. The batch does not fit in a cache, so that x is read
@@ -26,6 +35,8 @@ PASSES = {
     "rms": (2, 2, 3),
 }
 GROUPS = 32
+RELU_FAMILY = ("relu", "leaky_relu", "relu6")
+ACTIVATIONS = (*RELU_FAMILY, "silu", "gelu", "gelu_tanh", "sigmoid", "tanh")
 
 
 class Case(NamedTuple):
@@ -41,15 +52,60 @@ class Case(NamedTuple):
     dtype: str = "float32"
     masked: bool = False
     offset: float = 0
+    activation: str | None = None
+    residual: bool = False
 
     @property
     def name(self) -> str:
         """Name the case as it stands in tables: batch 64x64x56x56 last."""
         parts = [self.layer, "x".join(map(str, self.shape))]
         parts += [self.layout] if self.layout == "last" or self.per_row_first else []
-        parts += ["float64"] if self.dtype == "float64" else []
+        parts += [self.dtype] if self.dtype != "float32" else []
         parts += [f"at {self.offset:.0e}"] if self.offset else []
+        parts += ["residual"] if self.residual else []
+        parts += [self.activation] if self.activation else []
         return " ".join(parts + (["masked"] if self.masked else []))
+
+    @property
+    def fused(self) -> bool:
+        """Whether something follows the norm."""
+        return self.residual or self.activation is not None
+
+    @property
+    def half(self) -> bool:
+        """Whether its elements have 16 bits."""
+        return self.dtype in HALF
+
+    @property
+    def groups(self) -> list[str]:
+        """The groups of the summary that it belongs to."""
+        if self.masked:
+            return ["masked"]
+        if self.fused:
+            found = ["fused", f"fused {self.dtype}"]
+            if self.activation in RELU_FAMILY:
+                found += [f"ReLU family{' + residual' * self.residual} {self.dtype}"]
+            return found
+        return ["half", self.dtype] if self.half else ["plain"]
+
+    @property
+    def base(self) -> "Case | None":
+        """What it is a variant of: the same without a mask, the norm alone, or in float32."""
+        if self.masked:
+            return self._replace(masked=False)
+        if self.fused:
+            return self._replace(activation=None, residual=False)
+        return self._replace(dtype="float32") if self.half else None
+
+    @property
+    def passes(self) -> tuple[int, ...]:
+        """Passes over memory that cannot be avoided, see PASSES."""
+        train, evaluate, backward = PASSES[self.layer]
+        if not self.residual:
+            return train, evaluate, backward
+        # The slope is that at x and the residual, as often as dy is read.
+        reads = 0 if self.activation is None else 2 if backward == 5 else 1
+        return train + 1, evaluate + 1, backward + reads + 1
 
     @property
     def per_row_first(self) -> bool:
@@ -71,15 +127,29 @@ class Case(NamedTuple):
         rng = np.random.default_rng(0)
         x, dy = (rng.standard_normal(self.shape, dtype="float32") for _ in range(2))
         weight, bias = rng.standard_normal((2, self.shape[self.axis])) * 0.1 + 1
-        return tuple(
+        x, dy, weight, bias = (
             array.astype(self.dtype) for array in (x * 2 + (1 + self.offset), dy, weight, bias)
         )
+        # Some have parameters of 16 bits, some of 32.
+        return x, dy, weight.astype(self.parameter_dtype), bias.astype(self.parameter_dtype)
+
+    @property
+    def parameter_dtype(self) -> np.dtype[Any]:
+        """The dtype of weight and bias."""
+        return np.dtype("float32" if self.half else self.dtype)
 
     def mask(self) -> np.ndarray | None:
         """Return a mask of four fifths of the elements, or None."""
         if not self.masked:
             return None
         return np.random.default_rng(1).random(self.shape, dtype="float32") < 0.8
+
+    def residual_array(self) -> np.ndarray | None:
+        """Return what is added behind the norm, or None."""
+        if not self.residual:
+            return None
+        array = np.random.default_rng(2).standard_normal(self.shape, dtype="float32")
+        return array.astype(self.dtype)
 
 
 def channels_last(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -138,10 +208,65 @@ CASES = [
 ]
 
 
+def everywhere(*shapes: str, rows: str) -> list[Case]:
+    """Return all layers on some images, at both positions of the channels, and on rows."""
+    return [
+        *(
+            Case(layer, shape if layout == "first" else channels_last(shape), layout)
+            for layer in ("batch", "instance", "group", "switchable")
+            for shape in (IMAGES[name] for name in shapes)
+            for layout in ("first", "last")
+        ),
+        *(Case(layer, ROWS[rows], "last") for layer in ("layer", "rms")),
+    ]
+
+
+CASES += [
+    case._replace(dtype=dtype)
+    for dtype in HALF
+    for case in (
+        everywhere("resnet 56x56", "resnet 28x28", "resnet 7x7", rows="bert")
+        + [Case(layer, (32, 96, 56, 56)) for layer in ("layer", "rms")]
+        if dtype == "bfloat16"
+        else everywhere("resnet 28x28", rows="vit")
+    )
+]
+CASES += [
+    *(
+        case._replace(dtype=dtype, activation="relu", residual=residual)
+        for dtype in ("float32", *HALF[:-1])
+        for case in everywhere("resnet 28x28", rows="vit")
+        for residual in (False, True)
+    ),
+    *(
+        Case("batch", IMAGES["resnet 56x56"], activation="relu", residual=residual)
+        for residual in (False, True)
+    ),
+    *(
+        Case("batch", IMAGES["resnet 28x28"], activation=activation, residual=residual)
+        for activation in (None, *ACTIVATIONS[1:])
+        for residual in (False, True)
+        if residual or activation is not None
+    ),
+    Case("layer", ROWS["vit"], "last", activation="gelu"),
+]
+
+
+def choose(patterns: Iterable[str], groups: Iterable[str]) -> list[Case]:
+    """Return the cases of some groups whose names fit a pattern."""
+    return [
+        case
+        for case in CASES
+        if any(fnmatch.fnmatch(case.name, pattern) for pattern in patterns)
+        and not {*groups}.isdisjoint(case.groups)
+    ]
+
+
 class Runner(NamedTuple):
     """How a library does a case; forwards keep what backward needs and return y.
 
-    ``arrays`` are x, y, dy and dx, if they are the same for all calls.
+    ``arrays`` are x, y, dy and dx, if they are the same for all calls. ``array`` makes an array of
+    what came back, which no clock should see. Behind a residual, ``backward`` returns two.
     """
 
     train: Callable[[], Any]
@@ -149,6 +274,7 @@ class Runner(NamedTuple):
     backward: Callable[[], Any]
     gradients: Callable[[], list[np.ndarray]]
     arrays: tuple[np.ndarray, ...] = ()
+    array: Callable[[Any], np.ndarray] = np.asarray
 
 
 def numbanorm_layer(case: Case) -> Any:
@@ -157,15 +283,17 @@ def numbanorm_layer(case: Case) -> Any:
 
     _, _, weight, bias = case.data()
     channels, axis = case.shape[case.axis], case.axis
-    dtype = np.dtype(case.dtype)
+    kind: dict[str, Any] = {"axis": axis, "dtype": case.parameter_dtype}
+    # The first commits that asv measures have no such argument.
+    then: dict[str, Any] = {} if case.activation is None else {"activation": case.activation}
     make = {
-        "batch": lambda: numbanorm.BatchNorm(channels, axis=axis, dtype=dtype),
-        "instance": lambda: numbanorm.InstanceNorm(channels, affine=True, axis=axis, dtype=dtype),
-        "group": lambda: numbanorm.GroupNorm(GROUPS, channels, axis=axis, dtype=dtype),
-        "switchable": lambda: numbanorm.SwitchableNorm(channels, axis=axis, dtype=dtype),
-        "layer": lambda: numbanorm.Norm(axis, shape=channels, dtype=dtype),
+        "batch": lambda: numbanorm.BatchNorm(channels, **kind, **then),
+        "instance": lambda: numbanorm.InstanceNorm(channels, affine=True, **kind, **then),
+        "group": lambda: numbanorm.GroupNorm(GROUPS, channels, **kind, **then),
+        "switchable": lambda: numbanorm.SwitchableNorm(channels, **kind, **then),
+        "layer": lambda: numbanorm.Norm(axis, shape=channels, dtype=kind["dtype"], **then),
         "rms": lambda: numbanorm.Norm(
-            axis, shape=channels, center=False, bias=False, eps=None, dtype=dtype
+            axis, shape=channels, center=False, bias=False, eps=None, dtype=kind["dtype"], **then
         ),
     }
     layer = make[case.layer]()
@@ -177,23 +305,31 @@ def numbanorm_layer(case: Case) -> Any:
     return layer
 
 
-def numbanorm_runner(case: Case, fresh: bool = False) -> Runner:
-    """Return how numbanorm does a case, into ``out=`` or into fresh memory."""
+def numbanorm_runner(
+    case: Case, fresh: bool = False, arrays: tuple[np.ndarray, ...] = ()
+) -> Runner:
+    """Return how numbanorm does a case, into ``out=``, some arrays if given, or fresh memory."""
     layer = numbanorm_layer(case)
-    x, dy, _, _ = case.data()
-    mask = case.mask()
-    y, dx = (None, None) if fresh else (np.ones_like(x), np.ones_like(x))
+    if not arrays:
+        x, dy, _, _ = case.data()
+        arrays = x, np.ones_like(x), dy, np.ones_like(x)
+    x, y, dy, dx = arrays
+    given: dict[str, Any] = {"mask": case.mask(), "out": None if fresh else y}
+    into: dict[str, Any] = {"out": None if fresh else dx}
+    if case.residual:
+        given["residual"] = case.residual_array()
+        into["out_residual"] = None if fresh else np.ones_like(x)
 
     def gradients() -> list[np.ndarray]:
         found = layer.gradients()
         return [found[name].copy() for name in found]
 
     return Runner(
-        lambda: layer.train().forward(x, mask=mask, out=y),
-        lambda: layer.eval().forward(x, mask=mask, out=y),
-        lambda: layer.backward(dy, out=dx),
+        lambda: layer.train().forward(x, **given),
+        lambda: layer.eval().forward(x, **given),
+        lambda: layer.backward(dy, **into),
         gradients,
-        () if y is None or dx is None else (x, y, dy, dx),
+        () if fresh else arrays,
     )
 
 
@@ -234,20 +370,52 @@ def torch_switchable(torch: Any, channels: int, dims: int) -> Any:
     return SwitchableNorm()
 
 
-def torch_runner(case: Case) -> Runner:
-    """Return how PyTorch does a case; masked ones as if there were no mask."""
+def torch_activation(name: str | None, in_place: bool) -> Callable[[Any], Any]:
+    """Return what PyTorch calls an activation."""
+    from torch.nn import functional as F
+
+    return {
+        None: lambda v: v,
+        "relu": lambda v: F.relu(v, in_place),
+        "leaky_relu": lambda v: F.leaky_relu(v, 0.01, in_place),
+        "relu6": lambda v: F.relu6(v, in_place),
+        "silu": F.silu,
+        "gelu": F.gelu,
+        "gelu_tanh": lambda v: F.gelu(v, approximate="tanh"),
+        "sigmoid": lambda v: v.sigmoid(),
+        "tanh": lambda v: v.tanh(),
+    }[name]
+
+
+def torch_runner(
+    case: Case, in_place: bool = False, compiled: bool = False, half_weights: bool = False
+) -> Runner:
+    """Return how PyTorch does a case; masked ones as if there were no mask.
+
+    ``in_place`` has addition and activation write over their input where PyTorch can. Weights
+    beside 16 bits have 32, as under autocast, where its kernels take both.
+    """
     import torch
 
-    data = case.data()
     dims = len(case.shape) - 2
     channels = case.shape[case.axis]
-    x, dy, weight, bias = (torch.from_numpy(array) for array in data)
+    moved = case.layout == "last" and case.layer not in ("layer", "rms")
+
+    def tensor(array: np.ndarray) -> Any:
+        # torch.from_numpy knows no ml_dtypes.
+        wide = torch.from_numpy(array.astype("float32") if case.half else array)
+        return wide.to(getattr(torch, case.dtype))
+
+    x, dy, weight, bias = map(tensor, case.data())
+    added = case.residual_array()
+    residual = None if added is None else tensor(added)
     if case.layer in ("layer", "rms"):
         kind = torch.nn.LayerNorm if case.layer == "layer" else torch.nn.RMSNorm
         layer: Any = kind(channels)
     else:
-        if case.layout == "last":
+        if moved:
             x, dy = x.movedim(-1, 1), dy.movedim(-1, 1)
+            residual = None if residual is None else residual.movedim(-1, 1)
         nn = torch.nn
         kinds = {0: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
         instances = {2: nn.InstanceNorm2d, 3: nn.InstanceNorm3d}
@@ -257,45 +425,50 @@ def torch_runner(case: Case) -> Runner:
             "group": lambda: nn.GroupNorm(GROUPS, channels),
             "switchable": lambda: torch_switchable(torch, channels, dims),
         }[case.layer]()
-    layer = layer.to(x.dtype)
+    if not case.half or half_weights or case.layer in ("rms", "switchable"):
+        layer = layer.to(x.dtype)
     with torch.no_grad():
         layer.weight.view(-1).copy_(weight)
         if getattr(layer, "bias", None) is not None:
             layer.bias.view(-1).copy_(bias)
-    x.requires_grad_(True)
+    # No change of mode inside a clock: the running statistics are those of both.
+    evaluated = copy.deepcopy(layer).eval().requires_grad_(False)
+    evaluated._buffers = layer._buffers
+    activation = torch_activation(case.activation, in_place)
 
-    def call(x: Any) -> Any:
+    def call(layer: Any, x: Any, residual: Any) -> Any:
         # PyTorch normalises over last axes only.
-        return layer(x.movedim(1, -1)).movedim(-1, 1) if case.per_row_first else layer(x)
+        y = layer(x.movedim(1, -1)).movedim(-1, 1) if case.per_row_first else layer(x)
+        if residual is not None:
+            y = y.add_(residual) if in_place else y + residual
+        return activation(y)
 
+    if compiled:
+        # Else the code of ``call`` is compiled for some cases only, and then runs as it is.
+        torch.compiler.reset()
+        call = torch.compile(call, dynamic=False)
+    sources = [None if t is None else t.detach().requires_grad_() for t in (x, residual)]
+    inputs = [*(t for t in sources if t is not None), *layer.parameters()]
     kept: dict[str, Any] = {}
 
     def train() -> Any:
-        layer.train()
-        kept["y"] = call(x)
-        return as_in_memory(kept["y"].detach())
-
-    def evaluate() -> Any:
-        layer.eval()
-        with torch.no_grad():
-            return as_in_memory(call(x))
+        kept["y"] = call(layer, *sources)
+        return kept["y"]
 
     def backward() -> Any:
-        x.grad = None
-        kept.pop("y").backward(dy)
-        return as_in_memory(x.grad)
+        kept["gradients"] = torch.autograd.grad(kept.pop("y"), inputs, dy)
+        return kept["gradients"][:2] if case.residual else kept["gradients"][0]
 
-    def as_in_memory(tensor: Any) -> np.ndarray:
-        moved = case.layout == "last" and case.layer not in ("layer", "rms")
-        array: np.ndarray = (tensor.movedim(1, -1) if moved else tensor).numpy()
-        return array
+    def array(tensor: Any) -> np.ndarray:
+        tensor = (tensor.movedim(1, -1) if moved else tensor).detach()
+        found: np.ndarray = (tensor.float() if case.half else tensor).numpy()
+        return found
 
     def gradients() -> list[np.ndarray]:
-        names = ("weight", "bias", "mean_weight", "var_weight")
-        found = [getattr(layer, name, None) for name in names]
-        return [p.grad.numpy().reshape(-1).copy() for p in found if p is not None]
+        found = kept["gradients"][1 + case.residual :]
+        return [gradient.double().numpy().reshape(-1) for gradient in found]
 
-    return Runner(train, evaluate, backward, gradients)
+    return Runner(train, lambda: call(evaluated, x, residual), backward, gradients, array=array)
 
 
 def jax_runner(case: Case) -> Runner:
@@ -303,8 +476,8 @@ def jax_runner(case: Case) -> Runner:
     import jax
     import jax.numpy as jnp
 
-    if case.layer not in ("batch", "instance", "group", "layer", "rms"):
-        raise NotImplementedError(f"{case.layer} is not written in JAX here")
+    if case.layer == "switchable" or case.fused:
+        raise NotImplementedError(f"{case.name} is not written in JAX here")
     x, dy, weight, bias = (jnp.asarray(array) for array in case.data())
     axis, n = case.axis, len(case.shape)
     grid = tuple(-1 if a == axis else 1 for a in range(n))
@@ -318,7 +491,7 @@ def jax_runner(case: Case) -> Runner:
             kept = {"batch": (axis,), "instance": (0, axis)}.get(case.layer)
             axes = (axis,) if kept is None else tuple(a for a in range(n) if a not in kept)
         if case.layer == "rms":
-            eps = jnp.finfo(x.dtype).eps
+            eps = jnp.finfo(case.parameter_dtype).eps
             x_hat = x * jax.lax.rsqrt((x * x).mean(axes, keepdims=True) + eps)
             return x_hat.reshape(shape) * weight.reshape(grid)
         mean = x.mean(axes, keepdims=True)
@@ -332,13 +505,13 @@ def jax_runner(case: Case) -> Runner:
 
     def backward() -> Any:
         kept["gradients"] = jax.block_until_ready(gradient(x, weight, bias, dy))
-        return np.asarray(kept["gradients"][0])
+        return kept["gradients"][0]
 
     def gradients() -> list[np.ndarray]:
         _, dweight, dbias = kept["gradients"]
         return [np.asarray(dweight)] + ([] if case.layer == "rms" else [np.asarray(dbias)])
 
     def run() -> Any:
-        return np.asarray(jax.block_until_ready(forward(x, weight, bias)))
+        return jax.block_until_ready(forward(x, weight, bias))
 
     return Runner(run, run, backward, gradients)

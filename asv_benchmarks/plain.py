@@ -14,6 +14,20 @@ EPS = 1e-5
 MOMENTUM = 0.1
 
 
+def relu(v: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return ReLU and its slope."""
+    return np.maximum(v, 0), (v > 0).astype(v.dtype)
+
+
+def gelu(v: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return GELU and its slope."""
+    phi = (1 + np.vectorize(math.erf, otypes=[v.dtype])(v / math.sqrt(2))) / 2
+    return v * phi, phi + v * np.exp(-v * v / 2) / math.sqrt(2 * math.pi)
+
+
+ACTIVATIONS = {"relu": relu, "gelu": gelu}
+
+
 class Forward(NamedTuple):
     """What backward needs."""
 
@@ -26,7 +40,8 @@ class Forward(NamedTuple):
 
 def runner(case: Case, dtype: str | None = None) -> Runner:
     """Return how plain NumPy does a case, in another dtype if one is given; not masked ones."""
-    x, dy, weight, bias = (array.astype(dtype or case.dtype) for array in case.data())
+    x, dy, weight, bias = (array.astype(dtype or case.parameter_dtype) for array in case.data())
+    residual = case.residual_array()
     axis, shape = case.axis, case.shape
     channel_shape = tuple(n if a == axis else 1 for a, n in enumerate(shape))
     over_channels = tuple(a for a in range(len(shape)) if a != axis)
@@ -56,7 +71,7 @@ def runner(case: Case, dtype: str | None = None) -> Runner:
     share = 1 / len(statistics)  # the softmax of equal logits
     center = case.layer != "rms"
     # torch.nn.RMSNorm's default.
-    eps = EPS if center else float(np.finfo(case.dtype).eps)
+    eps = EPS if center else float(np.finfo(case.parameter_dtype).eps)
     running: dict[str, Any] = {"mean": 0.0, "var": 1.0}
     kept: dict[str, Any] = {}
 
@@ -84,10 +99,20 @@ def runner(case: Case, dtype: str | None = None) -> Runner:
         y = centred * (rstd * weight)
         if center:
             y += bias
-        return y.reshape(case.shape)
+        y = y.reshape(case.shape)
+        if residual is not None:
+            y += residual.astype(y.dtype)
+        if case.activation is not None:
+            y, kept["slope"] = ACTIVATIONS[case.activation](y)
+        return y
 
-    def backward() -> np.ndarray:
+    def backward() -> Any:
         saved = kept.pop("forward")
+        dv = dy.reshape(case.shape) * kept.pop("slope", 1)
+        dx, kept["gradients"] = differentiate(saved, dv.reshape(shape))
+        return (dx, dv) if case.residual else dx
+
+    def differentiate(saved: Forward, dy: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
         x_hat = saved.centred * saved.rstd
         dx = dy * (weight * saved.rstd)
         # Gradients of each element's mean and variance.
@@ -104,8 +129,7 @@ def runner(case: Case, dtype: str | None = None) -> Runner:
         if case.layer == "switchable":
             # Through the softmax.
             gradients += [share * (np.array(d) - np.mean(d)) for d in zip(*logits, strict=True)]
-        kept["gradients"] = gradients
-        return dx.reshape(case.shape)
+        return dx.reshape(case.shape), gradients
 
     return Runner(
         lambda: forward(True), lambda: forward(False), backward, lambda: kept["gradients"]

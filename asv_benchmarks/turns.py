@@ -11,7 +11,6 @@ timed, the results are compared.
 
 import argparse
 import contextlib
-import fnmatch
 import importlib
 import statistics
 import subprocess
@@ -29,7 +28,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent))
 import cases
-from compare import PHASES, copier, sample
+from compare import GROUPS, PHASES, assert_same, bits, copier, results_of
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "numbanorm"
@@ -61,14 +60,7 @@ class State:
     def runner(self, case: cases.Case, arrays: tuple[np.ndarray, ...]) -> cases.Runner:
         """Return how this state does a case, compiled, on x, y, dy and dx."""
         with self.imported():
-            layer, mask = cases.numbanorm_layer(case), case.mask()
-            x, y, dy, dx = arrays
-            runner = cases.Runner(
-                lambda: layer.train().forward(x, mask=mask, out=y),
-                lambda: layer.eval().forward(x, mask=mask, out=y),
-                lambda: layer.backward(dy, out=dx),
-                list,
-            )
+            runner = cases.numbanorm_runner(case, arrays=arrays)
             for phase in ("evaluate", "train", "backward"):
                 getattr(runner, phase)()
         return runner
@@ -103,12 +95,11 @@ def measure(case: cases.Case, states: list[State], rounds: int) -> dict[str, lis
     x, dy, _, _ = case.data()
     arrays = x, np.ones_like(x), dy, np.ones_like(x)
     runners = [state.runner(case, arrays) for state in states]
-    copies = {"copy": copier(*arrays[:2]), "copy backward": copier(*arrays[2:])}
-    found: list[list[float]] = []
-    for runner in runners:
-        y, z, dx = (getattr(runner, phase)() for phase in ("evaluate", "train", "backward"))
-        found.append([*sample(y), *sample(z), *sample(dx)])
-        np.testing.assert_allclose(found[-1], found[0], rtol=1e-3, atol=1e-3, err_msg=case.name)
+    x, y, dy, dx = map(bits, arrays)
+    copies = {"copy": copier(x, y), "copy backward": copier(dy, dx)}
+    found = [results_of(runner) for runner in runners]
+    for other in found:
+        assert_same(other, found[0], case.name, tolerance=1e-2 if case.half else 1e-3)
     repeat = max(1, (1 << 21) // case.size)
     times: dict[str, list[list[float]]] = {phase: [[] for _ in states] for phase in PHASES}
     times |= {name: [[]] for name in copies}
@@ -159,16 +150,14 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("states", nargs="*", help="commits or folders; HEAD and what stands here")
     parser.add_argument("--case", nargs="*", default=["*"], help="as for compare.py, or several")
+    parser.add_argument("--only", nargs="+", choices=GROUPS, default=["plain", "masked"],
+                        metavar="GROUP", help="as for compare.py")  # fmt: skip
     parser.add_argument("--rounds", type=int, default=20, help="how often each has a turn")
     parser.add_argument("--threads", type=int, help="how many threads each uses")
     options = parser.parse_args(arguments)
-    chosen = [
-        case
-        for case in cases.CASES
-        if any(fnmatch.fnmatch(case.name, pattern) for pattern in options.case)
-    ]
+    chosen = cases.choose(options.case, options.only)
     if not chosen:
-        parser.error(f"--case: none of {len(cases.CASES)} cases fits {options.case}")
+        parser.error(f"--case: none of the cases of {options.only} (--only) fits {options.case}")
     names = options.states or ["HEAD"]
     names += [str(ROOT)] if len(names) == 1 else []
     head = "   ".join(f"{key:>8}  ratio" for key in PHASES)

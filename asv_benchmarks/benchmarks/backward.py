@@ -37,6 +37,12 @@ class Dtypes(_Backward, by.Dtypes):
     time_backward = by.timed("Backward, by dtype", "backward")
 
 
+class Fused(_Backward, by.Fused):
+    """By what follows the norm."""
+
+    time_backward = by.timed("Backward, norm, residual and activation", "backward")
+
+
 class Threads(_Backward, by.Threads):
     """By threads."""
 

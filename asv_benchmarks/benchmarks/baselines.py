@@ -21,11 +21,28 @@ class Rows(by.Rows):
     time_train_and_backward = by.timed("PyTorch, NumPy: rows", "train", "backward")
 
 
+class Dtypes(by.Dtypes):
+    """Layers by dtype."""
+
+    param_names = (*by.Dtypes.param_names, "library")
+    params = (*by.Dtypes.params, ("torch",))
+    time_train_and_backward = by.timed("PyTorch: by dtype", "train", "backward")
+
+
+class Fused(by.Fused):
+    """Norm, residual and activation."""
+
+    param_names = (*by.Fused.param_names, "library")
+    params = (*by.Fused.params, ("torch",))
+    time_train_and_backward = by.timed("PyTorch: norm, residual, activation", "train", "backward")
+
+
 class Small(small.Small):
     """A hundred calls."""
 
     param_names = (*small.Small.param_names, "library")
     params = (*small.Small.params, ("torch",))
+    version = "2"
     time_evaluate_100 = by.timed(
         "PyTorch: small arrays, 100 evaluations", *("evaluate",) * small.CALLS
     )

@@ -13,6 +13,8 @@ FEW_LAYERS = ("batch", "switchable", "layer")
 # The largest, the one with the shortest rows, and the smallest; compare.py has all of them.
 SHAPES = ("resnet 56x56", "resnet 7x7", "small 32x32")
 
+THEN = {"relu": ("relu", False), "residual + relu": ("relu", True), "gelu": ("gelu", False)}
+
 
 def case_of(layer: str, layout: str = "first", dtype: str = "float32") -> cases.Case:
     """Return a case of middling size for any layer."""
@@ -86,14 +88,27 @@ class Layouts(Prepared):
 
 
 class Dtypes(Prepared):
-    """float32 and float64, resnet 28x28 and rows of vit."""
+    """32, 64 and 16 bits, resnet 28x28 and rows of vit."""
 
-    param_names = ("layer", "dtype")
-    params = (FEW_LAYERS, ("float32", "float64"))
+    param_names: Any = ("layer", "dtype")
+    params: Any = (FEW_LAYERS, ("float32", "float64", "bfloat16", "float16"))
 
-    def setup(self, layer: str, dtype: str) -> None:
+    def setup(self, layer: str, dtype: str, library: str = "numbanorm") -> None:
         """Make the case ready."""
-        self.ready(case_of(layer, dtype=dtype))
+        self.ready(case_of(layer, dtype=dtype), library)
+
+
+class Fused(Prepared):
+    """Norm and activation, and with a residual, resnet 28x28 and rows of vit."""
+
+    param_names: Any = ("layer", "then", "dtype")
+    params: Any = (FEW_LAYERS, tuple(THEN), ("float32", "bfloat16"))
+
+    def setup(self, layer: str, then: str, dtype: str, library: str = "numbanorm") -> None:
+        """Make the case ready."""
+        activation, residual = THEN[then]
+        case = case_of(layer, dtype=dtype)
+        self.ready(case._replace(activation=activation, residual=residual), library)
 
 
 class Threads(Prepared):

@@ -27,6 +27,12 @@ class Dtypes(by.Dtypes):
     time_train = by.timed("Forward, by dtype", "train")
 
 
+class Fused(by.Fused):
+    """By what follows the norm."""
+
+    time_train = by.timed("Forward, norm, residual and activation", "train")
+
+
 class Threads(by.Threads):
     """By threads."""
 

@@ -30,7 +30,7 @@ class _Measured:
         except NotImplementedError:  # asv takes it in setup only, which raises it again
             return {}
         names = [name for name in ("numbanorm", "torch") if compare.installed(name)]
-        libraries = [compare.Library(name) for name in names]
+        libraries = compare.start(names)
         rows = {name: compare.measure(case, libraries, ROUNDS) for name, case in CASES.items()}
         for library in libraries:
             library.process.communicate()
