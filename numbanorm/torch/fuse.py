@@ -75,11 +75,8 @@ def fuse(module: nn.Module) -> nn.Module:
     >>> import torch
     >>> import numbanorm.torch
     >>> model = torch.nn.Sequential(torch.nn.GroupNorm(1, 4), torch.nn.ReLU())
-    >>> numbanorm.torch.fuse(model)
-    Sequential(
-      (0): numbanorm.GroupNorm(1, 4, eps=1e-05, affine=True, activation='relu')
-      (1): Identity()
-    )
+    >>> numbanorm.torch.fuse(model)[0].activation, model[1]
+    ('relu', Identity())
     """
     convert(module)
     times = Counter(id(child) for parent in modules_of(module) for child in _children(parent))
