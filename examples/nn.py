@@ -295,3 +295,46 @@ def cross_entropy(logits, labels):
     dlogits = np.exp(log_p)
     dlogits[chosen] -= 1
     return -float(log_p[chosen].mean()), dlogits / len(labels)
+
+
+def fit(model, x, labels, *, rate, epochs, batch_size, rng, momentum=0.9):
+    """Train a network by gradient descent; after each epoch yield its mean loss.
+
+    The learning rate falls from `rate` to 0 in a line.
+
+    Parameters
+    ----------
+    model : Layer
+        From x to logits, updated in place.
+    x, labels : ndarray
+        All samples, (N, ...), and their classes, (N,).
+    rate, momentum : float
+        Of `SGD`.
+    epochs, batch_size : int
+        What is left over for a batch smaller than the others sits out the epoch.
+    rng : numpy.random.Generator
+        Draws the order of the samples.
+
+    Yields
+    ------
+    float
+        The mean loss over the epoch's batches.
+    """
+    batches = len(x) // batch_size
+    rates = np.linspace(rate, 0, epochs * batches, endpoint=False).reshape(epochs, batches)
+    optimiser = SGD(model, rate, momentum)
+    for epoch in rates:
+        order = rng.permutation(len(x))[: batches * batch_size].reshape(batches, batch_size)
+        losses = []
+        for optimiser.learning_rate, batch in zip(epoch, order, strict=True):
+            model.zero_grad()
+            loss, dlogits = cross_entropy(model.train()(x[batch]), labels[batch])
+            model.backward(dlogits)
+            optimiser.step()
+            losses.append(loss)
+        yield float(np.mean(losses))
+
+
+def accuracy(model, x, labels):
+    """Return the share of samples that the network, in evaluation, puts into the right class."""
+    return np.mean(model.eval()(x).argmax(axis=1) == labels)

@@ -149,6 +149,89 @@ def test_watching_does_not_change_the_network(example):
         np.testing.assert_array_equal(array, after[name])
 
 
+def test_depth(run):
+    _, accuracies, printed = run("depth", "--depths 2 10 --epochs 2 --seeds 1")
+    assert accuracies.shape == (2, 3, 2, 1)  # initial weights, norms, depths, seeds
+    he, torch = 100 * accuracies[..., 0]
+    assert torch[0, 1] < 20 < 85 < torch[1, 1]  # ten layers, without a norm and with BatchNorm
+    assert (torch[:, 0] > 70).all()  # two layers do without
+    assert (he[:, 0] > 70).all()
+    assert row(printed, "PyTorch's, batch")[::2] == pytest.approx(torch[1], abs=0.051)
+
+
+def test_the_best_rate_is_that_of_the_mean(example):
+    # Two networks, three rates, two seeds.
+    accuracies = np.array([[[1, 9], [6, 6], [2, 2]], [[0, 0], [1, 1], [2, 4]]], float)
+    np.testing.assert_array_equal(example("depth").best_rate(accuracies), [[6, 6], [2, 4]])
+
+
+def test_depth_of_a_network(example):
+    model = example("depth").network(5, "batch", 1, np.random.default_rng(0))
+    kinds = [type(layer).__name__ for layer in model.layers]
+    assert kinds == ["Linear", "BatchNorm1d", "ReLU"] * 4 + ["Linear"]
+
+
+def test_single_sample(run):
+    script, results, printed = run("single_sample", "--epochs 2 --companies 20")
+    training, evaluation = map(script.MODES.get, ("training", "evaluation"))
+    assert (training, evaluation) == (True, False)
+    shares, probabilities = results["batch"]
+    # The company counts in training only; then the fewer, the worse.
+    assert np.ptp(probabilities[0]) > 0.1
+    np.testing.assert_allclose(np.ptp(probabilities[1]), 0, atol=1e-6)
+    assert shares[0, 0] < shares[0, 1] < shares[0, 3] - 0.03
+    assert shares[1, 0] > shares[0, 0] + 0.1
+    shares, probabilities = results["layer"]
+    np.testing.assert_allclose(np.ptp(probabilities), 0, atol=1e-6)
+    for norm, (shares, _) in results.items():
+        # Evaluation knows no batches; one logit may round to the other side.
+        np.testing.assert_allclose(np.ptp(shares[1]), 0, atol=0.003)
+        *cells, _, _ = row(printed, f"{norm}, training")
+        np.testing.assert_allclose(cells, 100 * shares[0], atol=0.051)
+
+
+def test_training_leaves_evaluation_alone(example):
+    script = example("single_sample")
+    images = script.digits(0)[0][:64]
+    data = images, None, np.arange(64) % 10, None
+    training, evaluation = script.trained("batch", data, 1, 0)
+    before = evaluation(images)
+    training(images * 3)
+    np.testing.assert_array_equal(evaluation(images), before)
+
+
+def test_before_after(run):
+    script, accuracies, printed = run("before_after", "--epochs 1 --seeds 2")
+    assert accuracies.shape == (2, 2, 2, 2)  # norms, activations, places, seeds
+    assert accuracies[:, 0].min() > 0.8  # ReLU: both places train
+    for k, kind in enumerate(script.KINDS):
+        for a, activation in enumerate(script.ACTIVATIONS):
+            before, after = 100 * accuracies[k, a]
+            difference = before - after
+            expected = before.mean(), after.mean(), difference.mean(), script.interval(difference)
+            assert row(printed, f"{kind}, {activation}") == pytest.approx(expected, abs=0.051)
+
+
+def test_the_norm_stands_before_or_after(example):
+    network = example("before_after").network
+    for place, pair in {
+        "before": ["BatchNorm2d", "Sigmoid"],
+        "after": ["Sigmoid", "BatchNorm2d"],
+    }.items():
+        model = network("batch", "sigmoid", place, np.random.default_rng(0))
+        kinds = [type(layer).__name__ for layer in model.layers]
+        assert kinds == ["Conv2d", *pair] * 3 + ["Flatten", "Linear"]
+
+
+def test_confidence_interval(example):
+    from scipy.stats import t
+
+    values = np.array([[1.0, 2.0, 4.0, 7.0], [3.0, 3.0, 3.0, 3.0]])
+    low, high = t.interval(0.95, 3, values[0].mean(), values[0].std(ddof=1) / 2)
+    interval = example("before_after").interval
+    np.testing.assert_allclose(interval(values), [(high - low) / 2, 0])
+
+
 def test_custom_axes(run):
     script, (differences, outputs), printed = run("custom_axes", "--height 20")
     kinds = [name.partition("(")[0] for name in differences]
