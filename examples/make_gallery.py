@@ -28,6 +28,7 @@ EXAMPLES = (
     "layernorm_distributions",
     "fold_batchnorm",
     "masked_sequences",
+    "rnn",
     "custom_axes",
     "dataset_statistics",
 )

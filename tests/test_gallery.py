@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from reference import central_difference
 
 import numbanorm
 
@@ -230,6 +231,47 @@ def test_confidence_interval(example):
     low, high = t.interval(0.95, 3, values[0].mean(), values[0].std(ddof=1) / 2)
     interval = example("before_after").interval
     np.testing.assert_allclose(interval(values), [(high - low) / 2, 0])
+
+
+def test_rnn(run):
+    script, found, printed = run("rnn", "--epochs 1 --seeds 2 --words 800")
+    norms, rates, seeds, _ = found.shape
+    assert (norms, rates, seeds) == (3, 3, 2)
+    assert "800 words of 2 to 12 letters" in printed
+    assert found[script.NORMS.index("layer")].min() < 4  # of log2(27) = 4.8
+    best = script.best_rates(found)
+    at_best = found[np.arange(3), best].mean(axis=1)
+    none, batch, layer = at_best[:, 1]
+    assert batch > max(none, layer) + 0.2  # the first letter
+    for norm, rows, (_, first, *_, last) in zip(script.NORMS, found, at_best, strict=True):
+        whole = rows[..., 0]
+        expected = np.ravel(np.stack([whole.mean(1), script.interval(whole)], axis=1))
+        got = row(printed, norm)
+        np.testing.assert_allclose(got, [*expected, first, last], atol=5.1e-4)
+
+
+@pytest.mark.parametrize("norm", ["none", "batch", "layer"])
+def test_rnn_gradients_are_those_of_central_differences(example, norm):
+    script = example("rnn")
+    x, targets = script.encode(["a", "cab", "abba", "be"])
+    model = script.RNN(norm, 5, rng=np.random.default_rng(0), dtype=np.float64)
+    model.backward(script.loss(model, x, targets)[1])
+    for name, parameter in model.parameters().items():
+        numeric = central_difference(lambda: script.loss(model, x, targets)[0], parameter)
+        np.testing.assert_allclose(model.gradients()[name], numeric, atol=1e-7)
+
+
+def test_rnn_keeps_words_apart_and_padding_out(example):
+    script = example("rnn")
+    x, targets = script.encode(["cab", "be"])
+    end, pad = script.END, -1
+    np.testing.assert_array_equal(x, [[end, 2, 0, 1], [end, 1, 4, pad]])
+    np.testing.assert_array_equal(targets, [[2, 0, 1, end], [1, 4, end, pad]])
+    model = script.RNN("layer", 5, rng=np.random.default_rng(0))
+    np.testing.assert_allclose(model(x)[1, :3], model(x[1:, :3])[0], rtol=1e-6)
+    # As if the network knew nothing: log2(27) bits of each letter.
+    model.parameters()["outputs"][...] = 0
+    np.testing.assert_allclose(script.bits(model, x, targets), np.log2(27), rtol=1e-6)
 
 
 def test_custom_axes(run):
