@@ -29,6 +29,7 @@ EXAMPLES = (
     "fold_batchnorm",
     "masked_sequences",
     "rnn",
+    "style",
     "custom_axes",
     "dataset_statistics",
 )

@@ -268,10 +268,46 @@ def test_rnn_keeps_words_apart_and_padding_out(example):
     np.testing.assert_array_equal(x, [[end, 2, 0, 1], [end, 1, 4, pad]])
     np.testing.assert_array_equal(targets, [[2, 0, 1, end], [1, 4, end, pad]])
     model = script.RNN("layer", 5, rng=np.random.default_rng(0))
-    np.testing.assert_allclose(model(x)[1, :3], model(x[1:, :3])[0], rtol=1e-6)
+    np.testing.assert_allclose(model(x)[1, :3], model(x[1:, :3])[0], atol=1e-5)
     # As if the network knew nothing: log2(27) bits of each letter.
     model.parameters()["outputs"][...] = 0
     np.testing.assert_allclose(script.bits(model, x, targets), np.log2(27), rtol=1e-6)
+
+
+def test_style(run):
+    script, shares, printed = run("style", "--seeds 2")
+    kinds, styles, seeds = shares.shape
+    assert (kinds, styles, seeds) == (len(script.KINDS), len(script.STYLES), 2)
+    found = dict(zip(script.KINDS, shares.mean(axis=2), strict=True))
+    places = {style: s for s, style in enumerate(script.STYLES)}
+    # A scale and a shift of each channel.
+    for style in "less contrast", "darker", "evening", "blue":
+        assert found["instance"][places[style]] > 0.99
+        assert max(found[kind][places[style]] for kind in ("none", "batch")) < 0.6
+    assert found["layer"][places["less contrast"]] > 0.99
+    assert found["layer"][places["blue"]] < 0.1
+    assert (shares[:, places["original"]] == 1).all()
+    for style, s in places.items():
+        values = 100 * shares[:, s]
+        expected = np.ravel(np.stack([values.mean(1), script.interval(values)], axis=1))
+        np.testing.assert_allclose(row(printed, style), expected, atol=0.051)
+
+
+def test_squares_are_parts_of_the_images(example):
+    script = example("style")
+    images = np.random.default_rng(0).random((2, 3, 70, 100))
+    parts = script.squares(images)
+    assert parts.shape == (2 * 2 * 3, 3, 32, 32)
+    np.testing.assert_array_equal(parts[6 + 3 + 1], images[1, :, 32:64, 32:64])
+
+
+def test_styles_keep_to_what_a_picture_has(example):
+    x = np.random.default_rng(0).random((1, 3, 4, 4)).astype(np.float32)
+    for change in example("style").STYLES.values():
+        y = change(x)
+        assert y.dtype == np.float32
+        assert y.min() >= 0
+        assert y.max() <= 1
 
 
 def test_custom_axes(run):
