@@ -297,7 +297,7 @@ def cross_entropy(logits, labels):
     return -float(log_p[chosen].mean()), dlogits / len(labels)
 
 
-def fit(model, x, labels, *, rate, epochs, batch_size, rng, momentum=0.9):
+def fit(model, x, labels, *, rate, epochs, batch_size, rng, momentum=0.9, augment=None):
     """Train a network by gradient descent; after each epoch yield its mean loss.
 
     The learning rate falls from `rate` to 0 in a line.
@@ -314,6 +314,8 @@ def fit(model, x, labels, *, rate, epochs, batch_size, rng, momentum=0.9):
         What is left over for a batch smaller than the others sits out the epoch.
     rng : numpy.random.Generator
         Draws the order of the samples.
+    augment : callable, optional
+        Called with a batch and `rng`; what it returns is learned in its place.
 
     Yields
     ------
@@ -328,7 +330,8 @@ def fit(model, x, labels, *, rate, epochs, batch_size, rng, momentum=0.9):
         losses = []
         for optimiser.learning_rate, batch in zip(epoch, order, strict=True):
             model.zero_grad()
-            loss, dlogits = cross_entropy(model.train()(x[batch]), labels[batch])
+            samples = x[batch] if augment is None else augment(x[batch], rng)
+            loss, dlogits = cross_entropy(model.train()(samples), labels[batch])
             model.backward(dlogits)
             optimiser.step()
             losses.append(loss)

@@ -109,7 +109,9 @@ def test_batch_size(run):
 def test_batch_size_is_the_same_in_processes(example):
     script = example("batch_size")
     settings = [("batch", 128, 0), ("switchable", 128, 1)]
-    alone, together = (script.train_all(settings, n, epochs=1, rate=0.1) for n in (1, 2))
+    alone, together = (
+        script.train_all(script.train, settings, n, epochs=1, rate=0.1) for n in (1, 2)
+    )
     for one, other in zip(alone, together, strict=True):
         np.testing.assert_array_equal(one, other)
     assert np.isnan(alone[1][0]).all()
@@ -308,6 +310,77 @@ def test_styles_keep_to_what_a_picture_has(example):
         assert y.dtype == np.float32
         assert y.min() >= 0
         assert y.max() <= 1
+
+
+def test_regularisation(run):
+    script, accuracies, printed = run("regularisation", "--epochs 3 --seeds 2 --processes 1")
+    sizes, ways, norms = map(list, (script.SIZES, script.AUGMENTED, script.NORMS))
+    assert accuracies.shape == (len(sizes), len(ways), len(norms), 2, 2)
+    training, test = accuracies[1, 0, norms.index("batch")].mean(axis=1)  # 300 as they are
+    assert training > 0.9
+    assert test > 0.8
+    none, batch = 100 * accuracies[1, 1, :2, 1]
+    training = 100 * accuracies[1, 1, 1, 0].mean()
+    expected = [training] + [
+        number for v in (batch, batch - none) for number in (v.mean(), script.interval(v))
+    ]
+    np.testing.assert_allclose(row(printed, "300 shifted, batch"), expected, atol=0.051)
+
+
+def test_switchable(run):
+    script, (scores, weights), printed = run(
+        "switchable", "--sizes 8 --steps 15 --seeds 2 --processes 1"
+    )
+    tasks, norms = list(script.TASKS), list(script.NORMS)
+    assert scores.shape == (3, 1, len(norms), 2)
+    assert weights.shape == (3, 1, 2, 2, 4)  # tasks, sizes, seeds, layers, statistics
+    np.testing.assert_allclose(np.nansum(weights, axis=-1), 1, rtol=1e-6)
+    # GroupNorm's statistics in the pixels alone.
+    np.testing.assert_array_equal(
+        np.isnan(weights[..., 3]).any(axis=(1, 2, 3)), [True, True, False]
+    )
+    chance = np.array([1 / 10, 1 / 26, 0])
+    assert (scores.mean(axis=(1, 2, 3)) > chance + 0.04).all()
+    pixels = scores[tasks.index("pixels"), 0].mean(axis=1)
+    assert pixels[norms.index("instance")] > pixels[norms.index("batch")]
+    first, second, _ = printed.split("\n\n")
+    found = 100 * scores[0, 0]
+    expected = np.ravel(np.stack([found.mean(1), script.interval(found)], axis=1))
+    np.testing.assert_allclose(row(first, "digits, 8"), expected, atol=0.051)
+    expected = np.ravel(np.stack(script.against(found), axis=1))
+    np.testing.assert_allclose(row(second, "digits, 8"), expected, atol=0.051)
+    counts = [
+        list(map(int, re.findall(r"\d+", re.search(f"^{k} .*", second, re.M)[0])))
+        for k in ("wins", "ties", "loses")
+    ]
+    np.testing.assert_array_equal(np.sum(counts, axis=0), [3] * 4)
+
+
+def test_verdicts(example):
+    script = example("switchable")
+    assert [script.verdict(*pair) for pair in ((2, 1), (-2, 1), (0.5, 1), (-1, 1))] == [
+        "wins",
+        "loses",
+        "ties",
+        "ties",
+    ]
+    mean, half = script.against(np.array([[1.0, 2.0, 3.0], [3.0, 5.0, 4.0]]))
+    np.testing.assert_allclose(mean, [2])
+    np.testing.assert_allclose(half, script.interval(np.array([[2.0, 3.0, 1.0]])))
+
+
+def test_the_tasks_of_switchable(example):
+    script = example("switchable")
+    x, targets, mask = script.blanked([[2, 0, 1]])  # cab
+    np.testing.assert_array_equal(targets[:, 0, :3], [[2, -1, -1], [-1, 0, -1], [-1, -1, 1]])
+    assert (targets[:, 0, 3:] == -1).all()
+    blank = len(script.LETTERS)
+    np.testing.assert_array_equal(x[1, :, 0, :3].argmax(axis=0), [2, blank, 1])
+    np.testing.assert_array_equal(x.sum(axis=1), mask[:, 0])
+    images = np.zeros((5, 1, 8, 8), np.float32)
+    images[:, :, 2:4, 3] = 1
+    x, targets = script.on_photographs(images, np.random.default_rng(0))
+    assert (targets.sum(axis=(1, 2)) == 2).all()
 
 
 def test_custom_axes(run):
