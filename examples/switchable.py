@@ -13,8 +13,9 @@ intersection over the union, with 95 % intervals over the seeds, and the weights
 has learned, of the mean and the variance together. The table says against which norms it wins and
 loses, and ties where the interval of the difference has 0 in it.
 
-Each task has another best norm, and SwitchableNorm is next to it, not before it. Pixels want
-InstanceNorm, by far; the weights move that way, but not far enough in so few steps.
+Of 36 comparisons SwitchableNorm wins 9, ties in 21 and loses 6. Pixels want InstanceNorm, by far,
+and digits do not, and SwitchableNorm is between the best and the worst in both. On digits its weights
+move to BN, on pixels to IN, though not far in so few steps; on words they hardly move.
 """
 
 import argparse
@@ -204,7 +205,7 @@ def table(scores, weights, sizes):
     ]
 
     def header(text, columns):
-        return f"{text:<20}" + "".join(f"{column:>17}" for column in columns)
+        return f"{text:<20}" + "".join(f"{column:>21}" for column in columns)
 
     lines = [header("task, batch size", NORMS)]
     for place, found, _ in places:
