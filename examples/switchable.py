@@ -14,8 +14,8 @@ has learned, of the mean and the variance together. The table says against which
 loses, and ties where the interval of the difference has 0 in it.
 
 Of 36 comparisons SwitchableNorm wins 9, ties in 21 and loses 6. Pixels want InstanceNorm, by far,
-and digits do not, and SwitchableNorm is between the best and the worst in both. On digits its weights
-move to BN, on pixels to IN, though not far in so few steps; on words they hardly move.
+and digits do not, and SwitchableNorm is between the best and the worst in both. On digits its
+weights move to BN, on pixels to IN, though not far in so few steps; on words they hardly move.
 """
 
 import argparse
