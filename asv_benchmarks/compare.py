@@ -293,7 +293,8 @@ def check(case: cases.Case, results: dict[str, dict[str, Any] | None]) -> None:
             # JAX has no running statistics here.
             keys = ("y", "dx") if name == "jax" else ("y", "dx", "evaluated")
             # Others round in between; of millions, some are on the other side of a kink then.
-            share = 0.95 if case.half or case.fused else 1.0
+            # Some of PyTorch's sums of a parameter's gradient are taken in 16 bits.
+            share = 0.85 if case.half else 0.95 if case.fused else 1.0
             where = f"{case.name}, {name} ({variant})"
             assert_same(found, expected, where, keys, TOLERANCE[case.dtype], share)
 
