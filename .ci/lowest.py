@@ -8,7 +8,7 @@ from packaging.requirements import Requirement
 project = tomllib.loads(Path(__file__).parents[1].joinpath("pyproject.toml").read_text())["project"]
 extras = project["optional-dependencies"]
 # Not torch: it is claimed from the version on that the newest of the others are tested with.
-for line in project["dependencies"] + extras["examples"] + extras["test"]:
+for line in project["dependencies"] + extras["examples"] + extras["half"] + extras["test"]:
     requirement = Requirement(line)
     for specifier in requirement.specifier:
         if specifier.operator == ">=":
