@@ -22,6 +22,7 @@ from before_after import interval, several
 from custom_axes import photographs
 from figures import COLOURS, grid
 from nn import Conv2d, ReLU, Sequential
+from scipy.spatial.distance import cdist
 from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 from train_digits import NORMS
@@ -81,8 +82,7 @@ def shares_found(norm, originals, seed):
     shares = []
     for change in STYLES.values():
         features = model(change(originals)).reshape(len(originals), -1)
-        # Squared distances, but for what is the same for all originals.
-        distances = (known**2).sum(axis=1) - 2 * features @ known.T
+        distances = cdist(features, known)
         shares.append(np.mean(distances.argmin(axis=1) == np.arange(len(originals))))
     return shares
 

@@ -27,11 +27,11 @@ import numbanorm
 # Each takes the shape of what the convolution before it makes of one sample.
 NORMS = {
     "none": None,
-    "batch": lambda c, h, w: numbanorm.BatchNorm2d(c, activation="relu"),
-    "layer": lambda c, h, w: numbanorm.LayerNorm([c, h, w], activation="relu"),
-    "instance": lambda c, h, w: numbanorm.InstanceNorm2d(c, affine=True, activation="relu"),
-    "group": lambda c, h, w: numbanorm.GroupNorm(4, c, activation="relu"),
-    "switchable": lambda c, h, w: numbanorm.SwitchableNorm2d(c, activation="relu"),
+    "batch": lambda c, h, w, **options: numbanorm.BatchNorm2d(c, **options),
+    "layer": lambda c, h, w, **options: numbanorm.LayerNorm([c, h, w], **options),
+    "instance": lambda c, h, w, **options: numbanorm.InstanceNorm2d(c, affine=True, **options),
+    "group": lambda c, h, w, **options: numbanorm.GroupNorm(4, c, **options),
+    "switchable": lambda c, h, w, **options: numbanorm.SwitchableNorm2d(c, **options),
 }
 
 # Distinct to colour-blind readers too (Okabe and Ito); a statistic has the colour of its norm.
@@ -110,7 +110,7 @@ def network(norm, rng):
         if norm == "none":
             layers.append(ReLU())
         else:
-            norms.append(Timed(NORMS[norm](*shape)))
+            norms.append(Timed(NORMS[norm](*shape, activation="relu")))
             layers.append(norms[-1])
     layers += [Flatten(), Linear(np.prod(shape), 10, gain=0.1, rng=rng)]
     return Sequential(*layers), norms
