@@ -16,6 +16,7 @@ from numbanorm.moments import Moments, moments
 __all__ = ["Standardizer"]
 
 
+# scikit-learn's classes have no types.
 class Standardizer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):  # type: ignore[misc]
     """Take off each feature's mean and divide by its standard deviation.
 

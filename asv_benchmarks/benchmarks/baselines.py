@@ -78,6 +78,4 @@ class Offset(accuracy.Offset):
         """Return it."""
         return super().track_largest_error(_, library)
 
-    track_largest_error.pretty_name = (  # type: ignore[attr-defined]
-        "PyTorch, NumPy: error around a million"
-    )
+    track_largest_error.pretty_name = "PyTorch, NumPy: error around a million"

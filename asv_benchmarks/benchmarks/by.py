@@ -33,7 +33,7 @@ def timed(name: str, *phases: str) -> Callable[..., None]:
         for phase in phases:
             getattr(self.runner, phase)()
 
-    time.pretty_name = name  # type: ignore[attr-defined]
+    time.pretty_name = name
     return time
 
 

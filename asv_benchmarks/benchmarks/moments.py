@@ -41,7 +41,7 @@ def timed(name: str) -> Callable[..., None]:
         assert self.call is not None
         self.call()
 
-    time.pretty_name = name  # type: ignore[attr-defined]
+    time.pretty_name = name
     return time
 
 
