@@ -173,6 +173,33 @@ def test_hooks_and_shared_layers_are_left():
     assert_alike(model, fused, torch.randn(3, 4))
 
 
+class Activated(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.LayerNorm(8)
+
+    def forward(self, x):
+        return functional.silu(self.norm(x))
+
+
+def test_what_is_in_several_places_is_left():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.alone = Activated(), Activated()
+            self.again = self.first
+
+        def forward(self, x):
+            if x.sum() > 1e9:  # no graph of the whole
+                return x
+            return self.alone(self.again(self.first(x)))
+
+    model = Twice()
+    fused = nt.fuse(copy.deepcopy(model))
+    assert activations(fused) == [None, "silu"]
+    assert_alike(model, fused, torch.randn(3, 8))
+
+
 def test_residual_that_is_broadcast():
     class Plus(nn.Module):
         def __init__(self):

@@ -156,8 +156,8 @@ def restore(
     """Return what :func:`normalize` returned, from x and its statistics.
 
     ``dx`` is where backward is to write; ``instances`` goes with ``sample_variance``, and ``bias``
-    is needed with an ``activation`` alone. With
-    an ``exchange`` the tracked statistic is that of several processes, which backward adds up over.
+    is needed with an ``activation`` alone. With an ``exchange`` the tracked statistic is that of
+    several processes, which backward adds up over.
     """
     affine = weight is not None or has_bias
     layout = _layout(x, dx, geometry, affine, mask is not None, exchange is None)

@@ -79,7 +79,7 @@ class NormLayer(nn.Module):
     # Whether there is such a class; if not, the definition does what numbanorm cannot.
     _has_other: ClassVar[bool] = True
     # The modules in it that a converted layer runs afterwards, as dropout and activation of timm's.
-    _then: ClassVar[tuple[str, ...]] = ()
+    _then: tuple[str, ...] = ()
 
     def __init__(self, *args: Any, activation: ActivationLike = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -156,9 +156,7 @@ class NormLayer(nn.Module):
             y, of the shape and dtype of x.
         """
         counts = None if mask is None else check_mask(mask, input)
-        if residual is not None and residual.shape != input.shape:
-            if self._any_residual:
-                return self._apart(input, mask, residual)
+        if residual is not None and residual.shape != input.shape and not self._any_residual:
             raise ValueError(
                 f"residual: the shape of x, {tuple(input.shape)}, is needed, "
                 f"got {tuple(residual.shape)}"
@@ -176,11 +174,12 @@ class NormLayer(nn.Module):
                 raise ValueError(f"mask: {self} has none for x of shape {tuple(input.shape)}")
             return self._finish(y, residual)
         inputs, method = planned
-        # A residual of another type takes PyTorch's steps.
+        # A residual of another type, or shape, takes PyTorch's steps.
         fuses = by_numbanorm and (
             self._activation is not None
             if residual is None
-            else residual.dtype is input.dtype and can_take(residual)
+            else (residual.dtype, residual.shape) == (input.dtype, input.shape)
+            and can_take(residual)
         )
         if fuses:
             method = method.followed_by(self._activation)
@@ -198,15 +197,6 @@ class NormLayer(nn.Module):
         for name in self._then:
             y = getattr(self, name)(y)
         return y
-
-    def _apart(self, x: Tensor, mask: Tensor | None, residual: Tensor) -> Tensor:
-        """Return y step by step."""
-        activation, self._activation = self._activation, None
-        try:
-            y = self.forward(x, mask=mask)
-        finally:
-            self._activation = activation
-        return self._finish(y, residual)
 
     def _finish(self, y: Tensor, residual: Tensor | None) -> Tensor:
         """Add a residual and apply the activation, step by step."""

@@ -63,7 +63,8 @@ def fuse(module: nn.Module) -> nn.Module:
     Returns
     -------
     torch.nn.Module
-        The same object, or a :class:`torch.fx.GraphModule` with the same modules in it.
+        The same object, or a :class:`torch.fx.GraphModule` with the same modules in it, whose norms
+        have activations: the one that was given is not to be called then.
 
     Raises
     ------
@@ -80,13 +81,14 @@ def fuse(module: nn.Module) -> nn.Module:
     """
     convert(module)
     times = Counter(id(child) for parent in modules_of(module) for child in _children(parent))
+    # Elsewhere a layer that is in several places would have its activation twice.
     once = {key for key, n in times.items() if n == 1} | {id(module)}
     for layer in modules_of(module):
         if isinstance(layer, NormLayer):
             _fuse_own(layer)
         elif isinstance(layer, nn.Sequential) and type(layer).forward is nn.Sequential.forward:
             _fuse_neighbours(layer, once)
-    return _fuse_traced(module)
+    return _fuse_traced(module, once)
 
 
 def _children(module: nn.Module) -> Iterable[nn.Module]:
@@ -96,7 +98,7 @@ def _children(module: nn.Module) -> Iterable[nn.Module]:
 
 def activation_of(module: nn.Module) -> ActivationLike:
     """Return what an activation module is to numbanorm, or None."""
-    if any(getattr(module, hooks) for hooks in _HOOKS):
+    if _has_hooks(module):
         return None
     if type(module) is nn.LeakyReLU:
         return "leaky_relu", module.negative_slope
@@ -105,13 +107,19 @@ def activation_of(module: nn.Module) -> ActivationLike:
     return _MODULES.get(type(module))
 
 
-def _is_open(layer: object) -> bool:
-    """Tell whether a module is a norm layer that nothing follows yet."""
+def _has_hooks(module: nn.Module) -> bool:
+    """Tell whether somebody sees what goes into a module, or comes out."""
+    return any(getattr(module, hooks) for hooks in _HOOKS)
+
+
+def _is_open(layer: object, once: set[int]) -> bool:
+    """Tell whether a module is a norm layer, in one place, that nothing follows yet."""
     return (
         isinstance(layer, NormLayer)
+        and id(layer) in once
         and layer.activation is None
         and not layer._then
-        and not any(getattr(layer, hooks) for hooks in _HOOKS)
+        and not _has_hooks(layer)
     )
 
 
@@ -122,12 +130,13 @@ def _fuse_own(layer: NormLayer) -> None:
     if layer.activation is None and len(rest) == 1:
         activation = activation_of(rest[0])
         if activation is not None:
-            layer.activation, layer._then = activation, ()  # type: ignore[misc]
+            layer.activation, layer._then = activation, ()
 
 
 def _fuse_neighbours(sequential: nn.Sequential, once: set[int]) -> None:
     for (_, norm), (name, follower) in itertools.pairwise(list(sequential._modules.items())):
-        if _is_open(norm) and id(norm) in once:
+        if _is_open(norm, once):
+            assert isinstance(norm, NormLayer)
             activation = None if follower is None else activation_of(follower)
             if activation is not None:
                 norm.activation = activation
@@ -161,36 +170,32 @@ def _traces(module: nn.Module, leaves: set[int]) -> fx.Graph | None:
     return graphs[1] if str(graphs[0]) == str(graphs[1]) else None
 
 
-def _is_opaque(module: nn.Module) -> bool:
-    """Tell whether calls of a module have to stay calls."""
-    return any(getattr(module, hooks) for hooks in _HOOKS)
-
-
-def _fuse_traced(root: nn.Module) -> nn.Module:
+def _fuse_traced(root: nn.Module, once: set[int]) -> nn.Module:
     """Return the module with what its graph has fused; modules without a graph have it in them."""
     if fx.Tracer().is_leaf_module(root, "") or isinstance(root, NormLayer):
         return root
     leaves: set[int] = set()
     for child in reversed(modules_of(root)[1:]):  # from the innermost on
         is_plain = fx.Tracer().is_leaf_module(child, "") or isinstance(child, NormLayer)
-        if not is_plain and (_is_opaque(child) or _traces(child, leaves) is None):
+        if not is_plain and (_has_hooks(child) or _traces(child, leaves) is None):
             leaves.add(id(child))
     for parent in modules_of(root):
         for name, child in list(parent.named_children()):
-            if id(child) in leaves:
-                setattr(parent, name, _fuse_children(child))
+            if id(child) in leaves & once:
+                setattr(parent, name, _fuse_children(child, once))
     graph = _traces(root, leaves)
     if graph is None:
-        return _fuse_children(root)
-    if not any([_fuse_node(graph, node, root) for node in list(graph.nodes)]):
+        return _fuse_children(root, once)
+    if not any([_fuse_node(graph, node, root, once) for node in list(graph.nodes)]):
         return root
     return _with_graph(root, graph)
 
 
-def _fuse_children(module: nn.Module) -> nn.Module:
-    """Fuse what is in a module that has no graph itself."""
+def _fuse_children(module: nn.Module, once: set[int]) -> nn.Module:
+    """Fuse what is in a module that has no graph itself, and nowhere else: there it would stay."""
     for name, child in list(module.named_children()):
-        setattr(module, name, _fuse_traced(child))
+        if id(child) in once:
+            setattr(module, name, _fuse_traced(child, once))
     return module
 
 
@@ -241,14 +246,14 @@ def _changes(node: fx.Node, root: nn.Module) -> bool:
     return in_place or name in ("iadd", "isub", "imul", "__iadd__") or node.kwargs.get("inplace")
 
 
-def _fuse_node(graph: fx.Graph, node: fx.Node, root: nn.Module) -> bool:
+def _fuse_node(graph: fx.Graph, node: fx.Node, root: nn.Module, once: set[int]) -> bool:
     """Fuse a norm with what follows; return whether there was something."""
     if node.op != "call_module" or len(node.users) != 1 or len(node.args) != 1 or node.kwargs:
         return False
     layer = root.get_submodule(str(node.target))
     calls = [other for other in graph.nodes if other.op == "call_module"]
     same = [other for other in calls if root.get_submodule(str(other.target)) is layer]
-    if not _is_open(layer) or len(same) > 1:
+    if not _is_open(layer, once) or len(same) > 1:
         return False
     assert isinstance(layer, NormLayer)
     (follower,) = node.users

@@ -41,19 +41,20 @@ def _optional(tensor: Tensor | None) -> Array | None:
     return None if tensor is None else as_array(tensor)
 
 
-def _parameter(tensor: Tensor | None) -> Array | None:
+def _wide(tensor: Tensor) -> Array:
     """Return a parameter or a running statistic, in float32 if it has 16 bits."""
-    if tensor is not None and tensor.dtype in HALVES:
-        tensor = tensor.float()
-    return _optional(tensor)
+    return as_array(tensor.float() if tensor.dtype in HALVES else tensor)
+
+
+def _parameter(tensor: Tensor | None) -> Array | None:
+    return None if tensor is None else _wide(tensor)
 
 
 def _mixture(inputs: Inputs) -> Float64 | None:
     mean_weight, var_weight = inputs.mean_weight, inputs.var_weight
     if mean_weight is None or var_weight is None:
         return None
-    logits = _parameter(mean_weight), _parameter(var_weight)
-    return methods.mix(*logits, mean_weight.numel())  # type: ignore[arg-type]
+    return methods.mix(_wide(mean_weight), _wide(var_weight), mean_weight.numel())
 
 
 @functools.lru_cache(maxsize=4096)
@@ -161,7 +162,7 @@ def forward(
     array = as_array(inputs.x)
     running = None
     if inputs.running_mean is not None and inputs.running_var is not None:
-        running = _parameter(inputs.running_mean), _parameter(inputs.running_var)
+        running = _wide(inputs.running_mean), _wide(inputs.running_var)
     with thread_count(torch.get_num_threads()):
         saved = normalize(
             array,
@@ -170,7 +171,7 @@ def forward(
             _parameter(inputs.weight),
             _parameter(inputs.bias),
             method.eps,
-            running=running,  # type: ignore[arg-type]
+            running=running,
             mixture=_mixture(inputs),
             center=method.center,
             sample_variance=method.sample_variance,
