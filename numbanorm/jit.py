@@ -31,7 +31,7 @@ from numbanorm import functional
 from numbanorm.core.checks import check_count, float_array, parameter
 from numbanorm.core.geometry import Geometry
 from numbanorm.core.layouts import Saved, Statistic
-from numbanorm.core.normalize import restore
+from numbanorm.core.normalize import find_recipe, restore
 from numbanorm.core.types import Array, Axes, Float64
 from numbanorm.methods import channel_axis, channel_geometry, trailing_geometry
 from numbanorm.moments import moments as moments_over
@@ -126,9 +126,11 @@ def _differentiate(
     )
     weight = parameter(weight, "weight", geometry.param_shape)
     x = np.ascontiguousarray(x)  # in the order of dx, as it was in that of y
-    saved = restore(
-        x, x, geometry, weight, weight is not None, 0.0, [statistic], center=center is not None
+    has_weight = weight is not None
+    recipe = find_recipe(
+        x, x, geometry, 0.0, has_weight=has_weight, has_bias=has_weight, center=center is not None
     )
+    saved = restore(x, recipe, weight, None, [statistic])
     gradients = functional.layer_norm_backward(dy, saved)  # that of all methods
     return gradients.dx, gradients.dweight, gradients.dbias
 

@@ -1,9 +1,8 @@
 """Methods: over which axes the statistics of each are, once, for layers, functions and PyTorch."""
 
 import numpy as np
-from numpy.typing import ArrayLike
 
-from numbanorm.core.checks import check_channel_axis, parameter
+from numbanorm.core.checks import check_channel_axis
 from numbanorm.core.geometry import Geometry, geometry, normalize_axes
 from numbanorm.core.types import Array, Float64
 
@@ -67,15 +66,11 @@ def require_several(geometry: Geometry) -> None:
         )
 
 
-def mix(mean_weight: ArrayLike, var_weight: ArrayLike, n: int) -> Float64:
-    """Return the softmax weights of ``n`` statistics from their logits."""
+def mix(mean_weight: Array, var_weight: Array) -> Float64:
+    """Return the softmax weights (2, S) of S statistics from their logits, (S,)."""
     # Imported here, since it takes four times as long as all the rest of the library.
     from scipy.special import softmax
 
-    logits = [
-        parameter(value, name, (n,))
-        for value, name in ((mean_weight, "mean_weight"), (var_weight, "var_weight"))
-    ]
     # At once: a call takes longer than a small kernel.
-    mixture: Float64 = softmax(np.array(logits, np.float64), axis=1)
+    mixture: Float64 = softmax(np.array((mean_weight, var_weight), np.float64), axis=1)
     return mixture

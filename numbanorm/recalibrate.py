@@ -51,7 +51,7 @@ class Pool:
             saved.batch,
             saved.layout.geometry.running_shape,
             ddof_of_running(saved),
-            saved.layout.ddof(saved.sample_variance),
+            saved.layout.ddof(saved.recipe.sample_variance),
         )
 
     @np.errstate(all="ignore")

@@ -10,40 +10,40 @@ from typing import Any
 import numpy as np
 
 from numbanorm.core import normalize as core
-from numbanorm.core.geometry import Geometry
-from numbanorm.core.layouts import Saved
+from numbanorm.core.layouts import Recipe, Saved
 from numbanorm.core.types import Array, Float64
 
 # Variances, and values, from which x is made smaller: to values of 2**166, or 1e50.
 LARGE_VAR, LARGE, EXPONENT = 1e180, 1e90, 166
 
 
-def normalize(x: Array, y: Array, geometry: Geometry, *parameters: Any, **options: Any) -> Saved:
+def normalize(x: Array, y: Array, recipe: Recipe, *parameters: Any, **options: Any) -> Saved:
     """Return :func:`numbanorm.core.normalize.normalize` of x, of any magnitude."""
     if x.dtype != np.float64 or options.get("exchange") is not None:
-        return core.normalize(x, y, geometry, *parameters, **options)
+        return core.normalize(x, y, recipe, *parameters, **options)
     residual = options.get("residual")
     in_place = options.pop("in_place", False)
     overwritten = in_place or (residual is not None and np.may_share_memory(y, residual))
     if overwritten and x.size and max(x.max(), -x.min()) > LARGE:
         # What is written over is needed again.
         written = np.empty_like(y)
-        saved = normalize(x.copy(), written, geometry, *parameters, **options)
+        saved = normalize(x.copy(), written, recipe, *parameters, **options)
         y[...] = written
         return saved._replace(lost="x" if in_place else "residual")
-    saved = core.normalize(x, y, geometry, *parameters, in_place=in_place, **options)
+    saved = core.normalize(x, y, recipe, *parameters, in_place=in_place, **options)
     if overwritten or (saved.statistics.groups[2] < LARGE_VAR).all():
         return saved
     scale = _scale(x, saved, options.get("mask"))
     if (scale == 1).all():
         return saved
+    geometry = recipe.geometry
     if options.get("running") is not None:
         mean, var = options["running"]
         grid = geometry.running_grid
         factor = np.broadcast_to(scale, grid).reshape(mean.shape)
         options["running"] = mean * factor, var * factor**2
     by_element = np.broadcast_to(scale, geometry.shape).reshape(x.shape)
-    scaled = core.normalize(x * by_element, y, geometry, *parameters, **options)
+    scaled = core.normalize(x * by_element, y, recipe, *parameters, **options)
     groups = saved.statistics.groups.copy()
     overflown = np.isnan(groups[2]) & np.isfinite(groups[1])
     groups[2, overflown] = np.inf

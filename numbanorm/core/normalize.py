@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike
 from numbanorm.core.checks import empty_array, float_array, output_array
 from numbanorm.core.exchange import Exchange
 from numbanorm.core.geometry import Geometry, memory_order
-from numbanorm.core.layouts import Instances, Job, Layout, Saved, Statistic, find_layout
+from numbanorm.core.layouts import Instances, Job, Layout, Recipe, Saved, Statistic, find_layout
 from numbanorm.core.types import Array, Float64, arithmetic
 from numbanorm.kernels.activations import Activation
 from numbanorm.kernels.modes import Mode
@@ -33,20 +33,75 @@ class ParameterGradients(NamedTuple):
     var_weight: Float64 | None
 
 
-def normalize(
+def find_recipe(
     x: Array,
     y: Array,
     geometry: Geometry,
-    weight: Array | None,
-    bias: Array | None,
     eps: float | None,
+    *,
+    has_weight: bool = False,
+    has_bias: bool = False,
+    masked: bool = False,
+    use_batch_stats: bool = True,
+    center: bool = True,
+    sample_variance: bool = False,
+    activation: Activation | None = None,
+    exchange: Exchange | None = None,
+) -> Recipe:
+    """Return how all x with the shape, the type and the order in memory of this one are normalised.
+
+    Parameters
+    ----------
+    x, y : array of float32, float64 or a float of 16 bits
+        As ``float_array`` and ``output_array`` of :mod:`numbanorm.core.checks` return them; the
+        order in memory is that of y, or of x where y has gaps.
+    geometry : Geometry
+        Made for the shape of x.
+    eps : float or None
+        Added to the variance; None means the machine epsilon of x's type.
+    masked : bool
+        Whether there is a mask.
+    center : bool
+        Whether the mean is subtracted; if not, the variance is the mean square.
+    has_weight, has_bias, use_batch_stats, sample_variance, activation
+        As in :class:`Recipe` and its mode.
+    exchange : Exchange or None
+        With processes that share the tracked statistic.
+    """
+    order = memory_order(y, geometry.shape) or memory_order(x, geometry.shape)
+    order = order or tuple(range(len(geometry.shape)))
+    whole_groups = exchange is None or not _is_shared(geometry)
+    layout = find_layout(geometry, order, has_weight or has_bias, masked, whole_groups)
+    return Recipe(
+        layout, x.shape, x.dtype, arithmetic(x.dtype), _mode(x.dtype, eps, center, use_batch_stats),
+        has_weight, has_bias, sample_variance, activation, _is_streamed(layout, y.nbytes),
+    )  # fmt: skip
+
+
+@functools.lru_cache(maxsize=256)
+def _mode(dtype: np.dtype[Any], eps: float | None, center: bool, use_batch_stats: bool) -> Mode:
+    added = float(np.finfo(arithmetic(dtype)).eps) if eps is None else eps
+    return Mode(added, center, use_batch_stats)
+
+
+def _is_streamed(layout: Layout, n_bytes: int) -> bool:
+    """Tell whether outputs of so many bytes are written by streaming stores."""
+    size = layout.tuning.cache_bytes
+    # x, y, dy and dx fill a cache together. Forward and backward must agree: dx may have the memory
+    # of y, and streaming stores to lines that are in a cache take twice as long.
+    return size is not None and n_bytes >= size // 4 and layout.streams()
+
+
+def normalize(
+    x: Array,
+    y: Array,
+    recipe: Recipe,
+    weight: Array | None = None,
+    bias: Array | None = None,
     *,
     running: tuple[Array, Array] | None = None,
     mixture: Float64 | None = None,
-    center: bool = True,
-    sample_variance: bool = False,
     mask: Array | None = None,
-    activation: Activation | None = None,
     residual: Array | None = None,
     in_place: bool = False,
     exchange: Exchange | None = None,
@@ -55,64 +110,47 @@ def normalize(
 
     Parameters
     ----------
-    x, y : array of float32, float64 or a float of 16 bits
-        As ``float_array`` and ``output_array`` of :mod:`numbanorm.core.checks` return them.
-    geometry : Geometry
-        Made for the shape of x.
+    x, y : array
+        Two that :func:`find_recipe` found the recipe for, or like them.
+    recipe : Recipe
+        How.
     weight, bias : array, optional
         Of shape ``geometry.param_shape``.
-    eps : float or None
-        Added to the variance; None means the machine epsilon of x's type.
     running : (mean, var), optional
         Running statistics, which take the place of the tracked statistic.
     mixture : array (2, S), optional
         Weights of the means and of the variances of several statistics.
-    center : bool
-        Whether the mean is subtracted; if not, the variance is the mean square.
-    sample_variance : bool
-        Whether the variance of an instance (or, where those are single values, of each group)
-        is divided by n - 1 instead of n.
     mask : array of bool, optional
         True where an element counts, as :func:`~numbanorm.core.checks.bool_mask` returns it.
-    activation : Activation, optional
-        What follows the norm: y = activation(norm(x) + residual).
     residual : array of the shape and type of x, optional
-        What is added before that.
+        What is added before the activation.
     in_place : bool
         Whether y is x.
     exchange : Exchange, optional
         With processes that share the tracked statistic, if that reduces axis 0.
     """
-    affine = weight is not None or bias is not None
-    if 0 not in geometry.reductions[geometry.tracked]:
+    layout = recipe.layout
+    if exchange is not None and not _is_shared(layout.geometry):
         exchange = None
-    layout = _layout(x, y, geometry, affine, mask is not None, whole_groups=exchange is None)
-    target, copied = layout.to_target(y)
-    views = layout.to_view(x), None if mask is None else layout.to_view(mask)
+    view, (target, copied) = layout.to_view(x), layout.to_target(y)
+    counts = None if mask is None else layout.to_view(mask)
     added, lost, fused = None, "x" if in_place else "", None
-    if activation is not None or residual is not None:
+    if recipe.activation is not None or residual is not None:
         if residual is not None:
             added = layout.to_view(residual)
             lost = lost or ("residual" if _same_memory(y, residual) else "")
-        fused = _fused(activation, added, views[0], None)
-    job = Job(
-        _mode(x.dtype, eps, center, running is None),
-        weight,
-        bias,
-        running,
-        mixture,
-        sample_variance,
-        fused,
-        exchange,
-    )
-    streamed = _is_streamed(layout, target, bool(lost) and copied is None)
-    statistics = layout.forward(*views, job, streamed, target)
+        fused = _fused(recipe.activation, added, view, None)
+    streamed = recipe.is_streamed and not (lost and copied is None)
+    job = Job(recipe, weight, bias, running, mixture, fused, exchange)
+    statistics = layout.forward(view, counts, job, streamed, target)
     if copied is not None:
         copied[...] = target.reshape(copied.shape)
-    return Saved(
-        layout, x.shape, x.dtype, *views, lost, activation, added, job.mode, mixture,
-        sample_variance, weight is not None, bias is not None, statistics, exchange,
-    )  # fmt: skip
+    return Saved(recipe, view, counts, added, lost, mixture, statistics, exchange)
+
+
+def _is_shared(geometry: Geometry) -> bool:
+    """Tell whether processes may share the tracked statistic."""
+    return 0 in geometry.reductions[geometry.tracked]
 
 
 def _same_memory(a: Array, b: Array) -> bool:
@@ -136,66 +174,29 @@ def _fused(
 
 def restore(
     x: Array,
-    dx: Array,
-    geometry: Geometry,
+    recipe: Recipe,
     weight: Array | None,
-    has_bias: bool,
-    eps: float | None,
+    bias: Array | None,
     statistics: list[Statistic],
     *,
     mixture: Float64 | None = None,
-    center: bool = True,
-    sample_variance: bool = False,
     mask: Array | None = None,
     instances: Instances | None = None,
-    bias: Array | None = None,
-    activation: Activation | None = None,
     residual: Array | None = None,
     exchange: Exchange | None = None,
 ) -> Saved:
     """Return what :func:`normalize` returned, from x and its statistics.
 
-    ``dx`` is where backward is to write; ``instances`` goes with ``sample_variance``, and ``bias``
-    is needed with an ``activation`` alone. With an ``exchange`` the tracked statistic is that of
-    several processes, which backward adds up over.
+    The recipe is found for x and the dx to come. ``instances`` goes with ``sample_variance``, and
+    ``bias`` is needed with an activation alone. With an ``exchange`` the tracked statistic is that
+    of several processes, which backward adds up over.
     """
-    affine = weight is not None or has_bias
-    layout = _layout(x, dx, geometry, affine, mask is not None, exchange is None)
-    given = statistics[geometry.tracked]
-    running = (given.mean, given.var) if given.n is None else None
-    job = Job(
-        _mode(x.dtype, eps, center, running is None), weight, bias, None, mixture, sample_variance
+    layout = recipe.layout
+    restored = layout.restore(statistics, Job(recipe, weight, bias, mixture=mixture))
+    saved = Saved(
+        recipe, None, None, None, "", mixture, restored._replace(instances=instances), exchange
     )
-    restored = layout.restore(statistics, job, arithmetic(x.dtype))._replace(instances=instances)
-    views = layout.to_view(x), None if mask is None else layout.to_view(mask)
-    added = None if residual is None else layout.to_view(residual)
-    return Saved(
-        layout, x.shape, x.dtype, *views, "", activation, added, job.mode, mixture,
-        sample_variance, weight is not None, has_bias, restored, exchange,
-    )  # fmt: skip
-
-
-def _layout(
-    x: Array, y: Array, geometry: Geometry, affine: bool, masked: bool, whole_groups: bool = True
-) -> Layout:
-    """Return the layout for the order of y in memory; x is copied if its own differs."""
-    order = memory_order(y, geometry.shape) or memory_order(x, geometry.shape)
-    order = order or tuple(range(len(geometry.shape)))
-    return find_layout(geometry, order, affine, masked, whole_groups)
-
-
-@functools.lru_cache(maxsize=256)
-def _mode(dtype: np.dtype[Any], eps: float | None, center: bool, use_batch_stats: bool) -> Mode:
-    added = float(np.finfo(arithmetic(dtype)).eps) if eps is None else eps
-    return Mode(added, center, use_batch_stats)
-
-
-def _is_streamed(layout: Layout, y: Array, in_place: bool) -> bool:
-    """Tell whether y, the view of an output, is written by streaming stores."""
-    size = layout.tuning.cache_bytes
-    # x, y, dy and dx fill a cache together. Forward and backward must agree: dx may have the memory
-    # of y, and streaming stores to lines that are in a cache take twice as long.
-    return size is not None and y.nbytes >= size // 4 and not in_place and layout.streams()
+    return saved.with_inputs(x, mask, residual)
 
 
 def backward(
@@ -223,11 +224,12 @@ def backward(
     x = saved.x
     assert x is not None
     gradient = float_array(dy, "dy")
-    if gradient.shape != saved.shape:
-        raise ValueError(f"dy: the shape of x, {saved.shape}, is needed, got {gradient.shape}")
-    if gradient.dtype != saved.dtype:
+    shape, dtype = saved.recipe.shape, saved.recipe.dtype
+    if gradient.shape != shape:
+        raise ValueError(f"dy: the shape of x, {shape}, is needed, got {gradient.shape}")
+    if gradient.dtype != dtype:
         with np.errstate(over="ignore"):
-            gradient = gradient.astype(saved.dtype)
+            gradient = gradient.astype(dtype)
     if saved.residual is None:
         dx, in_place = output_array(out, gradient, x, empty=empty)
         return dx, None, differentiate(gradient, saved, dx, in_place)
@@ -251,15 +253,16 @@ def differentiate(
 
     One of them is dy if ``in_place``. ``dresidual`` is needed where there was a residual.
     """
-    layout, fused = saved.layout, None
+    recipe, fused = saved.recipe, None
+    layout = recipe.layout
     assert saved.x is not None
     target, copied = layout.to_target(dx)
     second: tuple[Array | None, Array | None] = None, None
-    if saved.activation is not None or saved.residual is not None:
+    if recipe.activation is not None or saved.residual is not None:
         if dresidual is not None:
             second = layout.to_target(dresidual)
-        fused = _fused(saved.activation, saved.residual, saved.x, target, second[0])
-    streamed = _is_streamed(layout, target, in_place and copied is None)
+        fused = _fused(recipe.activation, saved.residual, saved.x, target, second[0])
+    streamed = recipe.is_streamed and not (in_place and copied is None)
     gradients = layout.backward(layout.to_view(dy), saved.x, saved, fused, streamed, target)
     for written, to in ((target, copied), second):
         if written is not None and to is not None:
@@ -275,7 +278,7 @@ def differentiate(
             np.zeros_like(saved.mixture) if gradients.mixture is None else gradients.mixture
         )
     return ParameterGradients(
-        gradients.weight if saved.has_weight else None,
-        gradients.bias if saved.has_bias else None,
+        gradients.weight if recipe.has_weight else None,
+        gradients.bias if recipe.has_bias else None,
         *dmixture,
     )

@@ -31,8 +31,9 @@ def track(
     else:
         n, mean, var = saved.samples
         tracked = np.array((n > 0, mean, var)), 0, len(n)
+    ddof_of_batch = saved.layout.ddof(saved.recipe.sample_variance)
     skipped = call(
-        algebra.track, *tracked, ddof_of_running(saved), saved.layout.ddof(saved.sample_variance),
+        algebra.track, *tracked, ddof_of_running(saved), ddof_of_batch,
         -1.0 if momentum is None else momentum, skip_nonfinite, *flat,
         np.zeros((), np.int64) if n_batches is None else n_batches,
         np.zeros(len(flat[0]), np.int64) if n_missed is None else n_missed,
@@ -67,7 +68,7 @@ def sample_sums(batch: Statistic, ddof: int = 1, ddof_of_batch: int = 0) -> Floa
 def share_samples(saved: Saved, exchange: Exchange) -> Saved:
     """Return the same with averages over the samples of all processes, where axis 0 is kept."""
     shape = saved.layout.geometry.running_shape
-    ddof_of_batch = saved.layout.ddof(saved.sample_variance)
+    ddof_of_batch = saved.layout.ddof(saved.recipe.sample_variance)
     own = sample_sums(saved.batch, ddof_of_running(saved), ddof_of_batch).reshape(3, -1)
     rows = np.concatenate((own, np.zeros((FORWARD_ROWS - 3, own.shape[1]))))
     _, gathered = exchange.gather(rows, shape, 0)

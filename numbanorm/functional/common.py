@@ -21,7 +21,7 @@ from numbanorm.core.checks import (
 from numbanorm.core.extremes import normalize
 from numbanorm.core.geometry import Geometry
 from numbanorm.core.layouts import Saved
-from numbanorm.core.normalize import backward
+from numbanorm.core.normalize import backward, find_recipe
 from numbanorm.core.running import track
 from numbanorm.core.types import Array, Float64
 
@@ -136,12 +136,13 @@ def normalize_and_track(
     momentum: float,
     weight: ArrayLike | None,
     bias: ArrayLike | None,
-    eps: float,
+    eps: float | None,
     mask: ArrayLike | None,
     activation: ActivationLike,
     residual: ArrayLike | None,
     out: Array | None,
     mixture: Float64 | None = None,
+    center: bool = True,
 ) -> tuple[Array, Saved]:
     """Normalise with the batch's statistics and track them, or with the running ones."""
     factor = check_momentum(momentum)
@@ -149,20 +150,25 @@ def normalize_and_track(
         raise ValueError("momentum: a number from 0 to 1 is needed here, got None")
     counts, added = bool_mask(mask, x.shape), like_x(residual, "residual", x)
     y, in_place = output_array(out, x, *others(added))
-    saved = normalize(
+    scale = parameter(weight, "weight", geometry.param_shape)
+    shift = parameter(bias, "bias", geometry.param_shape)
+    given = None if training else running
+    recipe = find_recipe(
         x,
         y,
         geometry,
-        parameter(weight, "weight", geometry.param_shape),
-        parameter(bias, "bias", geometry.param_shape),
-        check_eps(eps),
-        running=None if training else running,
-        mixture=mixture,
-        mask=counts,
+        None if eps is None and not center else check_eps(eps),
+        has_weight=scale is not None,
+        has_bias=shift is not None,
+        masked=counts is not None,
+        use_batch_stats=given is None,
+        center=center,
         activation=check_activation(activation),
-        residual=added,
-        in_place=in_place,
     )
+    saved = normalize(
+        x, y, recipe, scale, shift,
+        running=given, mixture=mixture, mask=counts, residual=added, in_place=in_place,
+    )  # fmt: skip
     if training and running is not None:
         track(saved, *running, factor)
     return y, saved

@@ -6,27 +6,11 @@ from collections.abc import Iterable
 
 from numpy.typing import ArrayLike
 
-from numbanorm.core.checks import (
-    ActivationLike,
-    bool_mask,
-    check_activation,
-    check_eps,
-    check_shape,
-    float_array,
-    like_x,
-    others,
-    output_array,
-    parameter,
-)
-from numbanorm.core.extremes import normalize
+from numbanorm.core.checks import ActivationLike, check_shape, float_array
 from numbanorm.core.layouts import Saved
 from numbanorm.core.types import Array
-from numbanorm.functional.common import (
-    normalize_and_track,
-)
-from numbanorm.methods import (
-    trailing_geometry,
-)
+from numbanorm.functional.common import normalize_and_track
+from numbanorm.methods import trailing_geometry
 
 
 def layer_norm_forward(
@@ -166,21 +150,10 @@ def rms_norm_forward(
     """
     array = float_array(x, "x")
     geometry = trailing_geometry(array, check_shape(normalized_shape, "normalized_shape"))
-    counts, added = bool_mask(mask, array.shape), like_x(residual, "residual", array)
-    y, in_place = output_array(out, array, *others(added))
-    return y, normalize(
-        array,
-        y,
-        geometry,
-        parameter(weight, "weight", geometry.param_shape),
-        None,
-        None if eps is None else check_eps(eps),
+    return normalize_and_track(
+        array, geometry, None, True, 0.0, weight, None, eps, mask, activation, residual, out,
         center=False,
-        mask=counts,
-        activation=check_activation(activation),
-        residual=added,
-        in_place=in_place,
-    )
+    )  # fmt: skip
 
 
 def rms_norm(

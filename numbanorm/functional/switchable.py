@@ -8,8 +8,10 @@ from numpy.typing import ArrayLike
 
 from numbanorm.core.checks import (
     ActivationLike,
+    as_array,
     check_over,
     float_array,
+    parameter,
 )
 from numbanorm.core.layouts import Saved
 from numbanorm.core.normalize import backward
@@ -20,11 +22,7 @@ from numbanorm.functional.common import (
     normalize_and_track,
     running_pair,
 )
-from numbanorm.methods import (
-    channel_axis,
-    channel_geometry,
-    mix,
-)
+from numbanorm.methods import channel_axis, channel_geometry, mix
 
 
 def switchable_norm_forward(
@@ -85,10 +83,19 @@ def switchable_norm_forward(
         raise ValueError(f"running_mean: it goes with 'bn' in over, got over={names!r}")
     if running is None and "bn" in names and not training:
         raise ValueError("running_mean: 'bn' needs running statistics in evaluation, got None")
+    n = len(names)
+    mixture = mix(_logits(mean_weight, "mean_weight", n), _logits(var_weight, "var_weight", n))
     return normalize_and_track(
         array, geometry, running, training, momentum, weight, bias, eps, mask,
-        activation, residual, out, mix(mean_weight, var_weight, len(names)),
+        activation, residual, out, mixture,
     )  # fmt: skip
+
+
+def _logits(value: ArrayLike, name: str, n: int) -> Array:
+    """Return the logits of n statistics."""
+    logits = parameter(as_array(value, name), name, (n,))
+    assert logits is not None
+    return logits
 
 
 def switchable_norm(

@@ -29,13 +29,14 @@ from numbanorm.core.exchange import BACKWARD_ROWS, FORWARD_ROWS, Exchange, check
 from numbanorm.core.geometry import AllBut, Geometry, axis_tuple
 from numbanorm.core.layouts import Saved
 from numbanorm.core.memory import arrays
-from numbanorm.core.normalize import backward, normalize
+from numbanorm.core.normalize import ParameterGradients, backward, find_recipe, normalize
 from numbanorm.core.running import is_finite, share_samples, track
 from numbanorm.core.types import Array, Float64
 from numbanorm.kernels.activations import Activation
 from numbanorm.layers.axes import OverAxes
 from numbanorm.layers.state import State
 from numbanorm.recalibrate import Pool
+from numbanorm.tuning import tuning
 
 
 class Norm(State, OverAxes):
@@ -138,7 +139,7 @@ class Norm(State, OverAxes):
 
     # Whether training needs more than one value in each group.
     several_values = False
-    # Layers that were pickled before there was such a thing have none.
+    # Layers that were pickled before there were such things have none.
     _exchange: Exchange | None = None
 
     def __init__(
@@ -184,7 +185,6 @@ class Norm(State, OverAxes):
         self._parameters: dict[str, Array] = {}
         self._gradients: dict[str, Array] = {}
         self._buffers: dict[str, Array] = {}
-        self._geometries: dict[tuple[int, ...], Geometry] = {}
         self._saved: Saved | None = None
         self._pool: Pool | None = None
         self._has_bias = bool(bias)
@@ -283,33 +283,48 @@ class Norm(State, OverAxes):
     ) -> Array:
         """Return y, with the statistics of all processes if there is an exchange."""
         array = float_array(x, "x")
-        shape = self._geometries.get(array.shape) or self._geometry(array)
-        self._check_running(array, shape)
-        use_batch_stats = self.training or not self.track_stats
-        if self.training and self.several_values and exchange is None:
-            methods.require_several(shape)
+        key = (
+            array.shape, array.dtype, array.flags.c_contiguous, mask is None, exchange is None,
+            tuning(),
+        )  # fmt: skip
+        recipe = self._known[1] if self._known is not None and self._known[0] == key else None
+        geometry = self._fitting_geometry(array, exchange) if recipe is None else recipe.geometry
         new = {}
         if self.affine and "weight" not in self._parameters:
-            new = self._new_parameters(shape.param_shape)
-        parameters = {**self._parameters, **new}
-        running = self._running_or_new(shape.running_shape) if self.track_stats else None
+            new = self._new_parameters(geometry.param_shape)
+        parameters = new or self._parameters
+        weight, bias = parameters.get("weight"), parameters.get("bias")
+        running = self._running_or_new(geometry.running_shape) if self.track_stats else None
+        use_batch_stats = self.training or running is None
         counts = None if mask is None else bool_mask(mask, array.shape)
         added = None if residual is None else like_x(residual, "residual", array)
         y, in_place = output_array(out, array, *others(added), empty=self._empty)
+        is_usual = out is None or out.flags.c_contiguous
+        if recipe is None or not is_usual:
+            recipe = find_recipe(
+                array,
+                y,
+                geometry,
+                self.eps,
+                has_weight=weight is not None,
+                has_bias=bias is not None,
+                masked=counts is not None,
+                use_batch_stats=use_batch_stats,
+                center=self.center,
+                sample_variance=self.sample_variance,
+                activation=self._activation,
+                exchange=exchange,
+            )
         # Values of float32 are small enough, and a small layer takes no longer than their check.
         saved = (extremes.normalize if array.dtype == np.float64 else normalize)(
             array,
             y,
-            shape,
-            parameters.get("weight"),
-            parameters.get("bias"),
-            self.eps,
+            recipe,
+            weight,
+            bias,
             running=None if use_batch_stats else running,
             mixture=self._mixture(),
-            center=self.center,
-            sample_variance=self.sample_variance,
             mask=counts,
-            activation=self._activation,
             residual=added,
             in_place=in_place,
             exchange=exchange,
@@ -318,12 +333,21 @@ class Norm(State, OverAxes):
             saved = share_samples(saved, exchange)
         # An error above has left the layer as it was; from here on nothing can fail.
         self._adopt(new)
-        if len(self._geometries) < 64:
-            self._geometries[array.shape] = shape
         if self.training and running is not None:
             self._track(running, saved)
-        self.__dict__["_saved"] = saved  # what users set is checked, which takes longer
+        # Not by setattr(): what users set is checked, which takes longer.
+        self.__dict__["_saved"] = saved
+        if is_usual:
+            self.__dict__["_known"] = key, recipe
         return y
+
+    def _fitting_geometry(self, x: Array, exchange: Exchange | None) -> Geometry:
+        """Return over which axes of x statistics and parameters are, if x fits."""
+        geometry = self._geometry(x)
+        self._check_running(x, geometry)
+        if self.training and self.several_values and exchange is None:
+            methods.require_several(geometry)
+        return geometry
 
     def _empty(self, like: Array) -> Array:
         """Return an array for y or dx."""
@@ -370,13 +394,16 @@ class Norm(State, OverAxes):
         exchange = self._saved.exchange
         with nullcontext() if exchange is None else exchange.turn(BACKWARD_ROWS):
             dx, dresidual, gradients = backward(dy, self._saved, out, out_residual, self._empty)
-        names = ("weight", "bias", "mean_weight", "var_weight")
-        with np.errstate(over="ignore", invalid="ignore"):
-            for name, gradient in zip(names, gradients, strict=True):
-                if name in self._gradients and gradient is not None:
-                    self._gradients[name] += gradient.astype(self.dtype)
+        self._add_gradients(gradients)
         self.__dict__["_saved"] = None
         return dx if dresidual is None else (dx, dresidual)
+
+    @np.errstate(over="ignore", invalid="ignore")
+    def _add_gradients(self, gradients: ParameterGradients) -> None:
+        names = ("weight", "bias", "mean_weight", "var_weight")
+        for name, gradient in zip(names, gradients, strict=True):
+            if gradient is not None and name in self._gradients:
+                self._gradients[name] += gradient.astype(self.dtype)
 
     # -- Parameters and running statistics ------------------------------------------------------
 
@@ -542,7 +569,7 @@ class Norm(State, OverAxes):
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what is pickled and copied: all but what the last forward kept."""
-        return {**self.__dict__, "_saved": None, "_pool": None, "_geometries": {}}
+        return {**self.__dict__, "_saved": None, "_pool": None, "_known": None}
 
     def __repr__(self) -> str:
         """Return the call that makes the layer; bias and keyword-only arguments if unusual."""

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from numbanorm.core.checks import check_device, check_eps, check_flag, check_momentum
+from numbanorm.core.layouts import Recipe
 from numbanorm.core.types import Array
 
 
@@ -45,6 +46,8 @@ class State:
     # How many of the batches that were tracked gave nothing to which running statistic.
     _n_missed: NDArray[np.int64] | None = None
     device: object = None
+    # What the last forward was called with, and how that is done, unless a setting changed since.
+    _known: tuple[Any, Recipe] | None = None
     # Whether eps may be None.
     has_default_eps = True
 
@@ -66,6 +69,7 @@ class State:
                     f"{name}: it is fixed once a layer is made; make a new one, and give it "
                     f"the state_dict() of this one where the shapes are the same"
                 )
+            self.__dict__["_known"] = None
         object.__setattr__(self, name, value)
 
     def _new_parameters(self, shape: tuple[int, ...]) -> dict[str, Array]:
@@ -134,6 +138,7 @@ class State:
                 f"state_dict: the entries {names} are needed; "
                 f"missing {sorted(missing)}, unknown {sorted(map(str, unknown))}"
             )
+        self._known = None
         values = {name: _entry(name, value, self.dtype) for name, value in state_dict.items()}
         current = {**self._parameters, **self._buffers}
         for name, value in values.items():

@@ -150,7 +150,7 @@ class SwitchableNorm(Norm):
         return "bn" in self.over
 
     def _mixture(self) -> Float64:
-        return methods.mix(self.mean_weight, self.var_weight, len(self.over))
+        return methods.mix(self._parameters["mean_weight"], self._parameters["var_weight"])
 
     mean_weight = array_property("_parameters", "mean_weight", "Logits of the means.")
     var_weight = array_property("_parameters", "var_weight", "Logits of the variances.")

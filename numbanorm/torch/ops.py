@@ -54,7 +54,7 @@ def _mixture(inputs: Inputs) -> Float64 | None:
     mean_weight, var_weight = inputs.mean_weight, inputs.var_weight
     if mean_weight is None or var_weight is None:
         return None
-    return methods.mix(_wide(mean_weight), _wide(var_weight), mean_weight.numel())
+    return methods.mix(_wide(mean_weight), _wide(var_weight))
 
 
 @functools.lru_cache(maxsize=4096)

@@ -38,36 +38,78 @@ class Instances(NamedTuple):
     m2: Float64
 
 
+class Recipe(NamedTuple):
+    """How x of one shape, type and order in memory is normalised: found once, for all such x.
+
+    Attributes
+    ----------
+    layout : Layout
+        How the kernels see x.
+    shape, dtype
+        Of x, before an axis was split into groups.
+    arithmetic : dtype
+        With which it is calculated.
+    mode : Mode
+        ``use_batch_stats`` is about the tracked statistic, others always come from x.
+    has_weight, has_bias : bool
+        Which parameters there are.
+    sample_variance : bool
+        Whether the variance of an instance (or, where those are single values, of each group)
+        is divided by n - 1 instead of n.
+    activation : Activation or None
+        What follows.
+    is_streamed : bool
+        Whether outputs in memory of their own are written by streaming stores.
+    """
+
+    layout: "Layout"
+    shape: Axes
+    dtype: np.dtype[Any]
+    arithmetic: np.dtype[Any]
+    mode: Mode
+    has_weight: bool
+    has_bias: bool
+    sample_variance: bool
+    activation: Activation | None
+    is_streamed: bool
+
+    @property
+    def geometry(self) -> Geometry:
+        """Over which axes of x."""
+        return self.layout.geometry
+
+
 class Job(NamedTuple):
     """What a forward is to do, beside x and y.
 
     Attributes
     ----------
-    mode : Mode
-        ``use_batch_stats`` is about the tracked statistic, others always come from x.
+    recipe : Recipe
+        How.
     weight, bias : array or None
         Of shape ``geometry.param_shape``.
     running : (mean, var) or None
         Given statistics in the place of the tracked one.
     mixture : array (2, S) or None
         Weights of the means and of the variances of several statistics.
-    sample_variance : bool
-        Whether the variance of an instance (or, where those are single values, of each group)
-        is divided by n - 1 instead of n.
     fused : tuple or None
         The fields of :class:`numbanorm.kernels.access.Fused`, of views.
     exchange : Exchange or None
         With the processes that share the tracked statistic.
     """
 
-    mode: Mode
+    recipe: Recipe
     weight: Array | None = None
     bias: Array | None = None
     running: tuple[Array, Array] | None = None
     mixture: Float64 | None = None
-    sample_variance: bool = False
     fused: Any = None
     exchange: Exchange | None = None
+
+    @property
+    def mode(self) -> Mode:
+        """How statistics are taken and used."""
+        return self.recipe.mode
 
 
 class Statistics(NamedTuple):
@@ -96,23 +138,17 @@ class Saved(NamedTuple):
 
     Attributes
     ----------
-    layout : Layout
-        How x, mask, dy and dx are seen.
-    shape, dtype
-        Of x, before an axis was split into groups.
+    recipe : Recipe
+        How it was done.
     x, mask : array or None
         Views in the layout's order. A caller that keeps x, mask and residual itself gives them back
         by :meth:`with_inputs` before :func:`~numbanorm.core.normalize.differentiate`.
-    lost : str
-        Whether y was written over "x" or "residual"; else "".
-    activation : Activation or None
-        What follows.
     residual : array or None
         What was added, as a view.
-    mode, mixture, sample_variance
+    lost : str
+        Whether y was written over "x" or "residual"; else "".
+    mixture
         As in the Job of forward.
-    has_weight, has_bias : bool
-        Which gradients there are.
     statistics : Statistics
         What forward found.
     exchange : Exchange or None
@@ -126,19 +162,12 @@ class Saved(NamedTuple):
         The statistics of all groups without that.
     """
 
-    layout: "Layout"
-    shape: Axes
-    dtype: np.dtype[Any]
+    recipe: Recipe
     x: Array | None
     mask: Array | None
-    lost: str
-    activation: Activation | None
     residual: Array | None
-    mode: Mode
+    lost: str
     mixture: Float64 | None
-    sample_variance: bool
-    has_weight: bool
-    has_bias: bool
     statistics: Statistics
     exchange: Exchange | None = None
     samples: Float64 | None = None
@@ -155,8 +184,18 @@ class Saved(NamedTuple):
 
     def with_inputs(self, x: Array | None, mask: Array | None, residual: Array | None) -> "Saved":
         """Return the same with other inputs, for a caller that keeps them, or None."""
-        views = [a if a is None else self.layout.to_view(a) for a in (x, mask, residual)]
-        return self._replace(x=views[0], mask=views[1], residual=views[2])
+        views = (a if a is None else self.layout.to_view(a) for a in (x, mask, residual))
+        return Saved(self.recipe, *views, *self[4:])
+
+    @property
+    def layout(self) -> "Layout":
+        """How x, mask, dy and dx are seen."""
+        return self.recipe.layout
+
+    @property
+    def mode(self) -> Mode:
+        """How statistics were taken and used."""
+        return self.recipe.mode
 
     def all_statistics(self) -> list[Statistic]:
         """Return all statistics."""
@@ -170,9 +209,11 @@ class Saved(NamedTuple):
     @property
     def is_constant(self) -> bool:
         """Whether each element is a group of its own, so that y does not depend on x."""
+        if not self.recipe.geometry.single_values:
+            return False
         is_alone = self.mask is None and self.exchange is None
         uses_means = self.mode.center and self.mode.use_batch_stats
-        return self.layout.geometry.single_values and is_alone and uses_means
+        return is_alone and uses_means
 
     @property
     def groups(self) -> Float64:
@@ -297,7 +338,7 @@ class Layout(ABC):
         """Write dx; return the parameters' gradients. All arrays are views; see Job on fused."""
 
     @abstractmethod
-    def restore(self, statistics: list[Statistic], job: Job, dtype: Any) -> Statistics:
+    def restore(self, statistics: list[Statistic], job: Job) -> Statistics:
         """Return what forward returned, from the statistics alone."""
 
     @abstractmethod
@@ -334,7 +375,7 @@ class Layout(ABC):
         """Whether the axes of x stand in memory as they are numbered."""
         return self.order == tuple(range(len(self.order)))
 
-    @property
+    @functools.cached_property
     def parameter_view(self) -> Axes:
         """Shape of the weights as the kernels see them: (F,) of each feature."""
         return (math.prod(self.geometry.param_grid) if self.affine else 1,)
@@ -348,7 +389,7 @@ class Layout(ABC):
             view = view.view(stored(view.dtype))
         # Read-only arrays are a type of their own for Numba: with all inputs of that type,
         # there is one machine code for them and for those that the user may write to.
-        view.flags.writeable = False
+        view.setflags(write=False)
         return view
 
     def to_target(self, y: Array) -> tuple[Array, Array | None]:
@@ -362,12 +403,17 @@ class Layout(ABC):
             return in_memory.reshape(self.view), None
         return np.empty(self.view, y.dtype), in_memory
 
+    def weight_and_bias(self, job: Job, dtype: Any) -> Array:
+        """Return copies of weight and bias, as both may change before backward, (2, ...)."""
+        shape = self.geometry.param_shape if self.affine else (1,)
+        both: Array = np.empty((2, *shape), dtype)
+        both[0] = 1.0 if job.weight is None else job.weight
+        both[1] = 0.0 if job.bias is None else job.bias
+        return both
+
     def feature_parameters(self, job: Job) -> Float64:
         """Return weight and bias of each feature, (2, F)."""
-        shape = self.geometry.param_shape if self.affine else (1,)
-        weight = np.ones(shape) if job.weight is None else job.weight
-        bias = np.zeros(shape) if job.bias is None else job.bias
-        return np.array((weight, bias), np.float64).reshape(2, *self.parameter_view)
+        return self.weight_and_bias(job, np.float64).reshape(2, *self.parameter_view)
 
     def feature_gradients(self, gradients: Float64, mixture: Float64 | None = None) -> Gradients:
         """Return gradients of weight and bias (2, F) in the parameters' shape."""

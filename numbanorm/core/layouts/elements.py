@@ -4,6 +4,7 @@ It fits in a cache, so that its statistics and its output are one pass over memo
 """
 
 import dataclasses
+import functools
 import math
 from typing import Any, Self
 
@@ -33,34 +34,33 @@ class Elements(WholeGroups):
     weights: Axes
     n_parts: int
 
-    def parameters(self, job: Job, dtype: Any) -> Array:
+    def parameters(self, job: Job) -> Array:
         """Return weight and bias of each element in the order of memory, (2, ...)."""
-        geometry = self.geometry
-        shape = geometry.param_shape if self.affine else (1,)
-        weight = np.ones(shape) if job.weight is None else job.weight
-        bias = np.zeros(shape) if job.bias is None else job.bias
-        parameters = np.array((weight, bias), dtype)
+        parameters = self.weight_and_bias(job, job.recipe.arithmetic)
         if not self.in_order:
             axes = 0, *(axis + 1 for axis in self.order)
-            parameters = parameters.reshape(2, *geometry.param_grid).transpose(axes)
+            parameters = parameters.reshape(2, *self.geometry.param_grid).transpose(axes)
         return np.ascontiguousarray(parameters).reshape(2, *self.weights)
+
+    @functools.cached_property
+    def _parts_shape(self) -> Axes:
+        return 2, self.n_parts, math.prod(self.weights)
 
     def _new_gradients(self, saved: Saved) -> Float64:
         """Return memory for the gradients of each part, (2, T, F), or (2, T, 0) if not needed."""
-        if saved.has_weight or saved.has_bias:
-            return np.zeros((2, self.n_parts, math.prod(self.weights)))
+        if saved.recipe.has_weight or saved.recipe.has_bias:
+            return np.zeros(self._parts_shape)
         return np.zeros((2, self.tuning.tasks, 0))
 
     def _sum_gradients(self, parts: Float64, saved: Saved) -> Gradients:
         """Return the gradients of weight and bias, if there are any, from those of all parts."""
-        if not (saved.has_weight or saved.has_bias):
+        if not (saved.recipe.has_weight or saved.recipe.has_bias):
             return Gradients(parts[0], parts[1])
-        sums, geometry = parts[:, 0] if parts.shape[1] == 1 else _sum(parts), self.geometry
+        sums, geometry = parts if self.n_parts == 1 else _sum(parts), self.geometry
         if not self.in_order:
             sums = sums.reshape(2, *(geometry.param_grid[axis] for axis in self.order))
             sums = sums.transpose(0, *(axis + 1 for axis in self.inverse_order))
-        sums = sums.reshape(2, *geometry.param_shape)
-        return Gradients(sums[0], sums[1])
+        return self.feature_gradients(sums)
 
 
 @np.errstate(all="ignore")  # NaN and Inf are the user's, and reach what they should

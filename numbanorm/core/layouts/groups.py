@@ -43,7 +43,7 @@ class GroupsWithWeights(WholeGroups):
         """Bytes of the table, which is made at once."""
         return self.features.nbytes
 
-    def parameters(self, job: Job, dtype: Any) -> Array:
+    def parameters(self, job: Job) -> Array:
         """Return weight and bias of each feature, in float64."""
         return self.feature_parameters(job)
 

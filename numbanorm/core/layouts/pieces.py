@@ -28,7 +28,7 @@ from numbanorm.core.layouts.base import (
     Statistics,
     n_folded,
 )
-from numbanorm.core.types import Array, Axes, Float64, arithmetic
+from numbanorm.core.types import Array, Axes, Float64
 from numbanorm.kernels import algebra
 from numbanorm.kernels.apply import apply_columns, apply_rows
 from numbanorm.kernels.modes import PieceTiles
@@ -158,13 +158,13 @@ class Pieces(Layout):
         self, x: Array, mask: Array | None, job: Job, streamed: bool, y: Array
     ) -> Statistics:
         """Take moments, merge and mix them, and write y."""
-        mode, instances = job.mode, None
+        mode, sample_variance, instances = job.mode, job.recipe.sample_variance, None
         if mode.use_batch_stats or len(self.geometry.reductions) > 1:
             parts, of_parts = self.reduce(x, mask), self.part_segments
-            if job.sample_variance and self._instance_size > 1:
+            if sample_variance and self._instance_size > 1:
                 instances, parts = self._with_sample_variance(parts)
                 of_parts = self._instances[2]
-            ddof = self.ddof(job.sample_variance)
+            ddof = self.ddof(sample_variance)
             # What processes share is merged once more, and needs its means for that.
             center = mode.center or job.exchange is not None
             groups = self.merge(parts, self.groups, of_parts, center, ddof)
@@ -180,7 +180,7 @@ class Pieces(Layout):
             for values, running in zip(groups[1:3], job.running, strict=True):
                 values[place].reshape(shape)[...] = running.reshape(grid)
         parameters = self.feature_parameters(job)
-        pieces, coef = self._coefficients(groups, parameters, job, y.dtype)
+        pieces, coef = self._coefficients(groups, parameters, job)
         self._apply(None, x, None, job.fused, coef, streamed, y)
         return Statistics(parameters, groups, pieces, instances)
 
@@ -208,11 +208,11 @@ class Pieces(Layout):
         return result, np.stack((count, mean, m2 * (count / np.maximum(count - 1, 1)), rest))
 
     def _coefficients(
-        self, groups: Float64, parameters: Array, job: Job | Saved, dtype: Any
+        self, groups: Float64, parameters: Array, job: Job | Saved
     ) -> tuple[Float64, Array]:
         """Mix statistics; return mean, variance, rstd of each piece, and its m, s, t, (3, P)."""
         shape = 3, self.n_pieces
-        pieces, coef = np.empty(shape), np.empty(shape, arithmetic(dtype))
+        pieces, coef = np.empty(shape), np.empty(shape, job.recipe.arithmetic)
         mixture = ALONE if job.mixture is None else job.mixture
         run(
             algebra.coefficients, self.n_pieces * self.tuning.piece_work,
@@ -231,14 +231,14 @@ class Pieces(Layout):
         mixture = ALONE if saved.mixture is None else saved.mixture
         forward = None
         if fused is not None:
-            _, forward = self._coefficients(found.groups, found.parameters, saved, dx.dtype)
+            _, forward = self._coefficients(found.groups, found.parameters, saved)
         sums = self._gradient_sums(dy, x, saved, fused, forward)
         dgroups, dmixture = np.zeros((2, self.groups.total)), np.zeros(mixture.shape)
         dparameters = np.zeros((2, *self.parameter_view))
         run(
             algebra.group_gradients, self._work(n, len(self.groups.shapes)),
             sums, *self.segments, self.groups.bounds, found.groups,
-            self.ddof(saved.sample_variance), mixture, found.parameters, found.pieces,
+            self.ddof(saved.recipe.sample_variance), mixture, found.parameters, found.pieces,
             dgroups, dmixture, dparameters,
         )  # fmt: skip
         if saved.exchange is not None:
@@ -248,7 +248,7 @@ class Pieces(Layout):
         instances = None
         if found.instances is not None:
             instances = np.stack((found.instances.n.ravel(), found.instances.mean.ravel()))
-        coef: Array = np.empty((5, n), arithmetic(dx.dtype))
+        coef: Array = np.empty((5, n), saved.recipe.arithmetic)
         run(
             algebra.gradient_coefficients, n * self.tuning.piece_work,
             *self.segments, found.groups, dgroups, saved.mode.center, given, instances,
@@ -308,14 +308,14 @@ class Pieces(Layout):
 
     # -- Statistics --------------------------------------------------------------------------------
 
-    def restore(self, statistics: list[Statistic], job: Job, dtype: Any) -> Statistics:
+    def restore(self, statistics: list[Statistic], job: Job) -> Statistics:
         """Mix the statistics anew."""
         groups = np.empty((3, self.groups.total))
         for place, (_, n, mean, var) in zip(self.groups.slices, statistics, strict=True):
             groups[0, place] = 1.0 if n is None else n.ravel()
             groups[1, place], groups[2, place] = mean.ravel(), var.ravel()
         parameters = self.feature_parameters(job)
-        return Statistics(parameters, groups, self._coefficients(groups, parameters, job, dtype)[0])
+        return Statistics(parameters, groups, self._coefficients(groups, parameters, job)[0])
 
     def statistic(self, groups: Float64, k: int) -> Any:
         """Return a slice of the groups."""

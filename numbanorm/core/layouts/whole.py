@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from numbanorm.core.layouts.base import Job, Layout, Statistic, Statistics
-from numbanorm.core.types import Array, Axes, Float64, arithmetic
+from numbanorm.core.types import Array, Axes, Float64
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -17,7 +17,7 @@ class WholeGroups(Layout):
     """Groups in the order of memory, each read once and written at once."""
 
     @abstractmethod
-    def parameters(self, job: Job, dtype: Any) -> Array:
+    def parameters(self, job: Job) -> Array:
         """Return copies of weight and bias as the kernels see them, (2, ...)."""
 
     @abstractmethod
@@ -39,15 +39,14 @@ class WholeGroups(Layout):
         else:
             grid = self.geometry.running_grid
             groups = self._from_grid(1.0, *(running.reshape(grid) for running in job.running))
-        parameters = self.parameters(job, arithmetic(y.dtype))
-        parameters = self.run_forward(x, mask, parameters, job, streamed, groups, y)
+        parameters = self.run_forward(x, mask, self.parameters(job), job, streamed, groups, y)
         return Statistics(parameters, groups)
 
-    def restore(self, statistics: list[Statistic], job: Job, dtype: Any) -> Statistics:
+    def restore(self, statistics: list[Statistic], job: Job) -> Statistics:
         """Bring the statistics into the order of memory."""
         _, n, mean, var = statistics[0]
         groups = self._from_grid(1.0 if n is None else n, mean, var)
-        return Statistics(self.parameters(job, dtype), groups)
+        return Statistics(self.parameters(job), groups)
 
     def statistic(self, groups: Float64, k: int) -> Any:
         """Return all groups: there is one statistic."""
