@@ -14,7 +14,16 @@ from numpy.typing import ArrayLike
 from numbanorm.core.checks import empty_array, float_array, output_array
 from numbanorm.core.exchange import Exchange
 from numbanorm.core.geometry import Geometry, memory_order
-from numbanorm.core.layouts import Instances, Job, Layout, Recipe, Saved, Statistic, find_layout
+from numbanorm.core.layouts import (
+    Instances,
+    Job,
+    Layout,
+    Recipe,
+    Saved,
+    Statistic,
+    Statistics,
+    find_layout,
+)
 from numbanorm.core.types import Array, Float64, arithmetic
 from numbanorm.kernels.activations import Activation
 from numbanorm.kernels.modes import Mode
@@ -134,18 +143,41 @@ def normalize(
         exchange = None
     view, (target, copied) = layout.to_view(x), layout.to_target(y)
     counts = None if mask is None else layout.to_view(mask)
-    added, lost, fused = None, "x" if in_place else "", None
-    if recipe.activation is not None or residual is not None:
-        if residual is not None:
-            added = layout.to_view(residual)
-            lost = lost or ("residual" if _same_memory(y, residual) else "")
-        fused = _fused(recipe.activation, added, view, None)
-    streamed = recipe.is_streamed and not (lost and copied is None)
-    job = Job(recipe, weight, bias, running, mixture, fused, exchange)
-    statistics = layout.forward(view, counts, job, streamed, target)
+    added, lost = None, "x" if in_place else ""
+    if residual is not None:
+        added = layout.to_view(residual)
+        lost = lost or ("residual" if _same_memory(y, residual) else "")
+    statistics = run_forward(
+        recipe, view, counts, added, target, weight, bias, running, mixture, exchange,
+        bool(lost) and copied is None,
+    )  # fmt: skip
     if copied is not None:
         copied[...] = target.reshape(copied.shape)
     return Saved(recipe, view, counts, added, lost, mixture, statistics, exchange)
+
+
+def run_forward(
+    recipe: Recipe,
+    x: Array,
+    mask: Array | None,
+    residual: Array | None,
+    y: Array,
+    weight: Array | None,
+    bias: Array | None,
+    running: tuple[Array, Array] | None,
+    mixture: Float64 | None,
+    exchange: Exchange | None = None,
+    in_place: bool = False,
+) -> Statistics:
+    """Write y, which is x or the residual if ``in_place``; return what was found.
+
+    x, mask, residual and y are views in the layout's order; see :func:`normalize` on the others.
+    """
+    fused = None
+    if recipe.activation is not None or residual is not None:
+        fused = _fused(recipe.activation, residual, x, None)
+    job = Job(recipe, weight, bias, running, mixture, fused, exchange)
+    return recipe.layout.forward(x, mask, job, recipe.is_streamed and not in_place, y)
 
 
 def _is_shared(geometry: Geometry) -> bool:
@@ -253,22 +285,32 @@ def differentiate(
 
     One of them is dy if ``in_place``. ``dresidual`` is needed where there was a residual.
     """
-    recipe, fused = saved.recipe, None
-    layout = recipe.layout
-    assert saved.x is not None
+    layout = saved.layout
     target, copied = layout.to_target(dx)
-    second: tuple[Array | None, Array | None] = None, None
-    if recipe.activation is not None or saved.residual is not None:
-        if dresidual is not None:
-            second = layout.to_target(dresidual)
-        fused = _fused(recipe.activation, saved.residual, saved.x, target, second[0])
-    streamed = recipe.is_streamed and not (in_place and copied is None)
-    gradients = layout.backward(layout.to_view(dy), saved.x, saved, fused, streamed, target)
-    for written, to in ((target, copied), second):
+    second, second_copied = (None, None) if dresidual is None else layout.to_target(dresidual)
+    in_place = in_place and copied is None
+    gradients = run_backward(layout.to_view(dy), saved, in_place, target, second)
+    for written, to in ((target, copied), (second, second_copied)):
         if written is not None and to is not None:
             to[...] = written.reshape(to.shape)
     if saved.scale is not None:
         dx *= saved.scale
+    return gradients
+
+
+def run_backward(
+    dy: Array, saved: Saved, in_place: bool, dx: Array, dresidual: Array | None
+) -> ParameterGradients:
+    """Write dx and dresidual, of which one is dy if ``in_place``; return all other gradients.
+
+    All arrays, with those of ``saved``, are views in the layout's order.
+    """
+    recipe, x, fused = saved.recipe, saved.x, None
+    assert x is not None
+    if recipe.activation is not None or saved.residual is not None:
+        fused = _fused(recipe.activation, saved.residual, x, dx, dresidual)
+    streamed = recipe.is_streamed and not in_place
+    gradients = recipe.layout.backward(dy, x, saved, fused, streamed, dx)
     if saved.is_constant:
         np.copyto(dx, 0, where=np.isfinite(dx))
     dmixture: tuple[Float64 | None, Float64 | None] = None, None
