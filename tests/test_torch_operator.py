@@ -17,6 +17,7 @@ ours = pytest.importorskip("numbanorm.torch")
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 from numbanorm.torch import ops, private  # noqa: E402
+from numbanorm.tuning import use  # noqa: E402
 
 from_func = torch.func
 NORMALIZE = torch.ops.numbanorm.normalize.default
@@ -416,7 +417,8 @@ def in_place(monkeypatch):
         return backward(dx, dy, *rest)
 
     monkeypatch.setattr(ops, "backward", note)
-    return found
+    with use(recycle_tensors_from=0):
+        yield found
 
 
 @pytest.fixture(params=IN_PLACE)

@@ -147,7 +147,7 @@ def output_array(
     return out, in_place
 
 
-def check_eps(eps: float) -> float:
+def check_eps(eps: float | None) -> float:
     """Return eps as a float; it must be finite and not negative."""
     if isinstance(eps, bool) or not isinstance(eps, numbers.Real):
         raise TypeError(f"eps: a number is needed, got {eps!r}")

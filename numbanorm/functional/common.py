@@ -153,11 +153,13 @@ def normalize_and_track(
     scale = parameter(weight, "weight", geometry.param_shape)
     shift = parameter(bias, "bias", geometry.param_shape)
     given = None if training else running
+    # RMSNorm's may be None.
+    added_to_var = eps if eps is None and not center else check_eps(eps)
     recipe = find_recipe(
         x,
         y,
         geometry,
-        None if eps is None and not center else check_eps(eps),
+        added_to_var,
         has_weight=scale is not None,
         has_bias=shift is not None,
         masked=counts is not None,

@@ -16,30 +16,22 @@ from numbanorm.torch.definition import gradient_function
 from numbanorm.torch.memory import gradient_like, outputs
 from numbanorm.torch.method import N_GRADIENTS, N_INPUTS, Inputs, Method, method_of
 from numbanorm.torch.ops import backward_arguments
+from numbanorm.torch.plan import Call, prepare
 from numbanorm.torch.vmap import map_backward, map_forward
 from numbanorm.tuning import tuning
 
 
-def _save(ctx: Any, inputs: Inputs, method: Method, *statistics: Tensor) -> None:
-    """Save what backward needs of a forward."""
-    # The slope of an activation is calculated again, from what it was given.
-    bias = inputs.bias if method.activation else None
-    needed = inputs._replace(bias=bias, running_mean=None, running_var=None)
-    ctx.save_for_backward(*needed, *statistics)
-    ctx.rest = inputs.bias is not None, inputs.running_mean is None
-    ctx.method = method
-    ctx.given = [tensor is not None for tensor in inputs[:N_GRADIENTS]]
-    ctx.set_materialize_grads(False)
-
-
-def _gradients(ctx: Any, dy: Tensor | None, *statistics: Tensor) -> Iterable[Any]:
-    """Return the gradients of all inputs by the operator."""
+def _gradients(
+    dy: Tensor | None, tensors: tuple[Any, ...], rest: tuple[bool, bool], method: Method
+) -> Iterable[Any]:
+    """Return the gradients of all inputs by the operator, from these and the statistics."""
     if dy is None:
-        if not ctx.method.process_group:
+        if not method.process_group:
             return (None,) * N_INPUTS
-        dy = torch.zeros_like(ctx.saved_tensors[0])  # other processes wait for this one
-    arguments = *ctx.saved_tensors, *statistics, *ctx.rest, *ctx.method.arguments()
-    return _where(ctx.given, _normalize_backward(dy, *arguments))
+        dy = torch.zeros_like(tensors[0])  # other processes wait for this one
+    given = [tensor is not None for tensor in tensors[:N_GRADIENTS]]
+    given[2] = rest[0]  # bias itself is needed with an activation alone
+    return _where(given, _normalize_backward(dy, *tensors, *rest, *method.arguments()))
 
 
 def _where(given: list[bool], gradients: Iterable[Tensor]) -> Iterable[Any]:
@@ -53,12 +45,19 @@ def _where(given: list[bool], gradients: Iterable[Tensor]) -> Iterable[Any]:
 
 
 def _save_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    _save(ctx, Inputs(*inputs[:N_INPUTS]), method_of(*inputs[N_INPUTS:]), output[1])
+    given, ctx.method = Inputs(*inputs[:N_INPUTS]), method_of(*inputs[N_INPUTS:])
+    # The slope of an activation is calculated again, from what it was given.
+    bias = given.bias if ctx.method.activation else None
+    needed = given._replace(bias=bias, running_mean=None, running_var=None)
+    ctx.save_for_backward(*needed, output[1])
+    ctx.rest = given.bias is not None, given.running_mean is None
+    ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[1])
 
 
 def _differentiate_forward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-    return *_gradients(ctx, dy), *[None] * len(Method._fields)
+    gradients = _gradients(dy, ctx.saved_tensors, ctx.rest, ctx.method)
+    return *gradients, *[None] * len(Method._fields)
 
 
 def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -134,37 +133,55 @@ class _Normalize(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, Saved]:
-        *tensors, method = args
-        inputs = Inputs(*tensors)
-        y, ctx.saved = ops.forward(outputs.empty_like, inputs, method)
-        _save(ctx, inputs, method)
-        return y, ctx.saved
+        x, weight, bias, mean_weight, var_weight, residual, call = args
+        y, saved = ops.forward(outputs.empty_like, call, x, mean_weight, var_weight, residual)
+        ctx.done = saved, call.plan, bias is not None
+        if not call.plan.method.activation:
+            bias = None
+        ctx.save_for_backward(x, weight, bias, mean_weight, var_weight, residual, call.mask)
+        return y, saved
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-        if dy is None or torch.is_grad_enabled() or not private.is_eager(dy):
-            return *_gradients(ctx, dy, ops.pack(ctx.saved)), None
-        inputs, dy = Inputs(*ctx.saved_tensors), dy.resolve_neg()
-        sole = private.sole_owner_counts() if tuning().dx_over_dy else None
+    def backward(ctx: Any, dy: Tensor, _: None) -> tuple[Tensor | None, ...]:
+        *tensors, mask = ctx.saved_tensors
+        inputs, (saved, plan, has_bias) = Inputs._make((*tensors, None, None, mask)), ctx.done
+        if torch.is_grad_enabled() or not private.is_eager(dy):
+            rest = has_bias, plan.recipe.mode.use_batch_stats
+            gradients = _gradients(dy, (*inputs, ops.pack(saved)), rest, plan.method)
+            return *tuple(gradients)[:N_GRADIENTS], None
+        dy = dy.resolve_neg()
+        in_force, sole = tuning(), None
+        # What is small malloc has at hand.
+        if dy.nbytes >= in_force.recycle_tensors_from and in_force.dx_over_dy:
+            sole = private.sole_owner_counts()
         is_free = sole is not None and private.owner_counts(dy) == sole
-        dx = gradient_like(inputs.x, dy, is_free, ctx.method)
-        has_bias, use_batch_stats = ctx.rest
-        gradients = ops.backward(dx, dy, inputs, ctx.saved, has_bias, use_batch_stats, ctx.method)
-        return *gradients, *[None] * (1 + N_INPUTS - N_GRADIENTS)
+        dx = gradient_like(inputs.x, dy, is_free, plan.form)
+        return *ops.backward(dx, dy, inputs, saved, plan), None
 
 
-def normalize(layer: object, inputs: Inputs, method: Method) -> tuple[Tensor, Tensor | Saved]:
-    """Return a layer's y and the statistics: what was saved where nothing else needs a tensor."""
-    if type(method.eps) is not float:  # PyTorch takes a tensor
-        method = method._replace(eps=float(method.eps))
-    x = inputs.x
-    if method.process_group or not private.is_eager(x):
-        y, statistics = _normalize_forward(*inputs, *method.arguments())
-        return y, statistics
+def direct_call(inputs: Inputs, method: Method) -> Call | None:
+    """Return the call for :func:`run`, or None where something else watches."""
+    if method.process_group or not private.is_eager(inputs.x):
+        return None
+    return prepare(inputs, _with_number(method))
+
+
+def operator(inputs: Inputs, method: Method) -> tuple[Tensor, Tensor]:
+    """Return y and the packed statistics by the operator."""
+    y, statistics = _normalize_forward(*inputs, *_with_number(method).arguments())
+    return y, statistics
+
+
+def _with_number(method: Method) -> Method:
+    """Return the same with eps as a number: PyTorch takes a tensor, too."""
+    return method if type(method.eps) is float else method._replace(eps=float(method.eps))
+
+
+def run(layer: object, call: Call, x: Tensor, *others: Tensor | None) -> tuple[Tensor, Saved]:
+    """Return y of a layer, and what was saved; the others are those that have gradients."""
     if x.nbytes >= tuning().recycle_tensors_from and tuning().recycle:
         outputs.used_by(layer)
     if torch.is_grad_enabled():
-        y, statistics = private.apply_of(_Normalize)(*inputs, method)
-    else:
-        y, statistics = ops.forward(outputs.empty_like, inputs, method)
-    return y, statistics
+        y, saved = private.apply_of(_Normalize)(x, *others, call)
+        return y, saved
+    return ops.forward(outputs.empty_like, call, x, *others[2:])

@@ -10,12 +10,14 @@ from torch import Tensor, nn
 from numbanorm.core.checks import ActivationLike, check_activation
 from numbanorm.core.layouts import Saved, Statistic
 from numbanorm.core.running import track
+from numbanorm.core.types import Array
 from numbanorm.recalibrate import Pool
 from numbanorm.torch import private
-from numbanorm.torch.autograd import normalize
+from numbanorm.torch.autograd import direct_call, operator, run
 from numbanorm.torch.definition import definition, finish
+from numbanorm.torch.memo import Memo, Running
 from numbanorm.torch.memory import DTYPES, HALVES, as_array
-from numbanorm.torch.method import Inputs, Method
+from numbanorm.torch.method import N_GRADIENTS, Inputs, Method, tracked_part
 
 
 def can_take(x: Tensor, *others: Tensor | None) -> bool:
@@ -80,6 +82,10 @@ class NormLayer(nn.Module):
     _has_other: ClassVar[bool] = True
     # The modules in it that a converted layer runs afterwards, as dropout and activation of timm's.
     _then: tuple[str, ...] = ()
+    # Whether what it does follows from its settings and from x alone.
+    _remembers: ClassVar[bool] = True
+    # How the last x was normalised, unless a setting changed since.
+    _memo: Memo | None = None
 
     def __init__(self, *args: Any, activation: ActivationLike = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -100,8 +106,15 @@ class NormLayer(nn.Module):
         shown = super().extra_repr()
         return shown if self._activation is None else f"{shown}, activation={self._activation!r}"
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute; what follows from all of them is found out anew."""
+        self.__dict__.pop("_memo", None)
+        super().__setattr__(name, value)
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the layer; for :mod:`torch.fx` it is one node, as layers of PyTorch are."""
+        if len(args) == 1 and type(args[0]) is Tensor:
+            return super().__call__(*args, **kwargs)
         # The older ONNX exporter gives what is for keywords by position, as None.
         args = args[:1] if all(arg is None for arg in args[1:]) else args
         proxy = args[0] if args else kwargs.get("input")
@@ -133,8 +146,15 @@ class NormLayer(nn.Module):
         """Return shapes of small x."""
         raise NotImplementedError
 
-    def _note(self, inputs: Inputs, method: Method, statistics: Tensor | Saved) -> None:
-        """Take note of the statistics of a forward."""
+    def _tracking(self, inputs: Inputs, method: Method) -> tuple[bool, int | None]:
+        """Return whether statistics are tracked, and the samples that they are averaged over."""
+        return False, None
+
+    def _track(
+        self, statistics: Tensor | Saved, samples: int | None, running: Running | None = None
+    ) -> None:
+        """Track statistics."""
+        raise NotImplementedError
 
     def forward(
         self, input: Tensor, *, mask: Tensor | None = None, residual: Tensor | None = None
@@ -155,6 +175,13 @@ class NormLayer(nn.Module):
         Tensor
             y, of the shape and dtype of x.
         """
+        if mask is None and residual is None and not torch.compiler.is_compiling():
+            memo = self._memo
+            if memo is not None and memo.fits(self, input):
+                y, statistics = run(self, memo.call, input, *memo.others)
+                if memo.running is not None:
+                    self._track(statistics, memo.samples, memo.running)
+                return self._continue(y) if self._then else y
         counts = None if mask is None else check_mask(mask, input)
         if residual is not None and residual.shape != input.shape and not self._any_residual:
             raise ValueError(
@@ -186,14 +213,27 @@ class NormLayer(nn.Module):
             if residual is not None:
                 batch = residual if residual.dim() == inputs.x.dim() else residual.unsqueeze(0)
                 inputs = inputs._replace(residual=batch)
-        y, statistics = (
-            normalize(self, inputs, method) if by_numbanorm else definition(inputs, method)
-        )
-        self._note(inputs, method, statistics)
+        tracking = self._tracking(inputs, method)
+        call = direct_call(inputs, method) if by_numbanorm else None
+        if call is not None:
+            y, statistics = run(self, call, *inputs[:N_GRADIENTS])
+            if self._remembers and counts is None and residual is None and inputs.x is input:
+                memo = Memo.of(self, inputs, call, tensors, tracking)
+                if memo is not None:
+                    self.__dict__["_memo"] = memo
+        else:
+            y, packed = (operator if by_numbanorm else definition)(inputs, method)
+            statistics = tracked_part(packed, inputs.x, method) if tracking[0] else packed
+        if tracking[0]:
+            self._track(statistics, tracking[1])
         if y.dim() != input.dim():
             y = y.squeeze(0)
         if not fuses:
             y = self._finish(y, residual)
+        return self._continue(y)
+
+    def _continue(self, y: Tensor) -> Tensor:
+        """Run what a converted layer runs after the norm."""
         for name in self._then:
             y = getattr(self, name)(y)
         return y
@@ -283,29 +323,29 @@ class TrackingLayer(NormLayer):
             return self.momentum
         return 0.0 if n_before is None else 1 / (n_before + 1)
 
-    def _track(self, statistics: Tensor | Saved, samples: int | None = None) -> None:
+    def _track(
+        self, statistics: Tensor | Saved, samples: int | None, running: Running | None = None
+    ) -> None:
         """Move the running statistics towards those of a batch, or the mean of its samples'.
 
-        ``statistics`` are what was saved, or (4, C), or (4, samples * C).
+        ``statistics`` are what was saved, or (4, C), or (4, samples * C); ``running`` is what is
+        moved, where that is known.
         """
         if isinstance(statistics, Saved):
             if self._pool is not None:
                 self._pool.add(statistics)
-                return
-            running, n = (self.running_mean, self.running_var), self.num_batches_tracked
-            # Those of 16 bits are averaged in float32, and rounded.
-            wide = [t.float() if t.dtype in HALVES else t for t in running]
-            mean, var = map(as_array, wide)
-            n_batches = np.array(0) if n is None else as_array(n)
-            momentum = float(self._momentum(None if n is None else n_batches))
-            if not self._counts:
-                n_batches = n_batches.copy()
-            if track(statistics, mean, var, momentum, self.skip_nonfinite, n_batches):
-                self.num_batches_skipped.add_(1)
-            for t, moved in zip(running, wide, strict=True):
-                if moved is not t:
-                    t.copy_(moved)
-            torch.autograd.graph.increment_version(running if n is None else [*running, n])
+            elif running is not None:
+                self._move(statistics, *running)
+            else:
+                n = self.num_batches_tracked
+                tensors = [self.running_mean, self.running_var, *([] if n is None else [n])]
+                # Those of 16 bits are averaged in float32, and rounded.
+                wide = [t.float() if t.dtype in HALVES else t for t in tensors]
+                mean, var, *rest = map(as_array, wide)
+                self._move(statistics, tensors, mean, var, rest[0] if rest else None)
+                for t, moved in zip(tensors, wide, strict=True):
+                    if moved is not t:
+                        t.copy_(moved)
             return
         shape = tuple(self.running_mean.shape)
         rows = statistics.detach().reshape(4, samples or 1, *shape)
@@ -328,9 +368,19 @@ class TrackingLayer(NormLayer):
             moved, is_tracked = moved * is_finite, is_tracked & is_finite
         if self._counts and n_batches is not None:
             n_batches.add_(is_tracked)
-        for running, values in ((self.running_mean, mean), (self.running_var, var)):
+        for tensor, values in ((self.running_mean, mean), (self.running_var, var)):
             found = torch.where(known > 0, values, 0).sum(0) / n_known.clamp(min=1)
-            running.copy_(torch.where(moved > 0, running.lerp(found, moved), running))
+            tensor.copy_(torch.where(moved > 0, tensor.lerp(found, moved), tensor))
+
+    def _move(
+        self, saved: Saved, tensors: list[Tensor], mean: Array, var: Array, n_batches: Array | None
+    ) -> None:
+        """Move running statistics, and count the batch."""
+        momentum = float(self._momentum(n_batches))
+        counted = n_batches if self._counts else None
+        if track(saved, mean, var, momentum, self.skip_nonfinite, counted):
+            self.num_batches_skipped.add_(1)
+        torch.autograd.graph.increment_version(tensors)
 
     def _elsewhere(self, x: Tensor) -> Tensor:
         if self._pool is not None:

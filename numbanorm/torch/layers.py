@@ -10,7 +10,6 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from numbanorm.core.checks import ActivationLike
-from numbanorm.core.layouts import Saved
 from numbanorm.torch import distributed
 from numbanorm.torch.base import AffineLayer, TrackingLayer
 from numbanorm.torch.method import Inputs, Method
@@ -53,9 +52,8 @@ class _BatchNorm(_ChannelNorm):
         ranks = [rank for rank in (2, 3, 4, 5) if rank in self._ranks]
         return [(3, self.num_features, 2, 3, 2)[:rank] for rank in ranks]
 
-    def _note(self, inputs: Inputs, method: Method, statistics: Tensor | Saved) -> None:
-        if self.training and self.track_running_stats and self.tracks:
-            self._track(statistics)
+    def _tracking(self, inputs: Inputs, method: Method) -> tuple[bool, int | None]:
+        return self.training and self.track_running_stats and self.tracks, None
 
     def _group_name(self) -> str:
         """Return the name of the process group that shares the statistics, or ""."""
@@ -132,6 +130,7 @@ class SyncBatchNorm(_BatchNorm, _SyncBatchNorm):
     """
 
     _ranks = range(2, 65)
+    _remembers = False
 
     def __init__(
         self,
@@ -187,9 +186,8 @@ class _InstanceNorm(_ChannelNorm):
     def _use_batch_stats(self) -> bool:
         return self.training or not self.track_running_stats
 
-    def _note(self, inputs: Inputs, method: Method, statistics: Tensor | Saved) -> None:
-        if self._use_batch_stats() and self.tracks:
-            self._track(statistics, inputs.x.shape[0])
+    def _tracking(self, inputs: Inputs, method: Method) -> tuple[bool, int | None]:
+        return self._use_batch_stats() and self.tracks, inputs.x.shape[0]
 
     def _momentum(self, n_before: Any) -> Any:
         # PyTorch has a counter here and leaves it at 0, and None moves nothing.

@@ -4,6 +4,8 @@ A new y has the memory of an earlier one that nobody has any more; the gradient 
 gradient of y, where nobody else has it, by hook, name or memory.
 """
 
+import ctypes
+import sys
 from typing import Any
 
 import numpy as np
@@ -57,26 +59,48 @@ def as_array(tensor: Tensor) -> Array:
     return np.asarray(_Exported(tensor, interface))
 
 
-def empty_like(x: Tensor, method: Method) -> Tensor:
-    """Return a new tensor for y or dx."""
+# All memory from an address on, as NumPy takes 0 for none. An array of a part of it is made in a
+# quarter of the time that NumPy's array interface takes, and does not keep what it is a part of.
+START = 64
+MEMORY = memoryview((ctypes.c_char * (sys.maxsize - START)).from_address(START))
+READ_ONLY = MEMORY.toreadonly()
+
+
+def borrow(tensor: Tensor, shape: Axes) -> Array:
+    """Return a tensor without gaps as an array, as long as it lives."""
+    address, dtype = tensor.data_ptr(), DTYPES[tensor.dtype]
+    return np.ndarray(shape, dtype, MEMORY if address else None, address - START if address else 0)
+
+
+def form_of(method: Method) -> torch.memory_format:
+    """Return how y and dx are in memory."""
     # Rows are made contiguous, as PyTorch does; channels stay where they are in memory.
-    form = torch.contiguous_format if are_rows(method) else torch.preserve_format
+    return torch.contiguous_format if are_rows(method) else torch.preserve_format
+
+
+def outline(x: Tensor, form: torch.memory_format) -> Array:
+    """Return an array that lies in memory as y would, and is not to be read."""
+    y, dtype = torch.empty_like(x, memory_format=form, device="meta"), DTYPES[x.dtype]
+    return np.ndarray(y.shape, dtype, MEMORY, 0, [n * dtype.itemsize for n in y.stride()])
+
+
+def empty_like(x: Tensor, form: torch.memory_format) -> Tensor:
+    """Return a new tensor for y or dx."""
     return torch.empty_like(x, memory_format=form)
 
 
-def has_same_form(dy: Tensor, x: Tensor, method: Method) -> bool:
+def has_same_form(dy: Tensor, x: Tensor, form: torch.memory_format) -> bool:
     """Tell whether dy is in memory as dx is to be, without gaps."""
-    # Asking memory_order() would make a small backward 4 % longer.
     if dy.is_contiguous():
-        return are_rows(method) or x.is_contiguous()
-    form = None if are_rows(method) else FORMS.get(x.dim())
-    return form is not None and all(t.is_contiguous(memory_format=form) for t in (dy, x))
+        return form is torch.contiguous_format or x.is_contiguous()
+    dense = None if form is torch.contiguous_format else FORMS.get(x.dim())
+    return dense is not None and all(t.is_contiguous(memory_format=dense) for t in (dy, x))
 
 
-def gradient_like(x: Tensor, dy: Tensor, dy_is_free: bool, method: Method) -> Tensor:
+def gradient_like(x: Tensor, dy: Tensor, dy_is_free: bool, form: torch.memory_format) -> Tensor:
     """Return memory for dx: that of dy where it is free and of the same form."""
     # Memory of its own would be read before it is written, and its pages may be fresh.
-    return dy if dy_is_free and has_same_form(dy, x, method) else empty_like(x, method)
+    return dy if dy_is_free and has_same_form(dy, x, form) else empty_like(x, form)
 
 
 class _Memory(Memory):
@@ -104,21 +128,21 @@ class _Memory(Memory):
 
 
 class _Outputs(Recycler[_Memory]):
-    def empty_like(self, x: Tensor, method: Method) -> Tensor:
+    def empty_like(self, x: Tensor, form: torch.memory_format) -> Tensor:
         """Return a tensor for y, in memory of its size that is free, if there is any."""
         n_bytes = x.nbytes
         if (
             n_bytes < tuning().recycle_tensors_from
             or not tuning().recycle
             or not private.can_count_storages()
-            or not has_same_form(x, x, method)
+            or not has_same_form(x, x, form)
         ):
-            return empty_like(x, method)
+            return empty_like(x, form)
         found = self.find(n_bytes, x.dtype)
         y = None if found is None else found.lend(x.shape, x.stride())
         if found is None or y is None:
             with torch.inference_mode(False):  # what is made in that mode is of no use outside it
-                new = _Memory(empty_like(x, method))
+                new = _Memory(empty_like(x, form))
                 y = new.tensor.data
             self.keep(new)
             return y

@@ -136,6 +136,8 @@ def tracked(method: Method) -> int:
 
 def tracked_part(statistics: Tensor, x: Tensor, method: Method) -> Any:
     """Return the packed statistic that has running averages, (4, groups)."""
+    if len(method.statistics) == 1 and not method.sample_variance:
+        return statistics
     counts, k = group_counts(x, method), tracked(method)
     return statistics.narrow(1, sum(counts[:k]), counts[k])
 

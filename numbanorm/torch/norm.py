@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from numbanorm.core import checks
 from numbanorm.core.checks import ActivationLike
 from numbanorm.core.geometry import AllBut, axis_tuple, normalize_axes
-from numbanorm.core.layouts import Saved
 from numbanorm.core.types import Axes
 from numbanorm.torch.base import TrackingLayer
 from numbanorm.torch.definition import wide_dtype
@@ -210,9 +209,9 @@ class Norm(TrackingLayer):
                 f"in shape {tuple(x.shape)}"
             )
 
-    def _note(self, inputs: Inputs, method: Method, statistics: Tensor | Saved) -> None:
-        if self.training and self.tracks:
-            self._track(statistics, None if 0 in method.axes else inputs.x.shape[0])
+    def _tracking(self, inputs: Inputs, method: Method) -> tuple[bool, int | None]:
+        samples = None if 0 in method.axes else inputs.x.shape[0]
+        return self.training and self.tracks, samples
 
     def extra_repr(self) -> str:
         """Return what is shown between the parentheses."""

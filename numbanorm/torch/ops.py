@@ -8,7 +8,6 @@ The operators take the :class:`~numbanorm.torch.method.Inputs` and the fields of
 :class:`~numbanorm.torch.method.Method` one by one, the names of its statistics joined by commas.
 """
 
-import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -18,58 +17,33 @@ import torch
 from torch import Tensor
 
 from numbanorm import methods
-from numbanorm.core.geometry import Geometry, geometry, normalize_axes
-from numbanorm.core.layouts import Instances, Saved, Statistic
-from numbanorm.core.normalize import differentiate, normalize, restore
+from numbanorm.core.geometry import Geometry
+from numbanorm.core.layouts import Instances, Recipe, Saved, Statistic
+from numbanorm.core.normalize import ParameterGradients, restore, run_backward, run_forward
 from numbanorm.core.types import Array, Axes, Float64
 from numbanorm.numba_ext.threads import thread_count
 from numbanorm.torch import distributed
-from numbanorm.torch.memory import HALVES, as_array, empty_like
+from numbanorm.torch.memory import HALVES, as_array, borrow, empty_like, form_of
 from numbanorm.torch.method import (
     N_INPUTS,
     Inputs,
     Method,
-    activation_of,
     feature_shape,
     group_counts,
     has_instances,
     method_of,
 )
+from numbanorm.torch.plan import Call, Plan, parameter_array, prepare, wide_array
 
 
 def _optional(tensor: Tensor | None) -> Array | None:
     return None if tensor is None else as_array(tensor)
 
 
-def _wide(tensor: Tensor) -> Array:
-    """Return a parameter or a running statistic, in float32 if it has 16 bits."""
-    return as_array(tensor.float() if tensor.dtype in HALVES else tensor)
-
-
-def _parameter(tensor: Tensor | None) -> Array | None:
-    return None if tensor is None else _wide(tensor)
-
-
-def _mixture(inputs: Inputs) -> Float64 | None:
-    mean_weight, var_weight = inputs.mean_weight, inputs.var_weight
+def _mixture(mean_weight: Tensor | None, var_weight: Tensor | None) -> Float64 | None:
     if mean_weight is None or var_weight is None:
         return None
-    return methods.mix(_wide(mean_weight), _wide(var_weight))
-
-
-@functools.lru_cache(maxsize=4096)
-def _geometry(shape: Axes, method: Method) -> Geometry:
-    """Return over which axes of an x of this shape statistics and parameters are."""
-    if not method.axes:
-        x = np.broadcast_to(0.0, shape)
-        return methods.channel_geometry(
-            x, 1, method.statistics, method.num_groups, method.sample_variance
-        )
-    n = len(shape)
-    axes, features = (normalize_axes(a, n) for a in (method.axes, method.feature_axes))
-    return geometry(
-        shape, (axes,), features, groups=method.num_groups, group_axis=method.group_axis % n
-    )
+    return methods.mix(wide_array(mean_weight), wide_array(var_weight))
 
 
 # -- Statistics as one tensor --------------------------------------------------------------------
@@ -79,15 +53,15 @@ def _geometry(shape: Axes, method: Method) -> Geometry:
 def pack(saved: Saved) -> Tensor:
     """Return mean, variance for running statistics, variance and count of all groups, (4, S)."""
     statistics = saved.all_statistics()
-    sample_variance = saved.sample_variance
-    if sample_variance and math.prod(saved.shape[2:]) > 1:
-        zeros = np.zeros((*saved.shape[:2], 1))
+    shape, sample_variance = saved.recipe.shape, saved.recipe.sample_variance
+    if sample_variance and math.prod(shape[2:]) > 1:
+        zeros = np.zeros((*shape[:2], 1))
         empty = Instances(zeros.astype(np.int64), zeros, zeros)
         instances = saved.statistics.instances or empty
         var = instances.m2 / np.maximum(instances.n, 1)
         statistics = [*statistics, Statistic((), instances.n, instances.mean, var)]
-    shape = 4, sum(statistic.mean.size for statistic in statistics)
-    tensor = torch.empty(shape, dtype=torch.float64, device="cpu")
+    n_groups = sum(statistic.mean.size for statistic in statistics)
+    tensor = torch.empty((4, n_groups), dtype=torch.float64, device="cpu")
     first, packed = 0, as_array(tensor)
     for _, n, mean, var in statistics:
         count: Any = np.zeros(1) if n is None else n
@@ -111,41 +85,28 @@ def _unpack(statistics: Tensor, geometry: Geometry, axes: Iterable[Axes]) -> lis
     return unpacked
 
 
-def _restore(
-    statistics: Tensor,
-    inputs: Inputs,
-    dx: Tensor,
-    has_bias: bool,
-    use_batch_stats: bool,
-    method: Method,
-) -> Saved:
+def _restore(statistics: Tensor, inputs: Inputs, recipe: Recipe, method: Method) -> Saved:
     """Return what forward saved, from what was packed."""
-    array = as_array(inputs.x)
-    geometry = _geometry(array.shape, method)
-    axes, instances = geometry.reductions, None
+    geometry, instances = recipe.geometry, None
+    axes = geometry.reductions
     if has_instances(inputs.x, method):
         *unpacked, (_, n, mean, var) = _unpack(statistics, geometry, (*axes, geometry.inner(True)))
         assert n is not None
         instances = Instances(n, mean, var * n)
     else:
         unpacked = _unpack(statistics, geometry, axes)
-    if not use_batch_stats:
+    if not recipe.mode.use_batch_stats:
         unpacked[geometry.tracked] = unpacked[geometry.tracked]._replace(n=None)
+    array = as_array(inputs.x)
     return restore(
         array,
-        as_array(dx),
-        geometry,
-        _parameter(inputs.weight),
-        has_bias,
-        method.eps,
+        recipe,
+        parameter_array(inputs.weight),
+        parameter_array(inputs.bias),
         unpacked,
-        mixture=_mixture(inputs),
-        center=method.center,
-        sample_variance=method.sample_variance,
+        mixture=_mixture(inputs.mean_weight, inputs.var_weight),
         mask=_optional(inputs.mask),
         instances=instances,
-        bias=_parameter(inputs.bias),
-        activation=activation_of(method.activation, method.slope),
         residual=_optional(inputs.residual),
         exchange=distributed.exchange(method.process_group, array),
     )
@@ -155,33 +116,32 @@ def _restore(
 
 
 def forward(
-    empty_like: Callable[[Tensor, Method], Tensor], inputs: Inputs, method: Method
+    empty_like: Callable[[Tensor, torch.memory_format], Tensor],
+    call: Call,
+    x: Tensor,
+    mean_weight: Tensor | None,
+    var_weight: Tensor | None,
+    residual: Tensor | None,
 ) -> tuple[Tensor, Saved]:
     """Return y, and what backward needs beside x, mask and residual."""
-    y = empty_like(inputs.x, method)
-    array = as_array(inputs.x)
-    running = None
-    if inputs.running_mean is not None and inputs.running_var is not None:
-        running = _wide(inputs.running_mean), _wide(inputs.running_var)
-    with thread_count(torch.get_num_threads()):
-        saved = normalize(
-            array,
-            as_array(y),
-            _geometry(array.shape, method),
-            _parameter(inputs.weight),
-            _parameter(inputs.bias),
-            method.eps,
-            running=running,
-            mixture=_mixture(inputs),
-            center=method.center,
-            sample_variance=method.sample_variance,
-            mask=_optional(inputs.mask),
-            activation=activation_of(method.activation, method.slope),
-            residual=_optional(inputs.residual),
-            exchange=distributed.exchange(method.process_group, array),
-        )
+    plan, weight, bias, running, mask = call
+    y, exchange = empty_like(x, plan.form), None
+    mixture = None if mean_weight is None else _mixture(mean_weight, var_weight)
+    if plan.method.process_group:
+        exchange = distributed.exchange(plan.method.process_group, as_array(x))
+    target, copied = plan.target(y)
+    counts = None if mask is None else plan.recipe.layout.to_view(as_array(mask))
+    added = None if residual is None else plan.view(residual)
+    arguments = plan.view(x), counts, added, target, weight, bias, running, mixture, exchange
+    if plan.is_small:
+        statistics = run_forward(plan.recipe, *arguments)
+    else:
+        with thread_count(torch.get_num_threads()):
+            statistics = run_forward(plan.recipe, *arguments)
+    if copied is not None:
+        copied[...] = target.reshape(copied.shape)
     # Autograd keeps x, mask and residual, and knows when not to.
-    return y, saved.with_inputs(None, None, None)
+    return y, Saved(plan.recipe, None, None, None, "", mixture, statistics, exchange)
 
 
 def backward(
@@ -189,9 +149,7 @@ def backward(
     dy: Tensor,
     inputs: Inputs,
     statistics: Tensor | Saved,
-    has_bias: bool,
-    use_batch_stats: bool,
-    method: Method,
+    plan: Plan,
 ) -> tuple[Tensor | None, ...]:
     """Return the gradients of x, weight, bias, logits and residual.
 
@@ -199,33 +157,55 @@ def backward(
     which may be ``dy``. Of ``inputs``, running statistics are not needed, and bias only with an
     activation.
     """
-    given = inputs.weight is not None, has_bias, *[w is not None for w in inputs[3:5]]
-    if isinstance(statistics, Saved):
-        saved = statistics.with_inputs(
-            as_array(inputs.x), _optional(inputs.mask), _optional(inputs.residual)
-        )
+    recipe, x, residual, mask = plan.recipe, inputs.x, inputs.residual, inputs.mask
+    if isinstance(statistics, Tensor):
+        saved = _restore(statistics, inputs, recipe, plan.method)
     else:
-        saved = _restore(statistics, inputs, dx, has_bias, use_batch_stats, method)
-    dresidual = None if inputs.residual is None else empty_like(inputs.x, method)
-    with thread_count(torch.get_num_threads()):
-        gradients = differentiate(as_array(dy), saved, as_array(dx), dx is dy, _optional(dresidual))
-    dtype = parameter_dtype(inputs)
-    return (
-        dx,
-        *(
-            # A copy, in memory of PyTorch's own, which may be resized.
-            torch.tensor(gradient, dtype=dtype, device="cpu")
-            if is_given and gradient is not None
-            else None
-            for gradient, is_given in zip(gradients, given, strict=True)
-        ),
-        dresidual,
-    )
+        counts = None if mask is None else recipe.layout.to_view(as_array(mask))
+        added = None if residual is None else plan.view(residual)
+        saved = statistics.with_views(plan.view(x), counts, added)
+    target, copied = plan.target(dx)
+    dresidual = None if residual is None else empty_like(x, plan.form)
+    second, second_copied = (None, None) if dresidual is None else plan.target(dresidual)
+    arguments = plan.view(dy), saved, dx is dy and copied is None, target, second
+    if plan.is_small:
+        gradients = run_backward(*arguments)
+    else:
+        with thread_count(torch.get_num_threads()):
+            gradients = run_backward(*arguments)
+    for written, to in ((target, copied), (second, second_copied)):
+        if written is not None and to is not None:
+            to[...] = written.reshape(to.shape)
+    return dx, *_new_tensors(gradients, parameter_dtype(inputs), inputs.weight), dresidual
+
+
+@np.errstate(all="ignore")  # as PyTorch does
+def _new_tensors(
+    gradients: ParameterGradients, dtype: torch.dtype, weight: Tensor | None
+) -> list[Tensor | None]:
+    """Return copies, in memory of PyTorch's own, which may be resized."""
+    tensors: list[Tensor | None] = []
+    for values in gradients:
+        if values is None:
+            tensors.append(None)
+        elif dtype in HALVES:
+            tensors.append(torch.tensor(values, dtype=dtype, device="cpu"))
+        else:
+            if weight is not None and weight.is_contiguous() and weight.shape == values.shape:
+                tensor = torch.empty_like(weight)  # in half the time
+            else:
+                tensor = torch.empty(values.shape, dtype=dtype, device="cpu")
+            borrow(tensor, values.shape)[...] = values
+            tensors.append(tensor)
+    return tensors
 
 
 def parameter_dtype(inputs: Inputs) -> torch.dtype:
     """Return the type of the parameters, which is one for all."""
-    return next((t.dtype for t in inputs[1:5] if t is not None), inputs.x.dtype)
+    for parameter in inputs[1:5]:
+        if parameter is not None:
+            return parameter.dtype
+    return inputs.x.dtype
 
 
 # -- The operators -------------------------------------------------------------------------------
@@ -250,7 +230,8 @@ def _operator(name: str, schema: str) -> Any:
 def normalize_op(*args: Any) -> tuple[Tensor, Tensor]:
     """Return y and the statistics; running ones, where given, take the place of "bn"."""
     inputs, method = Inputs(*args[:N_INPUTS]), method_of(*args[N_INPUTS:])
-    y, saved = forward(empty_like, inputs, method)
+    tensors = inputs.x, inputs.mean_weight, inputs.var_weight, inputs.residual
+    y, saved = forward(empty_like, prepare(inputs, method), *tensors)
     return y, pack(saved)
 
 
@@ -260,7 +241,7 @@ def _(*args: Any) -> tuple[Tensor, Tensor]:
     groups = sum(group_counts(x, method))
     if has_instances(x, method):
         groups += x.shape[0] * x.shape[1]
-    return empty_like(x, method), x.new_empty((4, groups), dtype=torch.float64)
+    return empty_like(x, form_of(method)), x.new_empty((4, groups), dtype=torch.float64)
 
 
 @_operator(
@@ -271,9 +252,9 @@ def _(*args: Any) -> tuple[Tensor, Tensor]:
 )
 def backward_op(dy: Tensor, *args: Any) -> tuple[Tensor, ...]:
     """Return the gradients as backward does; those that are not there are empty."""
-    inputs, rest, method = backward_arguments(args)
-    x = inputs.x
-    gradients = backward(empty_like(x, method), dy, inputs, *rest, method)
+    inputs, (statistics, has_bias, use_batch_stats), method = backward_arguments(args)
+    x, plan = inputs.x, Plan.of(inputs, method, has_bias, use_batch_stats)
+    gradients = backward(empty_like(x, form_of(method)), dy, inputs, statistics, plan)
     return tuple(x.new_empty(0) if gradient is None else gradient for gradient in gradients)
 
 
@@ -289,8 +270,8 @@ def _(dy: Tensor, *args: Any) -> tuple[Tensor, ...]:
     dtype = parameter_dtype(inputs)
     others = (x.new_empty(0) if size is None else x.new_empty(size, dtype=dtype) for size in sizes)
     has_residual = inputs.residual is not None
-    dresidual = empty_like(x, method) if has_residual else x.new_empty(0)
-    return empty_like(x, method), *others, dresidual
+    dresidual = empty_like(x, form_of(method)) if has_residual else x.new_empty(0)
+    return empty_like(x, form_of(method)), *others, dresidual
 
 
 def backward_arguments(args: Sequence[Any]) -> tuple[Inputs, tuple[Any, Any, Any], Method]:

@@ -160,10 +160,17 @@ _ANSWERS: dict[str, Callable[[Any], bool]] = {
 
 def is_eager(x: Tensor) -> bool:
     """Tell whether x has data, and nothing but autograd watches what is done with it."""
-    if type(x) not in (Tensor, nn.Parameter) or torch.compiler.is_compiling() or _watchers is None:
+    if torch.compiler.is_compiling() or type(x) not in (Tensor, nn.Parameter):
         return False
+    return not is_watched(x)
+
+
+def is_watched(x: Tensor) -> bool:
+    """Tell whether a trace, a transform or a mode is active, or x is mapped; True if not known."""
+    if _watchers is None:
+        return True
     transforms_active, is_batched, n_modes = _watchers
-    return not (torch.jit.is_tracing() or transforms_active() or is_batched(x) or n_modes() > 0)
+    return bool(n_modes() or transforms_active() or is_batched(x) or torch.jit.is_tracing())
 
 
 def may_be_transformed() -> bool:
@@ -171,6 +178,11 @@ def may_be_transformed() -> bool:
     if _transforms_active is None:
         return not torch.compiler.is_compiling()
     return _transforms_active()
+
+
+def may_have_tangent() -> bool:
+    """Tell whether some tensor may have a forward-mode derivative."""
+    return not _has_level or forward_ad._current_level >= 0
 
 
 def has_tangent(tensors: tuple[Tensor | None, ...]) -> bool:

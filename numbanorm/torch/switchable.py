@@ -10,9 +10,8 @@ from torch import Tensor, nn
 import numbanorm
 from numbanorm.core import checks
 from numbanorm.core.checks import ActivationLike
-from numbanorm.core.layouts import Saved
 from numbanorm.torch.base import TrackingLayer, check_mask
-from numbanorm.torch.method import Inputs, Method, tracked_part
+from numbanorm.torch.method import Inputs, Method
 
 
 def _parameter(value: Tensor, wanted: bool = True) -> nn.Parameter | None:
@@ -151,11 +150,8 @@ class _SwitchableNorm(TrackingLayer):
             shape.insert(self.axis % (len(shape) + 1), self.num_features)
         return [tuple(shape) for shape in shapes]
 
-    def _note(self, inputs: Inputs, method: Method, statistics: Tensor | Saved) -> None:
-        if self.training and self.tracks and inputs.x.numel():
-            if isinstance(statistics, Tensor):
-                statistics = tracked_part(statistics, inputs.x, method)
-            self._track(statistics)
+    def _tracking(self, inputs: Inputs, method: Method) -> tuple[bool, int | None]:
+        return self.training and self.tracks and inputs.x.numel() > 0, None
 
     def importance(self) -> dict[str, dict[str, float]]:
         """Return the softmax weights of means and variances by the statistic's name.

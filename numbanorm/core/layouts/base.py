@@ -184,8 +184,15 @@ class Saved(NamedTuple):
 
     def with_inputs(self, x: Array | None, mask: Array | None, residual: Array | None) -> "Saved":
         """Return the same with other inputs, for a caller that keeps them, or None."""
-        views = (a if a is None else self.layout.to_view(a) for a in (x, mask, residual))
-        return Saved(self.recipe, *views, *self[4:])
+        x, mask, residual = (
+            a if a is None else self.layout.to_view(a) for a in (x, mask, residual)
+        )
+        return self.with_views(x, mask, residual)
+
+    def with_views(self, x: Array | None, mask: Array | None, residual: Array | None) -> "Saved":
+        """Return the same with other views in the layout's order."""
+        # In a quarter of the time that _replace() takes.
+        return Saved._make((self.recipe, x, mask, residual, *self[4:]))
 
     @property
     def layout(self) -> "Layout":
