@@ -109,8 +109,10 @@ def run(kernel: Any, size: int, *args: object) -> None:
         if n != before:
             count.set(n)
         try:
+            # It is tested when it is compiled, and may be lost then.
+            launcher = address_of_launch() if private.has("launch") else 0
             if private.has("launch"):
-                kernel(in_threads(address_of_launch(), n), *args)
+                kernel(in_threads(launcher, n), *args)
             else:
                 _run_in_python_threads(kernel, n, args)
         finally:
