@@ -16,6 +16,7 @@ from numbanorm.core.layouts import (
     LAYOUT_BYTES,
     LAYOUTS,
     ElementRows,
+    GroupColumns,
     GroupRows,
     find_layout,
     kept,
@@ -60,6 +61,30 @@ masked = pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
 def test_the_view_is_taken(forced, masked, offset):
     case, view = forced
     assert check(case, masked, offset) == (WITH_MASK.get(view, view) if masked else view)
+
+
+@pytest.mark.parametrize("width", [1, 7, 64, 1 << 20])
+def test_evaluation_does_not_depend_on_how_it_is_cut(forced, width):
+    case, _ = forced
+    x = normal(*case.shape, dtype=np.float32)
+    layer = case.layer(np.float32)
+    layer(x)
+    expected = layer.eval()(x)
+    with use(apply_width=width):
+        np.testing.assert_array_equal(layer(x), expected)
+
+
+@pytest.mark.parametrize("width", [1, 20, 1 << 20])
+def test_evaluation_of_short_rows_does_not_depend_on_how_it_is_cut(width):
+    x, layer = normal(20, 6, 3, 3), nn.BatchNorm2d(6, dtype=np.float64)
+    with use(column_width=9, column_block=9, apply_width=width):
+        layer(x)
+        layer.eval()
+        mean, var = (
+            layer.state_dict()[f"running_{name}"].reshape(6, 1, 1) for name in ("mean", "var")
+        )
+        np.testing.assert_allclose(layer(x), (x - mean) / np.sqrt(var + layer.eps), atol=1e-12)
+        assert isinstance(layer._saved.layout, GroupColumns)
 
 
 @pytest.mark.parametrize(

@@ -83,7 +83,8 @@ def find_recipe(
     layout = find_layout(geometry, order, has_weight or has_bias, masked, whole_groups)
     return Recipe(
         layout, x.shape, x.dtype, arithmetic(x.dtype), _mode(x.dtype, eps, center, use_batch_stats),
-        has_weight, has_bias, sample_variance, activation, _is_streamed(layout, y.nbytes),
+        has_weight, has_bias, sample_variance, activation,
+        _is_streamed(layout, y.nbytes, use_batch_stats),
     )  # fmt: skip
 
 
@@ -93,12 +94,12 @@ def _mode(dtype: np.dtype[Any], eps: float | None, center: bool, use_batch_stats
     return Mode(added, center, use_batch_stats)
 
 
-def _is_streamed(layout: Layout, n_bytes: int) -> bool:
+def _is_streamed(layout: Layout, n_bytes: int, use_batch_stats: bool) -> bool:
     """Tell whether outputs of so many bytes are written by streaming stores."""
     size = layout.tuning.cache_bytes
     # x, y, dy and dx fill a cache together. Forward and backward must agree: dx may have the memory
     # of y, and streaming stores to lines that are in a cache take twice as long.
-    return size is not None and n_bytes >= size // 4 and layout.streams()
+    return size is not None and n_bytes >= size // 4 and layout.streams(use_batch_stats)
 
 
 def normalize(
@@ -309,7 +310,8 @@ def run_backward(
     assert x is not None
     if recipe.activation is not None or saved.residual is not None:
         fused = _fused(recipe.activation, saved.residual, x, dx, dresidual)
-    streamed = recipe.is_streamed and not in_place
+    # In evaluation forward may write longer runs of memory than backward.
+    streamed = recipe.is_streamed and not in_place and recipe.layout.streams()
     gradients = recipe.layout.backward(dy, x, saved, fused, streamed, dx)
     if saved.is_constant:
         np.copyto(dx, 0, where=np.isfinite(dx))

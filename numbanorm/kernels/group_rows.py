@@ -133,8 +133,11 @@ def group_rows(
         counts, means = count[first:last], mean[first:last]
         if dy is not None and fused is not None:
             write_rstds(counts, var[first:last], mode.eps, next_rstd)
-        for i in range(max(reduced.n_runs, written.n_runs)):
-            for j in range(max(reduced.n_in_run, written.n_in_run)):
+        n_runs, n_in_run = written.n_runs, written.n_in_run
+        if dy is not None or use_batch_stats:
+            n_runs, n_in_run = max(reduced.n_runs, n_runs), max(reduced.n_in_run, n_in_run)
+        for i in range(n_runs):
+            for j in range(n_in_run):
                 g = j if interleaved else i
                 q, n_write = _row_of(written, i, j, length)
                 p, n_next = _row_of(reduced, i, j, length)

@@ -368,7 +368,7 @@ class Layout(ABC):
         """Bytes of the tables, which are made at once."""
         return 0
 
-    def streams(self) -> bool:
+    def streams(self, use_batch_stats: bool = True) -> bool:
         """Tell whether what is written at once is a run of memory that is worth streaming."""
         return self.view[-1] >= self.tuning.stream_from
 

@@ -195,7 +195,7 @@ class ElementColumns(Elements):
             (d,), n_parts,
         )  # fmt: skip
 
-    def streams(self) -> bool:
+    def streams(self, use_batch_stats: bool = True) -> bool:
         """Tell whether blocks are wide enough: they share lines, and narrow ones are mostly parts.
 
         Blocks of 196 columns took twice as long by streaming stores.

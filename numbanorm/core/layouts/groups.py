@@ -109,6 +109,13 @@ class GroupRows(GroupsWithWeights):
         tiles = GroupTiles(block, block * size <= t.overlap)
         return cls(axes.geometry, axes.order, axes.affine, (a, r, b, length), tiles, t, group.grid)
 
+    def forward_tiles(self, use_batch_stats: bool) -> GroupTiles:
+        """Return how forward cuts x: where it only writes, in the order of memory."""
+        tiles: GroupTiles = self.tiles
+        if use_batch_stats or self.view[2] == 1:
+            return tiles
+        return GroupTiles(min(self.view[2], self.tuning.apply_width), False)
+
     def run_forward(
         self, x: Array, mask: Array | None, parameters: Array, job: Job, streamed: bool,
         groups: Float64, y: Array,
@@ -116,8 +123,8 @@ class GroupRows(GroupsWithWeights):
         """Write y; return the parameters."""
         run(
             group_rows, y.size,
-            None, x, mask, job.fused, self.features, parameters, (*job.mode,), (*self.tiles,),
-            streamed, groups, y, None,
+            None, x, mask, job.fused, self.features, parameters, (*job.mode,),
+            (*self.forward_tiles(job.mode.use_batch_stats),), streamed, groups, y, None,
         )  # fmt: skip
         return parameters
 
@@ -160,10 +167,21 @@ class GroupColumns(GroupsWithWeights):
         view = a, length // fold, fold * c
         return cls(axes.geometry, axes.order, axes.affine, view, tiles, t, group.grid)
 
-    def streams(self) -> bool:
+    def forward_tiles(self, use_batch_stats: bool) -> ColumnTiles:
+        """Return how forward cuts x: where it only writes, in long runs of memory."""
+        tiles: ColumnTiles = self.tiles
+        if use_batch_stats or tiles.width == self.view[2]:
+            return tiles
+        n_spans, n_groups = len(self.features) // self.view[0], self.n_groups // self.view[0]
+        size = n_spans * tiles.span // n_groups
+        width = size * max(1, self.tuning.apply_width // size)
+        return ColumnTiles(min(width, self.view[2]), tiles.span)
+
+    def streams(self, use_batch_stats: bool = True) -> bool:
         """Tell whether parts of rows are long enough: the lines at their ends are written twice."""
         least = min(self.view[-1], self.tuning.stream_parts_from)
-        return bool(self.tiles.width >= max(self.tuning.stream_from, least))
+        width = self.forward_tiles(use_batch_stats).width
+        return bool(width >= max(self.tuning.stream_from, least))
 
     def run_forward(
         self, x: Array, mask: Array | None, parameters: Array, job: Job, streamed: bool,
@@ -172,8 +190,8 @@ class GroupColumns(GroupsWithWeights):
         """Write y; return the parameters."""
         run(
             forward_group_columns, y.size,
-            x, mask, job.fused, self.features, parameters, (*job.mode,), (*self.tiles,),
-            streamed, groups, y,
+            x, mask, job.fused, self.features, parameters, (*job.mode,),
+            (*self.forward_tiles(job.mode.use_batch_stats),), streamed, groups, y,
         )  # fmt: skip
         return parameters
 

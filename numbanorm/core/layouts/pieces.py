@@ -381,7 +381,7 @@ class PieceColumns(Pieces):
             axes.grid(axes.run), (a, n_parts, n),
         )  # fmt: skip
 
-    def streams(self) -> bool:
+    def streams(self, use_batch_stats: bool = True) -> bool:
         """Tell whether parts of rows are long enough: the lines at their ends are written twice."""
         least = min(self.view[-1], self.tuning.stream_parts_from)
         return bool(self.tiles.block >= max(self.tuning.stream_from, least))
