@@ -12,10 +12,11 @@ import numba
 import numbanorm
 from numbanorm import warmup as warming
 from numbanorm.numba_ext import cache, threads
+from numbanorm.tuning import tuning
 
 
 def show() -> None:
-    """Print versions, the threading layer, the number of threads and the compile cache."""
+    """Print versions, the threading layer, threads, what is streamed, and the compile cache."""
     rows = [("numbanorm", numbanorm.__version__), ("Python", platform.python_version())]
     for package in ("numba", "llvmlite", "numpy", "scipy", "tbb"):
         try:
@@ -30,6 +31,8 @@ def show() -> None:
     rows.append(("threading layer", str(layer)))
     most = numba.config.NUMBA_NUM_THREADS
     rows.append(("threads", f"{numbanorm.get_num_threads()} of at most {most}"))
+    least = tuning().stream_bytes / (1 << 20)
+    rows.append(("streaming stores", f"outputs of {least:.3g} MiB or more"))
     rows += [("compile cache", describe(folder)) for folder in cache.folders()]
     for name, value in rows:
         print(f"{name:<16} {value}")

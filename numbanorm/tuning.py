@@ -15,7 +15,9 @@ Other values, for a test or for a measurement:
 
 import contextlib
 import dataclasses
+import math
 import os
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -46,19 +48,30 @@ LONG_ROW = 1 << 8
 # What Linux says of the caches of a core.
 CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 # Bytes of a cache that are a core's own. Of a larger one a virtual machine has been told the size
-# (480 MB for two cores of an Intel Xeon), but not who else uses it.
+# (480 MB for two cores of an Intel Xeon), but not who else uses it. Some say 0, or nothing at all:
+# there is that much then, as smaller last caches are rare.
 CACHE_PER_CORE = 16 << 20
 
 
-def cache_bytes() -> int | None:
-    """Return the bytes of the largest cache that the cores have, or None if that is not known."""
-    sizes = []
+def cache_bytes() -> int:
+    """Return the bytes of the largest cache that the cores have, between those of 1 and of all.
+
+    NUMBANORM_CACHE_BYTES in the environment takes its place.
+    """
+    given = os.environ.get("NUMBANORM_CACHE_BYTES", "")
+    if given.strip().isdecimal():
+        return int(given)
+    if given:
+        warnings.warn(
+            f"NUMBANORM_CACHE_BYTES: a number of bytes is needed, got {given!r}, which is ignored",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    sizes = [CACHE_PER_CORE]
     for file in CACHES.glob("index*/size"):
-        try:
+        with contextlib.suppress(OSError, ValueError):
             sizes.append(int(file.read_text().strip().removesuffix("K")) << 10)
-        except (OSError, ValueError):
-            return None
-    return min(max(sizes), CACHE_PER_CORE * (os.cpu_count() or 1)) if sizes else None
+    return min(max(sizes), CACHE_PER_CORE * (os.cpu_count() or 1))
 
 
 # -- Chosen for each call ------------------------------------------------------------------------
@@ -74,9 +87,7 @@ class Tuning:
     """Elements that a piece of the algebra counts for in ``parallel_from``."""
 
     cache_bytes: int | None = dataclasses.field(default_factory=cache_bytes)
-    """Bytes of the last cache. An output of a quarter of it is written by streaming stores: x, y,
-    dy and dx fill it together. None: never. 20 to 45 % faster for 25 MB and more; on an EPYC 35 %,
-    where y begins on a line."""
+    """Bytes of the last cache, which say what is streamed, see ``stream_bytes``. None: nothing."""
     stream_from: int = 1 << 7
     """Elements of a row below which there are too few whole lines to be streamed."""
     stream_parts_from: int = 1 << 10
@@ -162,6 +173,15 @@ class Tuning:
     """The same for NumPy arrays."""
     layouts_bytes: int = 16 << 20
     """Bytes of the layouts that are kept for shapes that were seen before, 5 to 100 KB each."""
+
+    @property
+    def stream_bytes(self) -> float:
+        """Bytes of an output from which it is written by streaming stores.
+
+        x, y, dy and dx fill a cache together, with what other layers have there. Never takes 20 to
+        50 % longer for 25 MB and more; docs/performance.md has the table.
+        """
+        return math.inf if self.cache_bytes is None else self.cache_bytes / 8
 
 
 # The last one is in force.

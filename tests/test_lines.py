@@ -1,6 +1,7 @@
 """Lines of memory: where they begin, and that what streaming stores write arrives."""
 
 import gc
+import os
 import tracemalloc
 
 import numpy as np
@@ -64,14 +65,29 @@ def sizes(tmp_path, monkeypatch):
     [
         (["48K\n", "1024K\n", "32768K\n"], 32 << 20),
         (["48K\n", "2048K\n", "491520K\n"], 4 * CACHE_PER_CORE),
-        (["what\n"], None),
-        ([], None),
+        (["0K\n", "0K\n", "0K\n"], CACHE_PER_CORE),
+        (["48K\n", "1024K\n"], CACHE_PER_CORE),
+        (["what\n", "32768K\n"], 32 << 20),
+        (["what\n"], CACHE_PER_CORE),
+        ([], CACHE_PER_CORE),
     ],
 )
 def test_cache_size(sizes, monkeypatch, texts, size):
     monkeypatch.setattr("os.cpu_count", lambda: 4)
+    monkeypatch.delenv("NUMBANORM_CACHE_BYTES", raising=False)
     sizes(texts)
     assert cache_bytes() == size
+
+
+def test_cache_size_of_the_environment(sizes, monkeypatch):
+    sizes(["32768K\n"])
+    for given in (0, 5 << 20, 1 << 40):
+        monkeypatch.setenv("NUMBANORM_CACHE_BYTES", str(given))
+        assert cache_bytes() == given
+    for given in ("never", "-1", "1e9"):
+        monkeypatch.setenv("NUMBANORM_CACHE_BYTES", given)
+        with pytest.warns(RuntimeWarning, match=f"a number of bytes is needed, got '{given}'"):
+            assert cache_bytes() == min(32 << 20, (os.cpu_count() or 1) * CACHE_PER_CORE)
 
 
 @njit(_nrt=False)

@@ -47,6 +47,7 @@ def warm():
 def test_versions_threads_and_cache(tmp_path):
     # Whether tbb can be had is another test's question.
     env = {"NUMBA_CACHE_DIR": str(tmp_path), "NUMBA_NUM_THREADS": "3"}
+    env["NUMBANORM_CACHE_BYTES"] = str(20 << 20)
     done = command(NUMBA_THREADING_LAYER="workqueue", **env)
     assert (done.returncode, done.stderr) == (0, "")
     rows = [(line[:16].strip(), line[16:].strip()) for line in done.stdout.splitlines()]
@@ -61,7 +62,8 @@ def test_versions_threads_and_cache(tmp_path):
             assert version == "not installed"
     assert rows[7] == ("threading layer", "workqueue")
     assert rows[8] == ("threads", "3 of at most 3")
-    ((label, folder),) = rows[9:]
+    assert rows[9] == ("streaming stores", "outputs of 2.5 MiB or more")
+    ((label, folder),) = rows[10:]
     assert label == "compile cache"
     assert folder.startswith(str(tmp_path))
     assert folder.endswith("(0 kernels)")

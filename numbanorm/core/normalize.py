@@ -96,10 +96,9 @@ def _mode(dtype: np.dtype[Any], eps: float | None, center: bool, use_batch_stats
 
 def _is_streamed(layout: Layout, n_bytes: int, use_batch_stats: bool) -> bool:
     """Tell whether outputs of so many bytes are written by streaming stores."""
-    size = layout.tuning.cache_bytes
-    # x, y, dy and dx fill a cache together. Forward and backward must agree: dx may have the memory
-    # of y, and streaming stores to lines that are in a cache take twice as long.
-    return size is not None and n_bytes >= size // 4 and layout.streams(use_batch_stats)
+    # Forward and backward must agree: dx may have the memory of y, and streaming stores to lines
+    # that are in a cache take twice as long.
+    return n_bytes >= layout.tuning.stream_bytes and layout.streams(use_batch_stats)
 
 
 def normalize(
