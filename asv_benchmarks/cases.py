@@ -54,6 +54,7 @@ class Case(NamedTuple):
     offset: float = 0
     activation: str | None = None
     residual: bool = False
+    odd: bool = False
 
     @property
     def name(self) -> str:
@@ -79,6 +80,8 @@ class Case(NamedTuple):
     @property
     def groups(self) -> list[str]:
         """The groups of the summary that it belongs to."""
+        if self.odd:
+            return ["odd"]
         if self.masked:
             return ["masked"]
         if self.fused:
@@ -116,6 +119,11 @@ class Case(NamedTuple):
     def axis(self) -> int:
         """The channel axis, or the one that is normalised."""
         return 1 if self.layout == "first" else len(self.shape) - 1
+
+    @property
+    def num_groups(self) -> int:
+        """The groups of a GroupNorm: where there are few channels, of two each."""
+        return min(GROUPS, self.shape[self.axis] // 2)
 
     @property
     def size(self) -> int:
@@ -250,6 +258,28 @@ CASES += [
     ),
     Case("layer", ROWS["vit"], "last", activation="gelu"),
 ]
+# Few samples of many elements, very many of a few, thin images: not what layers are made for, but
+# what they meet. LayerNorm over (64, 56, 56) is one over a row of as many elements.
+ODD = {
+    "layer": [
+        (1, 64 * 56 * 56), (4, 64 * 56 * 56), (16, 64 * 56 * 56), (1, 10**6), (1, 2 * 10**6),
+        (2, 10**6), (64, 1 << 15), (512, 512), (4096, 8), (10**6, 2), (10**5, 20),
+    ],
+    "rms": [(1, 64 * 56 * 56), (4, 64 * 56 * 56), (1, 2 * 10**6), (10**5, 8)],
+    "batch": [
+        (2, 500000), (8, 4096, 3, 3), (8000, 256), (10**6, 2), (10**5, 20), (2, 1, 1000, 1000),
+        (32, 256, 1, 1), (4, 8192, 2, 2), (64, 2, 2, 2),
+    ],
+    "group": [
+        (1, 8, 200, 200), (8, 64, 1, 1), (1024, 64, 1, 1), (64, 512, 2, 2), (1, 64, 500, 500),
+    ],
+    "instance": [(2, 3, 1000, 1), (1, 1, 1000, 1000), (64, 512, 2, 2), (2, 3, 10**6, 1)],
+}  # fmt: skip
+CASES += [
+    Case(layer, shape, "last" if layer in ("layer", "rms") else "first", odd=True)
+    for layer, shapes in ODD.items()
+    for shape in shapes
+]
 
 
 def choose(patterns: Iterable[str], groups: Iterable[str]) -> list[Case]:
@@ -289,7 +319,7 @@ def numbanorm_layer(case: Case) -> Any:
     make = {
         "batch": lambda: numbanorm.BatchNorm(channels, **kind, **then),
         "instance": lambda: numbanorm.InstanceNorm(channels, affine=True, **kind, **then),
-        "group": lambda: numbanorm.GroupNorm(GROUPS, channels, **kind, **then),
+        "group": lambda: numbanorm.GroupNorm(case.num_groups, channels, **kind, **then),
         "switchable": lambda: numbanorm.SwitchableNorm(channels, **kind, **then),
         "layer": lambda: numbanorm.Norm(axis, shape=channels, dtype=kind["dtype"], **then),
         "rms": lambda: numbanorm.Norm(
@@ -388,11 +418,15 @@ def torch_activation(name: str | None, in_place: bool) -> Callable[[Any], Any]:
 
 
 def torch_runner(
-    case: Case, in_place: bool = False, compiled: bool = False, half_weights: bool = False
+    case: Case,
+    in_place: bool = False,
+    compiled: bool = False,
+    half_weights: bool = False,
+    converted: bool = False,
 ) -> Runner:
     """Return how PyTorch does a case; masked ones as if there were no mask.
 
-    ``in_place`` has addition and activation write over their input where PyTorch can. Weights
+    ``converted`` is by numbanorm's layers for it. ``in_place`` has addition and activation write over their input where PyTorch can. Weights
     beside 16 bits have 32, as under autocast, where its kernels take both.
     """
     import torch
@@ -422,7 +456,7 @@ def torch_runner(
         layer = {
             "batch": lambda: kinds[dims](channels),
             "instance": lambda: instances[dims](channels, affine=True),
-            "group": lambda: nn.GroupNorm(GROUPS, channels),
+            "group": lambda: nn.GroupNorm(case.num_groups, channels),
             "switchable": lambda: torch_switchable(torch, channels, dims),
         }[case.layer]()
     if not case.half or half_weights or case.layer in ("rms", "switchable"):
@@ -431,6 +465,10 @@ def torch_runner(
         layer.weight.view(-1).copy_(weight)
         if getattr(layer, "bias", None) is not None:
             layer.bias.view(-1).copy_(bias)
+    if converted:
+        import numbanorm.torch
+
+        layer = numbanorm.torch.convert(layer)
     # No change of mode inside a clock: the running statistics are those of both.
     evaluated = copy.deepcopy(layer).eval().requires_grad_(False)
     evaluated._buffers = layer._buffers
@@ -485,7 +523,8 @@ def jax_runner(case: Case) -> Runner:
     def apply(x: Any, weight: Any, bias: Any) -> Any:
         shape = x.shape
         if case.layer == "group":
-            x = x.reshape((*shape[:axis], GROUPS, shape[axis] // GROUPS, *shape[axis + 1 :]))
+            n = case.num_groups
+            x = x.reshape((*shape[:axis], n, shape[axis] // n, *shape[axis + 1 :]))
             axes = tuple(a for a in range(1, n + 1) if a != axis)
         else:
             kept = {"batch": (axis,), "instance": (0, axis)}.get(case.layer)

@@ -12,7 +12,7 @@ the derivative of its output, with nothing around them.
 
 The groups are "plain" and "masked", which are those without --only; "half" (16 bits: "bfloat16",
 "float16"); and "fused", a norm with activation, residual or both ("fused bfloat16", "ReLU family
-float32", "ReLU family + residual float32", ...).
+float32", "ReLU family + residual float32", ...); and "odd", shapes that layers are not made for.
 
 bound
     The fewest passes over memory (see ``PASSES`` in cases.py) at the speed of a copy in the same
@@ -22,9 +22,10 @@ fresh
 torch, tuned
     PyTorch as installed, and with ``TUNED``, with which it never meets a fresh page. Fused cases
     are ``relu(layer(x) + residual)``.
-in_place, compile
-    PyTorch tuned with in-place addition and activation, and through ``torch.compile``; only
-    ``--with`` them, as they leave gaps, and compiling takes half a minute a case.
+in_place, compile, converted
+    PyTorch tuned with in-place addition and activation, through ``torch.compile``, and with the
+    layers of ``numbanorm.torch``; only ``--with`` them, as they leave gaps, and compiling takes
+    half a minute a case.
 cold
     Into ``out=``, after the caches were flushed and some milliseconds' pause, for every library.
 base
@@ -57,8 +58,9 @@ TUNED = {
 }
 LIBRARIES: dict[str, dict[str, str]] = {
     "numbanorm": {}, "torch": {}, "tuned": TUNED, "jax": {}, "in_place": TUNED, "compile": TUNED,
+    "converted": TUNED,
 }  # fmt: skip
-ASKED_FOR = ("in_place", "compile")
+ASKED_FOR = ("in_place", "compile", "converted")
 GROUPS = list(dict.fromkeys(group for case in cases.CASES for group in case.groups))
 PHASES = ("train", "evaluate", "backward")
 # Of two samples of results; those of 16 bits differ where others round in between, too.
@@ -144,7 +146,12 @@ class Worker:
             return cases.jax_runner(case)
         if self.library == "in_place" and not case.fused:
             raise NotImplementedError("nothing is in place")
-        return cases.torch_runner(case, self.library == "in_place", self.library == "compile")
+        return cases.torch_runner(
+            case,
+            self.library == "in_place",
+            self.library == "compile",
+            converted=self.library == "converted",
+        )
 
     def time(self, repeat: int) -> dict[str, float]:
         """Return seconds of each phase, the least of ``repeat`` runs."""
@@ -215,7 +222,7 @@ def results_of(runner: cases.Runner) -> dict[str, Any]:
     dx = [
         v for d in (back if isinstance(back, tuple) else (back,)) for v in sample(runner.array(d))
     ]
-    parameters = [gradient.astype(float).tolist() for gradient in runner.gradients()]
+    parameters = [sample(gradient) for gradient in runner.gradients()]
     evaluated = sample(runner.array(runner.evaluate()))
     return {"y": y, "dx": dx, "evaluated": evaluated, "parameters": parameters}
 
@@ -486,7 +493,8 @@ def plot(rows: list[dict[str, Any]], names: list[str], path: str) -> None:
         # A case that a library does not have has no bar.
         values = [row["ratios"].get(name, {}).get("out", 1.0) for row in rows]
         labels = {"torch": "PyTorch as installed", "tuned": "PyTorch tuned", "jax": "JAX",
-                  "in_place": "in place", "compile": "torch.compile"}  # fmt: skip
+                  "in_place": "in place", "compile": "torch.compile",
+                  "converted": "numbanorm.torch"}  # fmt: skip
         positions = [r + 0.4 - (i + 0.5) * height for r in range(len(rows))]
         axes.barh(positions, [v - 1 for v in values], height, left=1, label=labels[name])
     axes.axvline(1, color="black", linewidth=0.8)

@@ -8,7 +8,7 @@ import math
 from typing import Any, NamedTuple
 
 import numpy as np
-from cases import GROUPS, Case, Runner
+from cases import Case, Runner
 
 EPS = 1e-5
 MOMENTUM = 0.1
@@ -47,7 +47,7 @@ def runner(case: Case, dtype: str | None = None) -> Runner:
     over_channels = tuple(a for a in range(len(shape)) if a != axis)
     if case.layer == "group":
         # One more axis behind that of the channels: they are (group, channel of the group) now.
-        shape = (*shape[:axis], GROUPS, shape[axis] // GROUPS, *shape[axis + 1 :])
+        shape = (*shape[:axis], case.num_groups, shape[axis] // case.num_groups, *shape[axis + 1 :])
         channel_shape = tuple(n if a in (axis, axis + 1) else 1 for a, n in enumerate(shape))
         over_channels = tuple(a for a in range(len(shape)) if a not in (axis, axis + 1))
     x, dy = x.reshape(shape), dy.reshape(shape)
