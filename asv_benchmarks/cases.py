@@ -426,8 +426,9 @@ def torch_runner(
 ) -> Runner:
     """Return how PyTorch does a case; masked ones as if there were no mask.
 
-    ``converted`` is by numbanorm's layers for it. ``in_place`` has addition and activation write over their input where PyTorch can. Weights
-    beside 16 bits have 32, as under autocast, where its kernels take both.
+    ``converted`` is by numbanorm's layers for it. ``in_place`` has addition and activation write
+    over their input where PyTorch can. Weights beside 16 bits have 32, as under autocast, where its
+    kernels take both.
     """
     import torch
 

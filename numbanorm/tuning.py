@@ -144,6 +144,15 @@ class Tuning:
     group_block: int = 1 << 10
     """Elements of a block of groups that is reduced while the block before it is written: few
     enough for both, and for what is written, to be in a core's first cache."""
+    long_row: int = 1 << 14
+    """Elements of a row, with a weight for each, from which parts of rows are tasks. A row of 2e6
+    took a sixth of the time on one thread of an EPYC, 100 of 32768 as long as whole."""
+    long_rows: int = 1 << 22
+    """Elements of all such rows up to which they are: more are read again from memory, unless whole
+    rows, four of x and dy, would be, too. 200 rows of 32768 then took 1.3 times as long."""
+    element_part: int = 1 << 10
+    """Elements of such a part: float64 sums of as many gradients of weight and bias stay in a
+    core's first cache, beside dy and x."""
     overlap: int = 1 << 15
     """Elements of a block up to which the next block is reduced while it is written: with more, it
     has left a core's own cache by then."""

@@ -96,10 +96,15 @@ def _call_layers(dtype: Any, masked: bool, activation: str | None) -> None:
         layer.forward(x, mask=mask, residual=residual)
         layer.backward(x)
     moments(x) + moments(x)
-    # So many rows are in parts.
-    layer, x = BatchNorm(2, **options), np.ones((1 << 18, 2), dtype)
-    layer.forward(x, residual=None if activation is None else x)
-    layer.backward(x)
+    # So many rows, and such long ones, are in parts.
+    for layer, shape in (
+        (BatchNorm(2, **options), (1 << 18, 2)),
+        (LayerNorm(1 << 14, **options), (1, 1 << 14)),
+    ):
+        x = np.ones(shape, dtype)
+        mask, residual = x > 0 if masked else None, None if activation is None else x
+        layer.forward(x, mask=mask, residual=residual)
+        layer.backward(x)
 
 
 def _length(task: Task) -> int:

@@ -482,6 +482,10 @@ FORCED_VIEWS = {
     "rows with a weight for each element, two of each sample in turn": (
         {"run": 60, "group_block": 120}, "GroupNorm", (17, 6, 4, 5), (34, 60)
     ),
+    "parts of rows with a weight for each element": (
+        {"long_row": 1, "element_part": 17, "row_part": 23}, "LayerNorm-3axes", (3, 2, 4, 5),
+        (3, 40),
+    ),
     "interleaved rows": (
         {"short_row": 0, "row_run": 60}, "BatchNorm2d", (3, 4, 5, 6), (1, 3, 4, 30)
     ),

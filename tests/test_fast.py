@@ -36,6 +36,7 @@ FORCED = {
     "pieces": {"slab": 0},
     "pieces in parts": {"slab": 0, "row_part": 8, "column_part": 4},
     "element rows": {"few_groups": 1, "few_samples": 1},
+    "element parts": {"long_row": 1, "element_part": 5, "row_part": 7},
     "interleaved group rows": {"short_row": 0, "row_run": 60},
     "group columns": {"many_rows": 1, "column_width": 70},
     "columns, not folded": {"column_fold": 1, "column_width": 2, "long_task": 1},

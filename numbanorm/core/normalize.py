@@ -34,10 +34,13 @@ NO_ACTIVATION = Activation()
 
 
 class ParameterGradients(NamedTuple):
-    """Gradients of weight, bias, and the logits of means and variances, in float64, or None."""
+    """Gradients of weight, bias, and the logits of means and variances, or None.
 
-    weight: Float64 | None
-    bias: Float64 | None
+    They are float64, but for weight and bias as large as x, see ``gradient_dtype`` of a recipe.
+    """
+
+    weight: Array | None
+    bias: Array | None
     mean_weight: Float64 | None
     var_weight: Float64 | None
 
@@ -56,6 +59,7 @@ def find_recipe(
     sample_variance: bool = False,
     activation: Activation | None = None,
     exchange: Exchange | None = None,
+    gradient_dtype: Any = np.float64,
 ) -> Recipe:
     """Return how all x with the shape, the type and the order in memory of this one are normalised.
 
@@ -72,7 +76,7 @@ def find_recipe(
         Whether there is a mask.
     center : bool
         Whether the mean is subtracted; if not, the variance is the mean square.
-    has_weight, has_bias, use_batch_stats, sample_variance, activation
+    has_weight, has_bias, use_batch_stats, sample_variance, activation, gradient_dtype
         As in :class:`Recipe` and its mode.
     exchange : Exchange or None
         With processes that share the tracked statistic.
@@ -84,7 +88,7 @@ def find_recipe(
     return Recipe(
         layout, x.shape, x.dtype, arithmetic(x.dtype), _mode(x.dtype, eps, center, use_batch_stats),
         has_weight, has_bias, sample_variance, activation,
-        _is_streamed(layout, y.nbytes, use_batch_stats),
+        _is_streamed(layout, y.nbytes, use_batch_stats), gradient_dtype,
     )  # fmt: skip
 
 

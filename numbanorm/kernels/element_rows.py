@@ -145,7 +145,7 @@ def _zero_where_masked(counts, x, dy, product, zero):
 
 
 @inline
-def _terms(row, i, n, coef):
+def terms(row, i, n, coef):
     """Return vectors of dy and dy * x_hat from i on, and 0 where they do not enter the sums.
 
     ``coef`` (3,) is what round_coefficients returns; see access.read about n.
@@ -168,10 +168,10 @@ def _add_four_vectors(rows, i, n, coef, weight, dweight, dbias, distance):
     prefetch(rows[1].dy, i + distance)
     prefetch(rows[2].dy, i + distance)
     prefetch(rows[3].dy, i + distance)
-    a, a_hat = _terms(rows[0], i, n, coef[0])
-    b, b_hat = _terms(rows[1], i, n, coef[1])
-    c, c_hat = _terms(rows[2], i, n, coef[2])
-    d, d_hat = _terms(rows[3], i, n, coef[3])
+    a, a_hat = terms(rows[0], i, n, coef[0])
+    b, b_hat = terms(rows[1], i, n, coef[1])
+    c, c_hat = terms(rows[2], i, n, coef[2])
+    d, d_hat = terms(rows[3], i, n, coef[3])
     store(load(dweight, i, n) + widen((a_hat + b_hat) + (c_hat + d_hat)), dweight, i, n)
     store(load(dbias, i, n) + widen((a + b) + (c + d)), dbias, i, n)
     w = load(weight, i, n)

@@ -314,6 +314,7 @@ class Norm(State, OverAxes):
                 sample_variance=self.sample_variance,
                 activation=self._activation,
                 exchange=exchange,
+                gradient_dtype=self.dtype,
             )
         # Values of float32 are small enough, and a small layer takes no longer than their check.
         saved = (extremes.normalize if array.dtype == np.float64 else normalize)(
@@ -403,7 +404,7 @@ class Norm(State, OverAxes):
         names = ("weight", "bias", "mean_weight", "var_weight")
         for name, gradient in zip(names, gradients, strict=True):
             if gradient is not None and name in self._gradients:
-                self._gradients[name] += gradient.astype(self.dtype)
+                self._gradients[name] += gradient.astype(self.dtype, copy=False)
 
     # -- Parameters and running statistics ------------------------------------------------------
 

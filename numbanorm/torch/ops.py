@@ -33,7 +33,7 @@ from numbanorm.torch.method import (
     has_instances,
     method_of,
 )
-from numbanorm.torch.plan import Call, Plan, parameter_array, prepare, wide_array
+from numbanorm.torch.plan import Call, Plan, parameter_array, parameter_dtype, prepare, wide_array
 
 
 def _optional(tensor: Tensor | None) -> Array | None:
@@ -198,14 +198,6 @@ def _new_tensors(
             borrow(tensor, values.shape)[...] = values
             tensors.append(tensor)
     return tensors
-
-
-def parameter_dtype(inputs: Inputs) -> torch.dtype:
-    """Return the type of the parameters, which is one for all."""
-    for parameter in inputs[1:5]:
-        if parameter is not None:
-            return parameter.dtype
-    return inputs.x.dtype
 
 
 # -- The operators -------------------------------------------------------------------------------

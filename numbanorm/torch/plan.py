@@ -42,6 +42,14 @@ def _geometry(shape: Axes, method: Method) -> Geometry:
     )
 
 
+def parameter_dtype(inputs: Inputs) -> torch.dtype:
+    """Return the type of the parameters, which is one for all."""
+    for parameter in inputs[1:5]:
+        if parameter is not None:
+            return parameter.dtype
+    return inputs.x.dtype
+
+
 class Plan(NamedTuple):
     """How tensors like x are normalised: what follows from shapes, types and strides alone.
 
@@ -87,6 +95,7 @@ class Plan(NamedTuple):
             sample_variance=method.sample_variance,
             activation=activation_of(method.activation, method.slope),
             exchange=distributed.exchange(method.process_group, array),
+            gradient_dtype=np.float32 if parameter_dtype(inputs) is torch.float32 else np.float64,
         )
         layout = recipe.layout
         in_memory = y.reshape(recipe.geometry.shape).transpose(layout.order)

@@ -3,6 +3,7 @@
 =============== ============ ========================================= ==========================
 layout          view         what is reduced                           for example
 =============== ============ ========================================= ==========================
+ElementParts    (M, D)       parts of long rows; each element has a weight  LayerNorm of images
 ElementRows     (M, D)       a row; each element has a weight          LayerNorm, RMSNorm
 ElementColumns  (A, D, B)    a column; each row has a weight           LayerNorm over channels
 GroupRows       (A, R, B, L) R rows, each with a weight, in a cache    GroupNorm, small BatchNorm
@@ -30,7 +31,7 @@ from numbanorm.core.layouts.base import (
     Statistic,
     Statistics,
 )
-from numbanorm.core.layouts.elements import ElementColumns, ElementRows
+from numbanorm.core.layouts.elements import ElementColumns, ElementParts, ElementRows
 from numbanorm.core.layouts.groups import GroupColumns, GroupRows
 from numbanorm.core.layouts.pieces import PieceColumns, PieceRows
 from numbanorm.core.types import Axes
@@ -51,7 +52,7 @@ __all__ = [
 ]
 
 LAYOUTS: tuple[type[Layout], ...] = (
-    ElementRows, ElementColumns, GroupRows, GroupColumns, PieceRows, PieceColumns,
+    ElementParts, ElementRows, ElementColumns, GroupRows, GroupColumns, PieceRows, PieceColumns,
 )  # fmt: skip
 
 # Bytes of a layout without its tables, and of its geometry.

@@ -60,6 +60,8 @@ class Recipe(NamedTuple):
         What follows.
     is_streamed : bool
         Whether outputs in memory of their own are written by streaming stores.
+    gradient_dtype : dtype
+        Of the gradients of weight and bias where these may be as large as x; elsewhere float64.
     """
 
     layout: "Layout"
@@ -72,6 +74,7 @@ class Recipe(NamedTuple):
     sample_variance: bool
     activation: Activation | None
     is_streamed: bool
+    gradient_dtype: Any = np.float64
 
     @property
     def geometry(self) -> Geometry:
@@ -117,7 +120,7 @@ class Statistics(NamedTuple):
 
     Attributes
     ----------
-    parameters : array (2, ...)
+    parameters : array (2, ...) or tuple of arrays
         Copies of weight and bias as the kernels see them, as both may change before backward.
     groups : array (3 or more, G)
         Count, mean and variance of each group, in the layout's order.
@@ -127,7 +130,7 @@ class Statistics(NamedTuple):
         What sample variances were made of.
     """
 
-    parameters: Array
+    parameters: Any
     groups: Float64
     pieces: Float64 | None = None
     instances: Instances | None = None

@@ -10,12 +10,22 @@ from typing import Any, Self
 
 import numpy as np
 
-from numbanorm.core.layouts.base import Arrangement, Gradients, Job, Saved, largest_divisor
+from numbanorm.core.groups import Segments, number_groups, segments
+from numbanorm.core.layouts.base import (
+    Arrangement,
+    Gradients,
+    Job,
+    Saved,
+    largest_divisor,
+)
+from numbanorm.core.layouts.pieces import merge_groups
 from numbanorm.core.layouts.whole import WholeGroups, axes_around
 from numbanorm.core.types import Array, Axes, Float64
 from numbanorm.kernels.element_columns import backward_element_columns, forward_element_columns
+from numbanorm.kernels.element_parts import apply_element_parts, reduce_element_parts
 from numbanorm.kernels.element_rows import backward_element_rows, forward_element_rows
-from numbanorm.kernels.modes import ColumnTiles, ElementTiles
+from numbanorm.kernels.modes import ColumnTiles, ElementTiles, PieceTiles
+from numbanorm.kernels.reduce import reduce_rows
 from numbanorm.numba_ext.threads import run
 
 
@@ -56,7 +66,11 @@ class Elements(WholeGroups):
         """Return the gradients of weight and bias, if there are any, from those of all parts."""
         if not (saved.recipe.has_weight or saved.recipe.has_bias):
             return Gradients(parts[0], parts[1])
-        sums, geometry = parts if self.n_parts == 1 else _sum(parts), self.geometry
+        return self._in_order(parts if self.n_parts == 1 else _sum(parts))
+
+    def _in_order(self, sums: Array) -> Gradients:
+        """Return the gradients of weight and bias in the parameters' shape."""
+        geometry = self.geometry
         if not self.in_order:
             sums = sums.reshape(2, *(geometry.param_grid[axis] for axis in self.order))
             sums = sums.transpose(0, *(axis + 1 for axis in self.inverse_order))
@@ -64,9 +78,24 @@ class Elements(WholeGroups):
 
 
 @np.errstate(all="ignore")  # NaN and Inf are the user's, and reach what they should
-def _sum(parts: Float64) -> Float64:
-    total: Float64 = parts.sum(1)
+def _sum(parts: Float64, axis: int = 1) -> Float64:
+    total: Float64 = parts.sum(axis)
     return total
+
+
+def _copy(array: Array) -> Array:
+    """Return a read-only copy."""
+    array = array.copy()
+    array.flags.writeable = False
+    return array
+
+
+@functools.lru_cache(maxsize=4)
+def _constant(value: int, n: int, dtype: Any) -> Array:
+    """Return a read-only array of one value."""
+    array = np.full(n, value, dtype)
+    array.flags.writeable = False
+    return array
 
 
 def _has_element_weights(axes: Arrangement) -> bool:
@@ -78,6 +107,120 @@ def _are_columns(axes: Arrangement) -> bool:
     """Tell whether groups are columns: the reduced axes are next to each other, but not last."""
     _, reduced, after = axes_around(axes.wide, axes.reduced)
     return not axes.masked and bool(after) and len(reduced) == len(axes.reduced)
+
+
+def _order_of_rows(axes: Arrangement) -> Axes:
+    """Return the order of memory, or where the reduced axes do not come last, another one."""
+    if axes.wide == axes.kept + axes.reduced:
+        return axes.order
+    reduced = axes.geometry.reductions[0]
+    return (
+        *(axis for axis in axes.order if axis not in reduced),
+        *(axis for axis in range(len(axes.order)) if axis in reduced),
+    )
+
+
+class ElementParts(Elements):
+    """(M, D): as ElementRows, where rows are so long that a part of each is a task.
+
+    The weights are (D,).
+    """
+
+    @classmethod
+    def fit(cls, axes: Arrangement) -> Self | None:
+        """Take long groups of elements that each have a weight."""
+        m, d, t = axes.size(axes.kept), axes.size(axes.reduced), axes.tuning
+        if not _has_element_weights(axes) or _are_columns(axes) or d < t.long_row:
+            return None
+        if m * d > t.long_rows >= 8 * d:
+            return None
+        part = min(t.element_part, d)
+        tiles, order = PieceTiles(part, 1), _order_of_rows(axes)
+        return cls(axes.geometry, order, axes.affine, (m, d), tiles, t, (d,), -(-d // part))
+
+    def streams(self) -> bool:
+        """Tell whether parts of rows are long enough: the lines at their ends are written twice."""
+        return bool(self.tiles.part >= self.tuning.stream_parts_from)
+
+    def parameters(self, job: Job) -> Any:
+        """Return weight and bias of each element in the order of memory, (D,)."""
+        dtype = job.recipe.arithmetic
+        return tuple(
+            unused if array is None else self._in_memory(array.astype(dtype, copy=False))
+            for array, unused in zip((job.weight, job.bias), self._unused(dtype), strict=True)
+        )
+
+    def _unused(self, dtype: Any) -> tuple[Array, Array]:
+        """Return the weight and the bias of a layer without."""
+        return _constant(1, self.view[1], dtype), _constant(0, self.view[1], dtype)
+
+    def _in_memory(self, array: Array) -> Array:
+        """Return a read-only view of a parameter in the order of memory, or a copy."""
+        if not self.in_order:
+            array = array.reshape(self.geometry.param_grid).transpose(self.order)
+        view = np.ascontiguousarray(array).reshape(self.weights)
+        view.flags.writeable = False
+        return view
+
+    @functools.cached_property
+    def _reduce_tiles(self) -> PieceTiles:
+        return PieceTiles(min(self.tuning.row_part, self.view[1]), 1)
+
+    @functools.cached_property
+    def _segments(self) -> Segments:
+        n_parts = -(-self.view[1] // max(self._reduce_tiles.part, 1))
+        return segments(np.repeat(np.arange(self.view[0], dtype=np.uint32), n_parts)[None])
+
+    def run_forward(
+        self, x: Array, mask: Array | None, parameters: Any, job: Job, streamed: bool,
+        groups: Float64, y: Array,
+    ) -> Any:  # fmt: skip
+        """Take moments of parts of rows, merge them, and write y; return copies of parameters."""
+        if job.mode.use_batch_stats:
+            n_parts = -(-self.view[1] // self._reduce_tiles.part)
+            moments = np.empty((4, self.view[0], n_parts, 1))
+            run(
+                reduce_rows, x.size,
+                None, x, mask, None, None, (*self._reduce_tiles,), None, moments,
+            )  # fmt: skip
+            all_groups = number_groups(((self.view[0],),))
+            merged = merge_groups(
+                moments.reshape(4, -1), all_groups, self._segments, job.mode.center, 0
+            )
+            groups[:] = merged[:3]
+        run(
+            apply_element_parts, y.size,
+            None, x, None, job.fused, *parameters, (*job.mode,), (*self.tiles,), streamed, groups,
+            groups, y,
+        )  # fmt: skip
+        weight, bias = parameters
+        if job.weight is not None and np.may_share_memory(weight, job.weight):
+            weight = _copy(weight)
+        if job.fused is None:
+            bias = weight  # which backward does not read
+        elif job.bias is not None and np.may_share_memory(bias, job.bias):
+            bias = _copy(bias)
+        return weight, bias
+
+    def backward(
+        self, dy: Array, x: Array, saved: Saved, fused: Any, streamed: bool, dx: Array
+    ) -> Gradients:
+        """Reduce parts of rows, with the gradients of parameters, and write dx."""
+        found, recipe = saved.statistics, saved.recipe
+        has_gradients = recipe.has_weight or recipe.has_bias
+        (m, d), mode, tiles = self.view, (*recipe.mode,), (*self.tiles,)
+        sums = np.empty((2, m, self.n_parts))
+        gradients = np.empty((2, d if has_gradients else 0), recipe.gradient_dtype)
+        run(
+            reduce_element_parts, dy.size,
+            dy, x, saved.mask, fused, *found.parameters, mode, tiles, found.groups, sums, gradients,
+        )  # fmt: skip
+        run(
+            apply_element_parts, dy.size,
+            dy, x, saved.mask, fused, *found.parameters, mode, tiles, streamed, found.groups,
+            _sum(sums, 2), dx,
+        )  # fmt: skip
+        return self._in_order(gradients) if has_gradients else Gradients(*gradients)
 
 
 class ElementRows(Elements):
@@ -95,14 +238,9 @@ class ElementRows(Elements):
             return cls._fit_short_rows(axes)
         if _are_columns(axes):
             return None
-        order = axes.order
-        if axes.wide != axes.kept + axes.reduced:
-            reduced, everything = axes.geometry.reductions[0], range(len(order))
-            order = (
-                *(axis for axis in order if axis not in reduced),
-                *(axis for axis in everything if axis in reduced),
-            )
-        return cls._of_size(axes, order, axes.size(axes.kept), axes.size(axes.reduced), 1, 1)
+        return cls._of_size(
+            axes, _order_of_rows(axes), axes.size(axes.kept), axes.size(axes.reduced), 1, 1
+        )
 
     @classmethod
     def _fit_short_rows(cls, axes: Arrangement) -> Self | None:
