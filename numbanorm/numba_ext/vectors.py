@@ -11,9 +11,11 @@ loop several times over for that, and takes long to do so. Here a loop says what
   sometimes not, which takes two to three times as long.
 """
 
+import functools
 import operator
 from typing import Any
 
+import llvmlite.binding
 import numba
 import numpy as np
 from llvmlite import ir
@@ -258,6 +260,38 @@ def multiply_add(typing_context: Any, a: Any, b: Any, c: Any) -> Any:
     return a(a, a, a), generate
 
 
+@functools.cache
+def _has_masked_stores() -> bool:
+    """Tell whether the CPU has AVX-512, where they take as long as others."""
+    try:
+        return bool(llvmlite.binding.get_host_cpu_features().get("avx512f", False))
+    except RuntimeError:  # LLVM does not know this CPU
+        return False
+
+
+def _store_first(builder: Any, values: Any, place: Any, n: Any, align: int) -> None:
+    """Store the first n elements of a vector, by powers of 2.
+
+    A vector of 16 is two to four masked stores of AVX, which take an AMD EPYC long, and of what is
+    shorter than 32 bits a branch for each element. These branches depend on a row's length alone:
+    LayerNorm of (4096, 8) took 20 % less time, InstanceNorm of 7 x 7 images 40 %.
+    """
+    word, lane = ir.IntType(32), values.type.element.as_pointer()
+    at, size = builder.bitcast(place, lane), LANES
+    while size:
+        has = builder.icmp_signed("!=", builder.and_(n, n.type(size)), n.type(0))
+        low, high = (
+            builder.shuffle_vector(values, values, _numbers(word, first, size))
+            for first in (0, size % LANES)
+        )
+        with builder.if_then(has):
+            builder.store(low, builder.bitcast(at, low.type.as_pointer()), align=align)
+        # Of 16 there is nothing left, and each power of 2 is less than half of what was there.
+        values = builder.select(has, high, low)
+        at = builder.gep(at, [builder.select(has, n.type(size), n.type(0))])
+        size //= 2
+
+
 @intrinsic
 def store(typing_context: Any, vector: Any, array: Any, i: Any, n: Any) -> Any:
     """Write a vector to array[i] and after it: all of it, or if n is not None its first n."""
@@ -269,11 +303,13 @@ def store(typing_context: Any, vector: Any, array: Any, i: Any, n: Any) -> Any:
         align = size_of(array.dtype)
         if is_none(n):
             builder.store(values, place, align=align)
-        else:
+        elif _has_masked_stores():
             _masked(
                 builder, "store", array.dtype, ir.VoidType(),
                 values, place, ir.IntType(32)(align), _first(builder, n_value),
             )  # fmt: skip
+        else:
+            _store_first(builder, values, place, n_value, align)
         return context.get_dummy_value()
 
     return types.void(vector, array, types.intp, n), generate

@@ -39,6 +39,12 @@ class GroupsWithWeights(WholeGroups):
         return found
 
     @functools.cached_property
+    def _has_own_features(self) -> bool:
+        """Whether each piece has a weight of its own, in this order."""
+        n = len(self.features)
+        return self.parameter_view == (n,) and bool((self.features == np.arange(n)).all())
+
+    @functools.cached_property
     def n_bytes(self) -> int:
         """Bytes of the table, which is made at once."""
         return self.features.nbytes
@@ -49,6 +55,8 @@ class GroupsWithWeights(WholeGroups):
 
     def _gradients(self, sums: Float64) -> Gradients:
         """Return the gradients of weight and bias from the sums of each piece, (2, P)."""
+        if self._has_own_features:
+            return self.feature_gradients(sums[::-1] + 0.0)  # as sums are, which are never -0.0
         gradients = np.zeros((2, *self.parameter_view))
         call(feature_gradients, self.features, sums, gradients)
         return self.feature_gradients(gradients)
@@ -77,12 +85,9 @@ def _group_axes(axes: Arrangement) -> _Axes | None:
     result = _Axes(before, rows, axes.run, after, axes.columns, 1, axes.grid(axes.run))
     inner, size, t = axes.geometry.inner(axes.affine), axes.size, axes.tuning
     one_weight = after and not set(rows) - set(inner)
-    if (
-        not axes.columns
-        and one_weight
-        and size(axes.run) < t.short_row
-        and size(rows) >= t.many_rows
-    ):
+    length, n_rows = size(axes.run), size(rows)
+    many = n_rows >= t.many_rows or length <= t.row_over_rows * n_rows
+    if not axes.columns and one_weight and length < t.short_row and many:
         # As columns, across the rows: a row would take longer to start than to run.
         grid = tuple(1 if axis in rows else n for axis, n in enumerate(result.grid))
         return _Axes(before, axes.run, rows, [], after + axes.run, size(axes.run), grid)
