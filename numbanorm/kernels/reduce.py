@@ -73,7 +73,10 @@ def begin_sums(row, n, center):
     tail, n_steps = n % STEP, n // STEP * STEP
     # The tail comes first, so that nothing waits for its branch.
     a = _terms(row.dy, row, n_steps, min(tail, LANES), center)
-    return a, _terms(row.dy, row, n_steps + LANES, max(tail - LANES, 0), center)
+    b = splat(0.0), splat(0.0), splat(0.0)
+    if tail > LANES:
+        b = _terms(row.dy, row, n_steps + LANES, tail - LANES, center)
+    return a, b
 
 
 @inline
