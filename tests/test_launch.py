@@ -38,6 +38,27 @@ def test_each_task_is_done_once(n_tasks, n_threads):
     np.testing.assert_allclose(done, x[:, 1:].sum(1) * 2 + 0.5, atol=1e-12)
 
 
+@jit.called
+def double(x):
+    return 2 * x
+
+
+@njit(**jit.FLAGS)
+def fill_doubled(threads, done):
+    begin, end = launch.thread_range(threads, done.shape[0])
+    for task in range(begin, end):
+        done[task] = double(task)
+
+
+def test_vectors_on_the_stack_are_in_one_page():
+    # Else a kernel takes up to ten times as long in some processes.
+    fill_doubled(launch.SERIAL, np.empty(2))
+    (code,) = fill_doubled.inspect_llvm().values()
+    assert "alignstack=64" in code
+    (library,) = (compiled.library for compiled in double.overloads.values())
+    assert "alignstack=64" in library.get_llvm_str()
+
+
 @njit(**jit.FLAGS)
 def fail(threads, bad, n, done):
     begin, end = launch.thread_range(threads, done.shape[0])

@@ -64,6 +64,7 @@ def thread_range(typing_context: Any, threads: Any, n_tasks: Any) -> Any:
     """
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        private.align_stack(builder.function)
         threads, n_tasks = args
         launcher, i, n = private.unpack(builder, threads, 3)
         zero, one = ir.Constant(i.type, 0), ir.Constant(i.type, 1)

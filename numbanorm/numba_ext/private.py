@@ -46,6 +46,7 @@ NAMES = {
     ],
     "inlining": [
         "numba.core.codegen:JITCodeLibrary._finalize_final_module",
+        "numba.core.codegen:JITCodeLibrary.add_ir_module",
         "numba.core.compiler:Compiler",
     ],
     "disk": [
@@ -186,6 +187,17 @@ def declare(builder: Any, name: str, result: Any, *args: Any) -> Any:
     return known or ir.Function(builder.module, ir.FunctionType(result, args), name)
 
 
+def align_stack(function: Any) -> None:
+    """Have what a function keeps of vectors on its stack begin where vectors do.
+
+    LLVM sees too late that registers do not suffice. Of what is in two pages, a core cannot load
+    what it has just stored before all earlier stores are done: a kernel takes up to ten times as
+    long, by where the stack of its process happens to lie.
+    """
+    function.attributes.alignstack = 64
+    function.attributes.add("nounwind")  # llvmlite writes down none without another one
+
+
 # -- Launch --------------------------------------------------------------------------------------
 
 THREE = (types.intp,) * 3
@@ -284,6 +296,12 @@ def _inlined_compiler() -> type:
         Numba would make machine code of it that nobody calls. It is optimised all the same before
         it is linked: without, kernels are 5 % slower for short rows.
         """
+
+        def add_ir_module(self, ir_module: Any) -> None:
+            for function in ir_module.functions:
+                if not function.is_declaration:
+                    align_stack(function)
+            super().add_ir_module(ir_module)
 
         def _finalize_final_module(self) -> None:
             self._finalized = True
