@@ -5,7 +5,7 @@ which they are constant, or NaN for none. The others have a number each, and cal
 once: they take longer than a call.
 
 exp, erf and tanh are within 2 units of the last place. The polynomials are weighted minimax fits;
-those of erfc = exp(-p(x)) and of the odd functions in x**2 are as in N. Juffa's ``erff``.
+those of the odd functions in x**2 are as in N. Juffa's ``erff``.
 """
 
 import math
@@ -81,19 +81,20 @@ _erf = polynomial(
         0.1283791670955126,
     ),
 )  # fmt: skip
-# log(erfc(x + 1)), from there to where erf is 1
-_log_erfc = polynomial(
+# exp(z**2) * erfc(z) for z = x + 1, from 0.7 to where erf is 1
+_erfcx = polynomial(
     (
-        0.000216759203, -0.00193757087, 0.0100263385, -0.0415671207, -0.843106508, -2.63896728,
-        -1.84960556,
+        0.000222158225, -0.00173014507, 0.00639903732, -0.0166756194, 0.0376807153, -0.0792389587,
+        0.154365793, -0.273211718, 0.427583635,
     ),
     (
-        1.9733746147343214e-12, -4.957635383091833e-11, 5.752630920383059e-10,
-        -4.089916989016944e-09, 1.9720406169896953e-08, -6.523987932182177e-08,
-        1.2367634169421666e-07, 1.0501501273380297e-07, -2.0193710793942594e-06,
-        9.577187320425227e-06, -2.7140926534778243e-05, 2.6270346566036324e-05,
-        0.00023732469347377362, -0.0019779030176526324, 0.010033825434829778,
-        -0.041561098046653325, -0.8431072563584948, -2.63896751423479, -1.8496055099332482,
+        1.257492821764059e-13, -4.182558217523951e-12, 6.51685069700259e-11, -6.373491178158065e-10,
+        4.44212061594461e-09, -2.3890534732206874e-08, 1.0555961595889366e-07,
+        -4.049869797828199e-07, 1.4148869106747904e-06, -4.660262330687175e-06,
+        1.4748872785450596e-05, -4.514536311309287e-05, 0.0001336647144747143,
+        -0.00038195496507019823, 0.0010502692858153446, -0.0027690647039418006,
+        0.006970142373240971, -0.01666186909442598, 0.03757229621559681, -0.07922696894123207,
+        0.15437156137190294, -0.2732120147838992, 0.427583576155807,
     ),
 )  # fmt: skip
 _erf_is_one = constant(4.0, 6.0)
@@ -139,12 +140,18 @@ def tanh(x):
 
 
 @inline
-def erf(x):
-    """Return the error function of x."""
+def _erf_from(x, decay):
+    """Return the error function of x, given exp(-x**2)."""
     size = magnitude(x)
     end = where(size > _erf_is_one(x), _erf_is_one(x), size)
-    large = one(x) - exp(_log_erfc(end - one(x)))
+    large = one(x) - decay * _erfcx(end - one(x))
     return where(size > _erf_large(x), with_sign(large, x), multiply_add(x, _erf(x * x), x))
+
+
+@inline
+def erf(x):
+    """Return the error function of x."""
+    return _erf_from(x, exp(zero(x) - x * x))
 
 
 # -- Activations -----------------------------------------------------------------------------------
@@ -156,9 +163,10 @@ _three = constant(3.0)
 
 
 @inline
-def _normal_distribution(x):
-    """Return the share of the standard normal distribution below x."""
-    return half(x) * (one(x) + erf(x * _root_half(x)))
+def _normal(x):
+    """Return the share of the standard normal distribution below x, and exp(-x**2 / 2)."""
+    decay = exp(zero(x) - half(x) * x * x)
+    return half(x) * (one(x) + _erf_from(x * _root_half(x), decay)), decay
 
 
 @inline
@@ -174,7 +182,8 @@ def _curve(kind, x):
         # Not x * sigmoid(x): as PyTorch, whose result is subnormal where that underflows.
         return x / (one(x) + exp(zero(x) - x))
     if kind == GELU:
-        return x * _normal_distribution(x)
+        share, _ = _normal(x)
+        return x * share
     if kind == GELU_TANH:
         return x * _gelu_tanh_gate(x)
     if kind == SIGMOID:
@@ -186,8 +195,8 @@ def _curve(kind, x):
 def _slope(kind, x):
     """Return the slope of an activation that is no straight line."""
     if kind == GELU:
-        density = _root_2_pi(x) * exp(zero(x) - half(x) * x * x)
-        return _normal_distribution(x) + x * density
+        share, decay = _normal(x)
+        return share + x * (_root_2_pi(x) * decay)
     if kind == GELU_TANH:
         gate = _gelu_tanh_gate(x)
         inner = _gelu_slope(x) * (one(x) + _three(x) * _gelu_cube(x) * x * x)
