@@ -9,11 +9,11 @@ from typing import Any
 
 import numba
 import numpy as np
-from llvmlite import binding, ir
+from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from numbanorm.numba_ext.vectors import Vector
+from numbanorm.numba_ext.vectors import Vector, has_feature
 from numbanorm.numba_ext.views import is_none, no_value
 from numbanorm.tuning import LANES
 
@@ -23,10 +23,7 @@ FLOAT16, BFLOAT16 = types.int16, types.uint16
 
 def _has_float16() -> bool:
     """Tell whether the CPU that is compiled for converts float16 itself, as x86's F16C does."""
-    features = numba.config.CPU_FEATURES
-    if features is None:
-        features = binding.get_host_cpu_features().flatten()
-    return "+f16c" in features.split(",")
+    return has_feature("f16c")
 
 
 class _Bits:

@@ -11,14 +11,12 @@ loop several times over for that, and takes long to do so. Here a loop says what
   sometimes not, which takes two to three times as long.
 """
 
-import functools
 import operator
 from typing import Any
 
-import llvmlite.binding
 import numba
 import numpy as np
-from llvmlite import ir
+from llvmlite import binding, ir
 from numba import types
 from numba.extending import intrinsic, lower_builtin, models, register_model, type_callable
 
@@ -85,11 +83,22 @@ for _function, _sign in (operator.gt, ">"), (operator.ge, ">="), (operator.eq, "
 _define(operator.or_, types.Boolean, lambda builder, a, b: builder.or_(a, b))
 
 
-def _splat(builder: Any, value: Any) -> Any:
-    undefined = ir.Constant(ir.VectorType(value.type, LANES), ir.Undefined)
+def has_feature(name: str) -> bool:
+    """Tell whether the CPU that is compiled for has a feature, by LLVM's name for it."""
+    features = numba.config.CPU_FEATURES
+    if features is None:
+        try:
+            features = binding.get_host_cpu_features().flatten()
+        except RuntimeError:  # LLVM does not know this CPU
+            features = ""
+    return f"+{name}" in features.split(",")
+
+
+def _splat(builder: Any, value: Any, lanes: int = LANES) -> Any:
+    undefined = ir.Constant(ir.VectorType(value.type, lanes), ir.Undefined)
     first = builder.insert_element(undefined, value, ir.IntType(32)(0))
     return builder.shuffle_vector(
-        first, undefined, ir.Constant(ir.VectorType(ir.IntType(32), LANES), None)
+        first, undefined, ir.Constant(ir.VectorType(ir.IntType(32), lanes), None)
     )
 
 
@@ -97,22 +106,60 @@ def _numbers(integer: Any, first: int, n: int) -> Any:
     return ir.Constant(ir.VectorType(integer, n), list(range(first, first + n)))
 
 
-def _first(builder: Any, n: Any) -> Any:
+def _first(builder: Any, n: Any, lanes: int = LANES) -> Any:
     """Return a mask of the first n elements of a vector."""
     word = ir.IntType(32)
     return builder.icmp_signed(
-        "<", _numbers(word, 0, LANES), _splat(builder, builder.trunc(n, word))
+        "<", _numbers(word, 0, lanes), _splat(builder, builder.trunc(n, word), lanes)
     )
 
 
-def _masked(builder: Any, name: str, dtype: Any, result: Any, *args: Any) -> Any:
-    """Call llvm.masked.load or store."""
-    kind, bits = "f" if dtype in FLOATS else "i", 8 * size_of(dtype)
-    suffix = f"v{LANES}{kind}{bits}"
+def _masked(builder: Any, name: str, result: Any, vector: Any, *args: Any) -> Any:
+    """Call llvm.masked.load or store of a type of vectors."""
+    kind = {ir.FloatType(): "f32", ir.DoubleType(): "f64"}.get(vector.element)
+    suffix = f"v{vector.count}{kind or f'i{vector.element.width}'}"
     function = declare(
         builder, f"llvm.masked.{name}.{suffix}.p0{suffix}", result, *(arg.type for arg in args)
     )
     return builder.call(function, args)
+
+
+def _load_first(builder: Any, place: Any, n: Any, align: int) -> Any:
+    """Return a vector whose first n elements are those at a place, and the others 0."""
+    vector, word = place.type.pointee, ir.IntType(32)
+    if not _in_pairs(vector):
+        nothing = ir.Constant(vector, None)
+        mask = _first(builder, n, vector.count)
+        return _masked(builder, "load", vector, vector, place, word(align), mask, nothing)
+    pairs = ir.VectorType(word, LANES // 2)
+    whole = _load_first(
+        builder, builder.bitcast(place, pairs.as_pointer()), _half(builder, n), align
+    )
+    values, before = builder.bitcast(whole, vector), builder.block
+    with builder.if_then(builder.trunc(n, ir.IntType(1))):
+        last = builder.sub(n, n.type(1))
+        value = builder.load(_element(builder, place, last), align=align)
+        index = builder.trunc(last, value.type)
+        is_last = builder.icmp_signed("==", _numbers(value.type, 0, LANES), _splat(builder, index))
+        with_last, after = builder.select(is_last, _splat(builder, value), values), builder.block
+    result = builder.phi(vector)
+    result.add_incoming(values, before)
+    result.add_incoming(with_last, after)
+    return result
+
+
+def _in_pairs(vector: Any) -> bool:
+    """Tell whether elements of 16 bits have to be masked in pairs: else each is a branch."""
+    return vector.element == ir.IntType(16) and not has_feature("avx512bw")
+
+
+def _element(builder: Any, place: Any, i: Any) -> Any:
+    """Return the place of element i of a vector at a place."""
+    return builder.gep(builder.bitcast(place, place.type.pointee.element.as_pointer()), [i])
+
+
+def _half(builder: Any, n: Any) -> Any:
+    return builder.lshr(n, n.type(1))
 
 
 @intrinsic
@@ -136,10 +183,7 @@ def load(typing_context: Any, array: Any, i: Any, n: Any) -> Any:
         if is_none(n):
             values = builder.load(place, align=align)
         else:
-            values = _masked(
-                builder, "load", array.dtype, vector,
-                place, ir.IntType(32)(align), _first(builder, n_value), ir.Constant(vector, None),
-            )  # fmt: skip
+            values = _load_first(builder, place, n_value, align)
         if array.dtype == types.boolean:
             values = builder.icmp_unsigned("!=", values, ir.Constant(vector, None))
         return values
@@ -260,15 +304,6 @@ def multiply_add(typing_context: Any, a: Any, b: Any, c: Any) -> Any:
     return a(a, a, a), generate
 
 
-@functools.cache
-def _has_masked_stores() -> bool:
-    """Tell whether the CPU has AVX-512, where they take as long as others."""
-    try:
-        return bool(llvmlite.binding.get_host_cpu_features().get("avx512f", False))
-    except RuntimeError:  # LLVM does not know this CPU
-        return False
-
-
 def _store_first(builder: Any, values: Any, place: Any, n: Any, align: int) -> None:
     """Store the first n elements of a vector, by powers of 2.
 
@@ -303,10 +338,11 @@ def store(typing_context: Any, vector: Any, array: Any, i: Any, n: Any) -> Any:
         align = size_of(array.dtype)
         if is_none(n):
             builder.store(values, place, align=align)
-        elif _has_masked_stores():
+        elif has_feature("avx512bw"):
+            mask = _first(builder, n_value, LANES)
             _masked(
-                builder, "store", array.dtype, ir.VoidType(),
-                values, place, ir.IntType(32)(align), _first(builder, n_value),
+                builder, "store", ir.VoidType(), values.type,
+                values, place, ir.IntType(32)(align), mask,
             )  # fmt: skip
         else:
             _store_first(builder, values, place, n_value, align)
