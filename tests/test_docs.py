@@ -2,6 +2,7 @@
 
 import importlib
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -36,12 +37,77 @@ def test_the_api_has_every_public_name(name):
     assert sorted(documented()[name]) == sorted(public)
 
 
+def prose(page):
+    """Return a page without its blocks of code."""
+    return re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.S)
+
+
+def links(page):
+    """Return what a page links to and shows, in Markdown, in tags, and by a name elsewhere."""
+    patterns = r"\]\(\s*<?([^)>\s]+)", r"(?:href|src)=[\"']([^\"']+)", r"^\[[^\]]+\]:\s*<?([^>\s]+)"
+    return [target for pattern in patterns for target in re.findall(pattern, prose(page), re.M)]
+
+
+def anchors(page):
+    """Return the anchors of a page's headings, as GitHub and MyST make them."""
+    headings = re.findall(r"^#{1,3} +(.+?) *$", prose(page), re.M)
+    return [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings]
+
+
 @pages
 def test_links_lead_somewhere(page):
-    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.S)
-    targets = [t for t in re.findall(r"\]\(([^)]+)\)", text) if "://" not in t]
-    for target in targets:
-        assert (page.parent / target.partition("#")[0]).exists(), target
+    for target in links(page):
+        if "://" in target:
+            continue
+        path, _, anchor = target.partition("#")
+        file = page.parent / path if path else page
+        assert file.exists(), target
+        assert ROOT in file.resolve().parents, target
+        if anchor:
+            assert anchor in anchors(file), target
+
+
+@pages
+def test_a_link_to_another_site_is_followed_from_the_documentation(page):
+    """`sphinx-build -b linkcheck docs` sees the pages below docs, and what these include."""
+    seen = {target for other in PAGES if other.parent == DOCS for target in links(other)}
+    includes = r"```\{include\} \.\./(.+)"
+    seen |= {t for other in DOCS.glob("*.md") for name in re.findall(includes, other.read_text())
+             for t in links(ROOT / name)}  # fmt: skip
+    assert {target for target in links(page) if "://" in target} <= seen
+
+
+@pages
+def test_files_that_are_named_exist(page):
+    text = page.read_text(encoding="utf-8")
+    commands = re.findall(
+        r"(?:python3?|pytest|bash|literalinclude\}) +([\w./-]+/[\w.-]+\.\w+)", text
+    )
+    # literalinclude is relative to the page, a command to the repository.
+    for name in commands:
+        assert (ROOT / name).exists() or (page.parent / name).exists(), name
+
+
+def test_the_address_of_the_repository_stands_in_one_place():
+    """It is `Source` in pyproject.toml; what cannot refer to that says the same."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    source = project["project"]["urls"]["Source"]
+    owner = source.removeprefix("https://github.com/")
+    assert re.fullmatch(r"[\w-]+/[\w.-]+", owner)
+    for url in project["project"]["urls"].values():
+        assert url == source or url.startswith(f"{source}/")
+    readme = project["tool"]["hatch"]["metadata"]["hooks"]["fancy-pypi-readme"]
+    description = (ROOT / "README.md").read_text(encoding="utf-8")
+    for rule in readme["substitutions"]:
+        description = re.sub(rule["pattern"], rule["replacement"], description)
+    for target in links(ROOT / "README.md"):
+        if "://" not in target:
+            raw = f"https://raw.githubusercontent.com/{owner}/main/"
+            start = raw if target.endswith(".png") else f"{source}/blob/main/"
+            assert f"]({start}{target})" in description
+    config = (ROOT / "asv_benchmarks" / "asv.conf.json").read_text(encoding="utf-8")
+    assert re.search(r'"project_url": "(.+)"', config)[1] == source
+    assert re.search(r'"show_commit_url": "(.+)"', config)[1] == f"{source}/commit/"
 
 
 def test_the_gallery_has_every_example_and_figure():
