@@ -10,7 +10,7 @@ import numpy as np
 
 from numbanorm.numba_ext.halves import decode, encode
 from numbanorm.numba_ext.jit import by_type, if_none, inline
-from numbanorm.numba_ext.lines import stream, to_next_line
+from numbanorm.numba_ext.lines import line_size, stream, to_next_line
 from numbanorm.numba_ext.vectors import load, prefetch, store, widen
 from numbanorm.numba_ext.views import flat_slice
 from numbanorm.tuning import LANES
@@ -188,6 +188,11 @@ def elements_to_line(streamed, y, i, n):
 
 
 @inline
-def vectors_end(begin, n):
-    """Return where the last whole vector ends, of vectors from ``begin`` on in n elements."""
-    return n - (n - begin) % LANES
+def vectors_end(streamed, y, begin, n):
+    """Return where the last whole vector ends, of vectors from ``begin`` on in n elements.
+
+    If ``streamed``, of whole lines, which take two vectors of 16 bits: what streaming and ordinary
+    stores write parts of is written to memory and read again.
+    """
+    least = max(LANES, line_size(y)) if streamed else LANES
+    return n - (n - begin) % least

@@ -52,6 +52,14 @@ def _begin_columns(x, place, n_rows, center, s0, s1):
 
 
 @inline
+def _write_part(buffer, i, n, y, k):
+    """Write n elements, less than a line or a vector, by ordinary stores."""
+    for d in range(0, n, LANES):
+        n_valid = min(LANES, n - d)
+        write(False, load(buffer, i + d, n_valid), y, k + d, n_valid)
+
+
+@inline
 def _stream_row(buffer, n, y, at, distance):
     """Write a row (n,) to y (N,) from ``at`` on: whole vectors by streaming stores.
 
@@ -61,13 +69,13 @@ def _stream_row(buffer, n, y, at, distance):
     start, head = np.intp(0), elements_to_line(True, y, at, n)
     if head > 0:
         prefetch(y, at + distance)
-        write(True, load(buffer, start, head), y, at, head)
-    end = vectors_end(head, n)
+        _write_part(buffer, start, head, y, at)
+    end = vectors_end(True, y, head, n)
     for i in range(head, end, LANES):
         write(True, load(buffer, i, None), y, at + i, None)
     if end < n:
         prefetch(y, at + end + distance)
-        write(True, load(buffer, end, n - end), y, at + end, n - end)
+        _write_part(buffer, end, n - end, y, at + end)
 
 
 @inline

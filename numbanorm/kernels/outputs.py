@@ -90,6 +90,13 @@ def write_output(streamed, row, i, n, coef, c, y, k):
 
 
 @inline
+def write_part(streamed, row, i, n, coef, c, y, k):
+    """Write n elements, less than a line or a vector, by ordinary stores; see write_output."""
+    for d in range(0, n, LANES):
+        write_output(streamed, row, i + d, min(LANES, n - d), coef, c + d, y, k + d)
+
+
+@inline
 def write_row(streamed, row, n, coef, y, place, upcoming):
     """Write the output of a row of n elements to y (N,) from ``place`` on.
 
@@ -98,13 +105,12 @@ def write_row(streamed, row, n, coef, y, place, upcoming):
     start, head = np.intp(0), elements_to_line(streamed, y, place, n)
     if head > 0:
         prefetch_parts(y, place, n)
-        write_output(streamed, row, start, head, coef, start, y, place)
-    end = vectors_end(head, n)
+        write_part(streamed, row, start, head, coef, start, y, place)
+    end = vectors_end(streamed, y, head, n)
     for i in range(head, end, LANES):
         prefetch_row(upcoming, i)
         write_output(streamed, row, i, None, coef, i, y, place + i)
-    if end < n:
-        write_output(streamed, row, end, n - end, coef, end, y, place + end)
+    write_part(streamed, row, end, n - end, coef, end, y, place + end)
 
 
 @called
@@ -134,8 +140,9 @@ def write_block(streamed, dy, x, mask, fused, forward, a, lo, hi, c0, c1, coef, 
     upcoming = take_row(dy, x, None, fused, first + ROWS * step, 0)
     start, head = np.intp(0), elements_to_line(streamed, out, first, n)
     if head > 0:
-        write_output(streamed, row, start, head, coef, start, out, first)
-    i, end, c = head, vectors_end(head, n), head
+        write_part(streamed, row, start, head, coef, start, out, first)
+    i, end = head, vectors_end(streamed, out, head, n)
+    c = head - (period if head >= period else 0)
     while i < end:
         # Up to where the coefficients repeat, or a vector further.
         stop = min(i + (period - c + LANES - 1) // LANES * LANES, end)
@@ -145,8 +152,7 @@ def write_block(streamed, dy, x, mask, fused, forward, a, lo, hi, c0, c1, coef, 
         c += stop - i
         c -= period if c >= period else 0
         i = stop
-    if end < n:
-        write_output(streamed, row, end, n - end, coef, c, out, first + end)
+    write_part(streamed, row, end, n - end, coef, c, out, first + end)
 
 
 @inline

@@ -15,8 +15,9 @@ from numbanorm.kernels.access import (
     elements_to_line,
     prefetch_parts,
     prefetch_row,
+    vectors_end,
 )
-from numbanorm.kernels.outputs import write_output
+from numbanorm.kernels.outputs import write_output, write_part
 from numbanorm.kernels.reduce import add_step, begin_sums, end_sums
 from numbanorm.numba_ext.jit import inline
 from numbanorm.numba_ext.lines import line_size
@@ -43,7 +44,7 @@ def reduce_while_writing(streamed, next_row, n_next, center, row, n, coef, y, pl
     start, head = np.intp(0), elements_to_line(streamed, y, place, n)
     if head > 0:
         prefetch_parts(y, place, n)
-        write_output(streamed, row, start, head, coef, start, y, place)
+        write_part(streamed, row, start, head, coef, start, y, place)
     end, next_end = head + (n - head) // STEP * STEP, n_next // STEP * STEP
     for i in range(0, max(end - head, next_end), STEP):
         prefetch_row(upcoming, i)
@@ -55,9 +56,8 @@ def reduce_while_writing(streamed, next_row, n_next, center, row, n, coef, y, pl
             write_output(streamed, row, k, None, coef, k, y, place + k)
             k += LANES
             write_output(streamed, row, k, None, coef, k, y, place + k)
-    if n - end >= LANES:
+    if vectors_end(streamed, y, head, n) > end:
         write_output(streamed, row, end, None, coef, end, y, place + end)
         end += LANES
-    if end < n:
-        write_output(streamed, row, end, n - end, coef, end, y, place + end)
+    write_part(streamed, row, end, n - end, coef, end, y, place + end)
     return end_sums(next_row, n_next, sums)

@@ -91,16 +91,12 @@ def release(typing_context: Any, arrays: Any) -> Any:
 
 @intrinsic
 def to_next_line(typing_context: Any, array: Any, i: Any) -> Any:
-    """Return how many elements there are from array[i] to where a line begins, from 0 on.
-
-    Or half a line, where a vector of 16-bit elements is that: there are less than LANES.
-    """
+    """Return how many elements there are from array[i] to where a line begins, from 0 on."""
     size = array.dtype.bitwidth // 8
-    line = min(LINE, LANES * size)
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         address = builder.ptrtoint(address_of(context, builder, array, *args), args[1].type)
-        missing = builder.and_(builder.neg(address), ir.Constant(address.type, line - 1))
+        missing = builder.and_(builder.neg(address), ir.Constant(address.type, LINE - 1))
         return builder.udiv(missing, ir.Constant(address.type, size))
 
     return types.intp(array, types.intp), generate
@@ -154,8 +150,7 @@ if numba.config.DISABLE_JIT:
 
     def to_next_line(array: Any, i: int) -> int:
         """Return how many elements there are from array[i] to where a line begins."""
-        line = min(line_size(array), LANES)
-        return int(-(array.ctypes.data // array.itemsize + i) % line)
+        return int(-(array.ctypes.data // array.itemsize + i) % line_size(array))
 
     def stream(vector: Any, target: Any, i: int) -> None:
         """Store a vector to target[i]."""
