@@ -13,9 +13,10 @@ from numbanorm.numba_ext.cache import cached_njit
 # short row, and long to compile. What a kernel allocates it has to release.
 FLAGS: dict[str, Any] = {
     "nogil": True, "error_model": "numpy", **private.known(no_cfunc_wrapper=True, _nrt=False),
+    **private.compiler(),
 }  # fmt: skip
 # What only kernels call: there is no way in from elsewhere.
-CALLED: dict[str, Any] = {**private.inlined(), **FLAGS}
+CALLED: dict[str, Any] = {**FLAGS, **private.compiler(inlined=True)}
 # What a kernel calls for each row must be inlined: passing arrays costs more than a short row.
 INLINE: dict[str, Any] = {**private.known(forceinline=True), **CALLED}
 
@@ -64,16 +65,21 @@ def if_none(when_none: Any, otherwise: Any) -> Any:
     return by_type(choose)
 
 
-@private.self_test("inlining")
-def _test_inlining() -> bool:
-    """Compile a function that is linked into another."""
+@private.self_test("compiler")
+def _test_compiler() -> bool:
+    """Compile a function that is linked into another, a branch by type, and loops."""
 
     @njit(**INLINE)
-    def inner(x: Any) -> Any:
-        return x + 1
+    def inner(x: Any, y: Any) -> Any:
+        return (x, x + 1) if y is None else (x, y)
 
     @njit(**FLAGS)
-    def outer(x: Any) -> Any:
-        return 2 * inner(x)
+    def outer(x: Any, y: Any) -> Any:
+        for value in inner(x, y):
+            if value < 0:
+                raise ValueError
+            for _ in range(int(value)):
+                x += value
+        return x
 
-    return bool(outer(1.5) == 5)
+    return bool(outer(1.0, None) == 6 and outer(1.0, 2.5) == 7)

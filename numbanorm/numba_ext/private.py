@@ -17,13 +17,13 @@ from collections.abc import Callable
 from typing import Any
 
 import numba
-from llvmlite import ir
+from llvmlite import binding, ir
 from numba import types
 
 # By feature: what is worse without it.
 WITHOUT = {
     "launch": "a call on several threads takes longer to begin",
-    "inlining": "kernels take longer to compile",
+    "compiler": "kernels take longer to compile",
     "disk": "every process compiles its kernels anew",
     "count": "a call on several threads takes longer to begin",
     "python": "code that the user compiles cannot call numbanorm.jit",
@@ -44,10 +44,16 @@ NAMES = {
         "numba.core.callconv:CPUCallConv.return_status_propagate",
         "numba.core.codegen:JITCodeLibrary.get_pointer_to_function",
     ],
-    "inlining": [
+    "compiler": [
+        "llvmlite.binding:create_pass_builder",
+        "llvmlite.binding:create_pipeline_tuning_options",
         "numba.core.codegen:JITCodeLibrary._finalize_final_module",
+        "numba.core.codegen:JITCodeLibrary._optimize_final_module",
+        "numba.core.codegen:JITCodeLibrary._optimize_functions",
         "numba.core.codegen:JITCodeLibrary.add_ir_module",
-        "numba.core.compiler:Compiler",
+        "numba.core.compiler:Compiler.define_pipelines",
+        "numba.core.compiler_machinery:PassManager.add_pass",
+        "numba.core.compiler_machinery:PassManager.finalize",
     ],
     "disk": [
         "numba.core.codegen:CodeLibrary.has_dynamic_globals",
@@ -283,18 +289,52 @@ def address_of_compiled(kernel: Any, signature: Any) -> int:
     return int(address)
 
 
-# -- Inlining ------------------------------------------------------------------------------------
+# -- Compiler ------------------------------------------------------------------------------------
+
+# Passes over Numba's intermediate code that change nothing in kernels: these have no closures, no
+# array expressions, no with and no exceptions made at run time, and nobody reads annotations. After
+# each of them Numba would look anew which variables are alive.
+_IDLE_PASSES = {
+    "AnnotateTypes", "DumpParforDiagnostics", "FindLiterallyCalls", "InlineClosureLikes",
+    "InlineInlinables", "InlineOverloads", "LiteralPropagationSubPipelinePass", "LiteralUnroll",
+    "MakeFunctionToJitFunction", "NoPythonSupportedFeatureValidation", "NopythonRewrites",
+    "RewriteDynamicRaises", "WithLifting",
+}  # fmt: skip
 
 
-def _inlined_compiler() -> type:
+def _compiler(inlined: bool) -> type:
+    """Return the compiler of kernels, or that of what is linked into them."""
     from numba.core.codegen import JITCodeLibrary
     from numba.core.compiler import Compiler
+    from numba.core.compiler_machinery import PassManager
+
+    class KernelLibrary(JITCodeLibrary):
+        """The code of a kernel, which is optimised once, with all that is inlined into it.
+
+        Numba would optimise it by itself before. Loops are not unrolled: theirs are vectors.
+        """
+
+        def _optimize_functions(self, module: Any) -> None:
+            if not has("compiler"):
+                super()._optimize_functions(module)
+
+        def _optimize_final_module(self) -> None:
+            if not has("compiler"):
+                super()._optimize_final_module()
+                return
+            config = numba.config
+            tuning = binding.create_pipeline_tuning_options(speed_level=config.OPT)
+            tuning.loop_vectorization = bool(config.LOOP_VECTORIZE)
+            tuning.slp_vectorization = bool(config.SLP_VECTORIZE)
+            tuning.loop_unrolling = False
+            builder = binding.create_pass_builder(self._codegen._tm, tuning)
+            builder.getModulePassManager().run(self._final_module, builder)
 
     class InlinedLibrary(JITCodeLibrary):
         """The code of a function that is only linked into others, and is compiled with them.
 
-        Numba would make machine code of it that nobody calls. It is optimised all the same before
-        it is linked: without, kernels are 5 % slower for short rows.
+        Numba would make machine code of it that nobody calls. It is optimised by itself, but not
+        with what is inlined into it.
         """
 
         def add_ir_module(self, ir_module: Any) -> None:
@@ -302,6 +342,10 @@ def _inlined_compiler() -> type:
                 if not function.is_declaration:
                     align_stack(function)
             super().add_ir_module(ir_module)
+
+        def _optimize_final_module(self) -> None:
+            if not has("compiler"):
+                super()._optimize_final_module()
 
         def _finalize_final_module(self) -> None:
             self._finalized = True
@@ -314,22 +358,40 @@ def _inlined_compiler() -> type:
         def set_env(self, name: str, environment: Any) -> None:
             """Do nothing."""
 
-    class InlinedCompiler(Compiler):
-        """Compiles what only kernels call."""
+    kind = InlinedLibrary if inlined else KernelLibrary
+
+    class ShortCompiler(Compiler):
+        """Numba's compiler without passes that do nothing here."""
 
         def __init__(self, typing: Any, target: Any, library: Any, *rest: Any) -> None:
-            if library is None and has("inlining"):
-                library = InlinedLibrary(target.codegen(), "inlined")
+            if library is None and has("compiler"):
+                library = kind(target.codegen(), "numbanorm")
                 library.enable_object_caching()
             super().__init__(typing, target, library, *rest)
 
-    return InlinedCompiler
+        def define_pipelines(self) -> list[Any]:
+            pipelines: list[Any] = super().define_pipelines()
+            if not has("compiler") or self.state.flags.auto_parallel.enabled:
+                return pipelines
+            return [self._shortened(pipeline) for pipeline in pipelines]
+
+        def _shortened(self, pipeline: Any) -> Any:
+            shorter = PassManager(pipeline.pipeline_name)
+            for compiler_pass, description in pipeline.passes:
+                if compiler_pass.__name__ not in _IDLE_PASSES:
+                    shorter.add_pass(compiler_pass, description)
+            shorter.finalize()
+            return shorter
+
+    return ShortCompiler
 
 
-def inlined() -> dict[str, Any]:
-    """Return flags of ``numba.njit`` for what only kernels call."""
-    flags = known(no_cpython_wrapper=True)
-    return {"pipeline_class": _inlined_compiler(), **flags} if has("inlining") else flags
+def compiler(inlined: bool = False) -> dict[str, Any]:
+    """Return flags of ``numba.njit`` for kernels, or for what only they call."""
+    flags = known(no_cpython_wrapper=True) if inlined else {}
+    if has("compiler"):
+        flags["pipeline_class"] = _compiler(inlined)
+    return flags
 
 
 # -- Python --------------------------------------------------------------------------------------

@@ -138,7 +138,7 @@ class ElementParts(Elements):
         tiles, order = PieceTiles(part, 1), _order_of_rows(axes)
         return cls(axes.geometry, order, axes.affine, (m, d), tiles, t, (d,), -(-d // part))
 
-    def streams(self) -> bool:
+    def streams(self, use_batch_stats: bool = True) -> bool:
         """Tell whether parts of rows are long enough: the lines at their ends are written twice."""
         return bool(self.tiles.part >= self.tuning.stream_parts_from)
 
