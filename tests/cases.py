@@ -495,6 +495,9 @@ FORCED_VIEWS = {
     "across rows": (
         {"many_rows": 1, "column_width": 70}, "BatchNorm2d", (3, 4, 5, 6), (1, 3, 120)
     ),
+    "across rows that are short for how many they are": (
+        {"row_over_rows": 10, "column_width": 70}, "BatchNorm2d", (3, 4, 5, 6), (1, 3, 120)
+    ),
     "columns": (
         {"column_fold": 1, "column_width": 2, "long_task": 1},
         "BatchNorm2d-last", (3, 5, 6, 4), (1, 90, 4),

@@ -35,7 +35,7 @@ LARGE = [
     replace(by_id["BatchNorm2d-last"], id="columns, folded", shape=(20, 120, 122, 4)),
     replace(by_id["SwitchableNorm2d-last"], id="columns, mixed", shape=(9, 70, 71, 4)),
     over_axes("element rows", lambda **k: nn.LayerNorm(768, **k), (301, 768), (-1,), (-1,)),
-    over_axes("element rows, long", lambda **k: nn.LayerNorm(70001, **k),
+    over_axes("element parts", lambda **k: nn.LayerNorm(70001, **k),
               (5, 70001), (-1,), (-1,)),
     over_axes("element rows, rms", lambda **k: nn.RMSNorm(1001, **k),
               (700, 1001), (-1,), (-1,), center=False, eps=None),

@@ -10,11 +10,13 @@ import pytest
 from cases import FORCED_VIEWS, SEVERAL_AXES, by_id, cases, normal
 
 import numbanorm as nn
+import numbanorm.functional as F
 from numbanorm.core.geometry import geometry
 from numbanorm.core.groups import number_groups, segments
 from numbanorm.core.layouts import (
     LAYOUT_BYTES,
     LAYOUTS,
+    ElementParts,
     ElementRows,
     GroupColumns,
     GroupRows,
@@ -104,6 +106,53 @@ def test_weights_are_repeated_for_elements_where_that_takes_little_room(shape, g
     geometry_of_x = geometry(shape, ((1, 2, 3),), (1,), groups=groups)
     layout = find_layout(geometry_of_x, tuple(range(len(geometry_of_x.shape))), affine=True)
     assert type(layout) is (ElementRows if pays else GroupRows)
+
+
+@pytest.mark.parametrize(
+    ("shape", "in_parts"),
+    [
+        ((1, 64, 56, 56), True),
+        ((100, 1 << 15), True),
+        ((3, 10**7), True),
+        ((300, 1 << 15), False),  # four rows stay in a cache, all of them do not
+        ((1, 4096), False),
+    ],
+)
+def test_long_rows_are_in_parts_where_a_cache_holds_all_or_none(shape, in_parts):
+    axes = tuple(range(1, len(shape)))
+    layout = find_layout(geometry(shape, (axes,), axes), (0, *axes), affine=True)
+    assert type(layout) is (ElementParts if in_parts else ElementRows)
+
+
+@pytest.mark.parametrize("activation", [None, "relu"])
+def test_backward_of_long_rows_has_the_parameters_of_forward(activation):
+    x, dy = (normal(2, 40, seed=seed, dtype=np.float32) for seed in (0, 1))
+    with use(long_row=1, element_part=16):
+        layer = nn.LayerNorm(40, activation=activation, dtype=np.float32)
+        layer.weight[:], layer.bias[:] = normal(2, 40, seed=2)
+        layer(x)
+        expected = layer.backward(dy)
+        layer(x)
+        layer.weight += 1
+        layer.bias += 1
+        np.testing.assert_array_equal(layer.backward(dy), expected)
+
+
+def test_gradients_of_long_rows_are_float64_in_functional_and_rounded_once_in_layers():
+    x, dy = (normal(3, 40, seed=seed, dtype=np.float32) for seed in (0, 1))
+    weight, bias = normal(2, 40, seed=2, dtype=np.float32)
+    with use(long_row=1, element_part=16):
+        _, saved = F.layer_norm_forward(x, 40, weight, bias)
+        gradients = F.layer_norm_backward(dy, saved)
+        layer = nn.LayerNorm(40, dtype=np.float32)
+        layer.weight[:], layer.bias[:] = weight, bias
+        layer(x)
+        layer.backward(dy)
+    assert gradients.dweight.dtype == gradients.dbias.dtype == np.float64
+    for name, exact in (("weight", gradients.dweight), ("bias", gradients.dbias)):
+        found = layer.gradients()[name]
+        np.testing.assert_array_equal(found, exact.astype(np.float32))
+        assert (found != exact).any()
 
 
 def results(layer, x, dy, mask, start):
