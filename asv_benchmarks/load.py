@@ -47,6 +47,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--case", nargs="+", default=NAMES, help="as for compare.py")
     options = parser.parse_args()
     if not TUNED.items() <= os.environ.items():  # memory settings are read at the start
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **TUNED})
@@ -60,7 +61,7 @@ def main() -> None:
             "numbanorm": step_of(cases.numbanorm_runner(case)),
             "PyTorch": step_of(cases.torch_runner(case)),
         }
-        for case in cases.choose(NAMES, ["plain"])
+        for case in cases.choose(options.case, ["plain"])
     }
     busy = f"import os; os.sched_setaffinity(0, [{max(os.sched_getaffinity(0))}])\nwhile True: pass"
     for loaded in (False, True):

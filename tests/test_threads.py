@@ -6,6 +6,7 @@ import numba
 import numpy as np
 import pytest
 from cases import CASES, by_id, cases, normal
+from children import run
 
 import numbanorm as nn
 
@@ -73,6 +74,20 @@ masked = pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
 @pytest.mark.usefixtures("restore_threads")
 def test_big(name, dtype, masked):
     check(replace(by_id[name], shape=BIG[name]), dtype, masked)
+
+
+def test_many_more_threads_than_cores():
+    run(check_many, NUMBA_NUM_THREADS="16")
+
+
+def check_many():
+    for name in ("BatchNorm2d", "BatchNorm2d-untracked", "BatchNorm1d-ncl", "GroupNorm-last",
+                 "LayerNorm", "Norm-columns", "SwitchableNorm2d"):  # fmt: skip
+        case, results = replace(by_id[name], shape=BIG[name]), []
+        for n in (1, 5, 16):
+            nn.set_num_threads(n)
+            results.append([bits(case, np.float32, training, None) for training in (True, False)])
+        assert results[0] == results[1] == results[2], name
 
 
 @needs_two
