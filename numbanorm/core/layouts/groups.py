@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -179,7 +180,8 @@ class GroupColumns(GroupsWithWeights):
             return tiles
         n_spans, n_groups = len(self.features) // self.view[0], self.n_groups // self.view[0]
         size = n_spans * tiles.span // n_groups
-        width = size * max(1, self.tuning.apply_width // size)
+        n_columns, t = math.prod(self.view[::2]), self.tuning
+        width = size * max(1, min(t.apply_width, n_columns // t.apply_tasks) // size)
         return ColumnTiles(min(width, self.view[2]), tiles.span)
 
     def streams(self, use_batch_stats: bool = True) -> bool:
