@@ -213,7 +213,7 @@ def test_parameters_of_a_functional_call(pair):
     both(pair, lambda layer: None)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
 def test_a_trace_has_operators_of_pytorch_s(pair):
     traced = torch.jit.trace(pair[1].eval(), data())
     assert not any("numbanorm" in node.kind() for node in traced.inlined_graph.nodes())
