@@ -51,6 +51,16 @@ def normalize_axes(axes: int | Iterable[int] | AllBut, ndim: int, name: str = "a
     return tuple(sorted(result))
 
 
+def normalize_features(features: Axes | None, axes: Axes, ndim: int) -> Axes:
+    """Return the axes that parameters span, for statistics over these axes.
+
+    By default they are the kept ones where axis 0 is reduced, else the reduced ones.
+    """
+    if features is not None:
+        return normalize_axes(features, ndim, "feature_axes")
+    return normalize_axes(AllBut(axes), ndim) if 0 in axes else axes
+
+
 def memory_order(x: Array, shape: Axes) -> Axes | None:
     """Return the axes of x from the slowest to the fastest in memory, or None if x has gaps.
 

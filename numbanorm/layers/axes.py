@@ -1,6 +1,12 @@
 """Axes and shapes of a layer: what follows from them for an x, and whether x fits."""
 
-from numbanorm.core.geometry import AllBut, Geometry, geometry, normalize_axes
+from numbanorm.core.geometry import (
+    AllBut,
+    Geometry,
+    geometry,
+    normalize_axes,
+    normalize_features,
+)
 from numbanorm.core.types import Array, Axes
 
 
@@ -29,10 +35,7 @@ class OverAxes:
         """Return over which axes of x statistics and parameters are."""
         self._check_rank(x)
         axes = normalize_axes(self.axes, x.ndim)
-        if self.feature_axes is not None:
-            features = normalize_axes(self.feature_axes, x.ndim, "feature_axes")
-        else:
-            features = normalize_axes(AllBut(axes), x.ndim) if 0 in axes else axes
+        features = normalize_features(self.feature_axes, axes, x.ndim)
         self._check_sizes(x, features)
         group_axis = self.group_axis % x.ndim
         return geometry(x.shape, (axes,), features, groups=self.groups, group_axis=group_axis)

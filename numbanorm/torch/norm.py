@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from numbanorm.core import checks
 from numbanorm.core.checks import ActivationLike
-from numbanorm.core.geometry import AllBut, axis_tuple, normalize_axes
+from numbanorm.core.geometry import axis_tuple, normalize_axes, normalize_features
 from numbanorm.core.types import Axes
 from numbanorm.torch.base import TrackingLayer
 from numbanorm.torch.definition import wide_dtype
@@ -162,10 +162,7 @@ class Norm(TrackingLayer):
 
     def _plan(self, x: Tensor, mask: Tensor | None) -> tuple[Inputs, Method]:
         axes = normalize_axes(self.axes, x.dim())
-        if self.feature_axes is not None:
-            features = normalize_axes(self.feature_axes, x.dim(), "feature_axes")
-        else:
-            features = normalize_axes(AllBut(axes), x.dim()) if 0 in axes else axes
+        features = normalize_features(self.feature_axes, axes, x.dim())
         if self.weight is not None:
             self._check_sizes(x, features, self.weight, "feature axes")
         if self.running_mean is not None:
@@ -192,9 +189,7 @@ class Norm(TrackingLayer):
             if not all(-n_axes <= axis < n_axes for axis in known):
                 continue
             axes = normalize_axes(self.axes, n_axes)
-            features = normalize_axes(AllBut(axes), n_axes) if 0 in axes else axes
-            if self.feature_axes is not None:
-                features = normalize_axes(self.feature_axes, n_axes)
+            features = normalize_features(self.feature_axes, axes, n_axes)
             if self.shape is None or len(self.shape) == len(features):
                 for axis, n in zip(features, self.shape or (), strict=False):
                     sizes[axis] = n
