@@ -2,6 +2,7 @@
 
     python asv_benchmarks/compare.py [--only GROUP ...] [--case PATTERN] [--rounds N] [--cold]
                                      [--with compile] [--json FILE] [--plot FILE]
+    python asv_benchmarks/compare.py --load FILE [--plot FILE]
 
 Each library runs in a process of its own, since PyTorch's memory settings are read at its start,
 and they take turns: a round times every library once for a case, so that a machine that drifts
@@ -9,6 +10,10 @@ drifts for all of them. Times are medians over the rounds; ratios are medians of
 ratios. Before anything is timed, the results of all libraries are compared. All have as many
 threads as affinity and a container's quota allow; of PyTorch, the call of the layer is timed, and
 the derivative of its output, with nothing around them.
+
+``--json`` keeps all numbers, with the machine, the day and the versions. ``--load`` prints and
+draws what is kept as if it had been measured now. The tables in the README and docs/performance.md
+are those of ``compare-amd-epyc-zen4.json``, beside this file.
 
 The groups are "plain" and "masked", which are those without --only; "half" (16 bits: "bfloat16",
 "float16"); and "fused", a norm with activation, residual or both ("fused bfloat16", "ReLU family
@@ -37,12 +42,16 @@ import argparse
 import contextlib
 import json
 import os
+import platform
+import shlex
 import signal
 import statistics
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from datetime import date
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +59,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent))
 import cases
+from report import PHASES, report
 
 TUNED = {
     "THP_MEM_ALLOC_ENABLE": "1",
@@ -62,12 +72,10 @@ LIBRARIES: dict[str, dict[str, str]] = {
 }  # fmt: skip
 ASKED_FOR = ("in_place", "compile", "converted")
 GROUPS = list(dict.fromkeys(group for case in cases.CASES for group in case.groups))
-PHASES = ("train", "evaluate", "backward")
 # Of two samples of results; those of 16 bits differ where others round in between, too.
 TOLERANCE = {"float16": 2e-2, "bfloat16": 0.1, "float32": 2e-3, "float64": 2e-3}
 FLUSH = 1 << 27  # bytes, more than any cache of a few cores
 PAUSE = 0.005  # seconds
-TICKS = (0.5, 1, 2, 5, 10, 20, 50)  # of the figure
 
 
 # ---------------------------------------------------------------------------------------------
@@ -401,115 +409,40 @@ def other_load() -> float:
     return (busy() - before) / (time.perf_counter() - start)
 
 
-def milliseconds(row: dict[str, Any], key: str) -> str:
-    """Return a time for the table."""
-    seconds = row["seconds"].get(key)
-    return "-" if seconds is None else f"{seconds * 1e3:.3g}"
+def circumstances(options: argparse.Namespace, arguments: list[str]) -> dict[str, Any]:
+    """Return what the numbers depend on: the machine, the day and the versions."""
+    models = [line for line in read("/proc/cpuinfo").split("\n") if line.startswith("model name")]
+    versions = {"python": platform.python_version()}
+    for name in ("numbanorm", "numba", "numpy", "torch", "jax"):
+        with contextlib.suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    with contextlib.suppress(OSError):
+        found = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+        versions |= {"commit": found} if found else {}
+    return {
+        "machine": options.machine,
+        "cpu": models[0].partition(": ")[2] if models else platform.machine(),
+        "avx512": " avx512f " in read("/proc/cpuinfo"),
+        "cores": len(os.sched_getaffinity(0)),
+        "date": date.today().isoformat(),
+        "versions": versions,
+        "command": shlex.join(["compare.py", *arguments]),
+    }
 
 
-def table(rows: list[dict[str, Any]], names: list[str]) -> str:
-    """Return all rows as text."""
-    head = ["case", "copy", "train", "eval", "back", "of bound t/e/b", "fresh t+b", "x base"]
-    columns = {"out": "x out", "fresh": "x fresh", "evaluate": "x eval"}
-    if any("numbanorm train cold" in row["seconds"] for row in rows):
-        columns |= {"cold": "x cold", "cold evaluate": "x cold eval"}
-        head.append("cold t+b")
-    for name in names:
-        head += [f"{name} t+b", *columns.values()]
-    lines = [head]
-
-    def both(row: dict[str, Any], name: str, variant: str) -> str:
-        parts = (row["seconds"][f"{name} {phase} {variant}"] for phase in ("train", "backward"))
-        return f"{sum(parts) * 1e3:.3g}"
-
-    for row in rows:
-        bound = "/".join(f"{row['bound'][phase]:.2f}" for phase in PHASES)
-        line = [row["case"], milliseconds(row, "numbanorm copy")]
-        line += [milliseconds(row, f"numbanorm {phase} out") for phase in PHASES]
-        line += [bound, both(row, "numbanorm", "fresh")]
-        line += ["-" if row["base"] is None else f"{row['base']:.2f}"]
-        line += [both(row, "numbanorm", "cold")] if "cold" in columns else []
-        for name in names:
-            ratios = row["ratios"].get(name)
-            if ratios is None:
-                line += ["-"] * (1 + len(columns))
-                continue
-            line += [both(row, name, "fresh"), *(f"{ratios[key]:.2f}" for key in columns)]
-        lines.append(line)
-    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in lines
-    )
+def read(path: str) -> str:
+    """Return the text of a file, or nothing."""
+    with contextlib.suppress(OSError):
+        return Path(path).read_text()
+    return ""
 
 
-def summary(rows: list[dict[str, Any]], names: list[str]) -> str:
-    """Return geometric means of the ratios, and the worst, for each group of cases."""
-    lines = []
-    groups = {}
-    for group in dict.fromkeys(group for row in rows for group in row["groups"]):
-        members = [row for row in rows if group in row["groups"]]
-        # Of two names for the same cases, the narrower one.
-        groups[tuple(row["case"] for row in members)] = group, members
-    for group, members in groups.values():
-        for name in names if group != "masked" else ():
-            able = [row for row in members if name in row["ratios"]]
-            for key in able[0]["ratios"][name] if able else ():
-                found = {row["case"]: row["ratios"][name][key] for row in able}
-                mean = f"{statistics.geometric_mean(found.values()):.2f}"
-                # Which PyTorch does not have: it is written plainly there.
-                own = [found[row["case"]] for row in able if row["layer"] != "switchable"]
-                if 0 < len(own) < len(found):
-                    mean += f" (without SwitchableNorm {statistics.geometric_mean(own):.2f})"
-                least = min(found, key=found.__getitem__)
-                lines.append(
-                    f"{group}, {name}, {key}: "
-                    f"geometric mean {mean}, least {found[least]:.2f} ({least})"
-                )
-        found = {row["case"]: row["base"] for row in members if row["base"] is not None}
-        if found:
-            mean, most = (
-                statistics.geometric_mean(found.values()),
-                max(found, key=found.__getitem__),
-            )
-            lines.append(
-                f"{group}, over base: geometric mean {mean:.2f}, most {found[most]:.2f} ({most})"
-            )
-    return "\n".join(lines)
-
-
-def plot(rows: list[dict[str, Any]], names: list[str], path: str) -> None:
-    """Draw forward and backward of every case as bars, PyTorch's time over ours."""
-    from matplotlib.figure import Figure
-
-    rows = [row for row in rows if row["groups"] != ["masked"]][::-1]
-    figure = Figure(figsize=(8, 0.9 + 0.24 * len(rows)), layout="constrained")
-    axes = figure.subplots()
-    height = 0.8 / len(names)
-    for i, name in enumerate(names):
-        # A case that a library does not have has no bar.
-        values = [row["ratios"].get(name, {}).get("out", 1.0) for row in rows]
-        labels = {"torch": "PyTorch as installed", "tuned": "PyTorch tuned", "jax": "JAX",
-                  "in_place": "in place", "compile": "torch.compile",
-                  "converted": "numbanorm.torch"}  # fmt: skip
-        positions = [r + 0.4 - (i + 0.5) * height for r in range(len(rows))]
-        axes.barh(positions, [v - 1 for v in values], height, left=1, label=labels[name])
-    axes.axvline(1, color="black", linewidth=0.8)
-    axes.set_yticks(range(len(rows)), [row["case"] for row in rows], fontsize=7)
-    axes.set(
-        xlabel="times faster, forward and backward in training, into out=",
-        xscale="log",
-        xlim=(TICKS[0], TICKS[-1]),
-        ylim=(-0.6, len(rows) - 0.4),
-    )
-    axes.set_xticks(TICKS, TICKS)
-    axes.minorticks_off()
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside upper center", ncols=len(names), frameon=False)
-    figure.savefig(path, dpi=120)
+def rounded(value: Any) -> Any:
+    """Return the same with four digits of each number."""
+    if isinstance(value, dict):
+        return {key: rounded(v) for key, v in value.items()}
+    return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -525,7 +458,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--cold", action="store_true", help="with cold caches as well")
     parser.add_argument("--threads", type=int, help="of every library, by default as many as may")
     parser.add_argument("--rounds", type=int, default=7, help="how often each library has a turn")
-    parser.add_argument("--json", help="a file for all numbers")
+    parser.add_argument("--json", type=Path, help="a file for all numbers")
+    parser.add_argument(
+        "--machine", default=platform.node() or "unknown", help="the name of this one in --json"
+    )
+    parser.add_argument("--load", type=Path, help="a file of --json, instead of measuring")
     parser.add_argument("--plot", help="a file for a figure")
     parser.add_argument("--without", nargs="*", default=[], choices=list(LIBRARIES)[1:])
     parser.add_argument("--with", nargs="*", default=[], choices=ASKED_FOR, dest="also")
@@ -533,6 +470,15 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.serve:
         serve(options.serve)
+        return 0
+    if options.load:
+        try:
+            kept = json.loads(options.load.read_text())
+            rows = kept.pop("rows")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            parser.error(f"--load: a file that --json has written is needed: {error!r}")
+        print("\n".join(f"{key}: {value}" for key, value in kept.items()), end="\n\n")
+        report(rows, options.plot)
         return 0
     from tqdm import tqdm  # asv's environments have none
 
@@ -549,20 +495,19 @@ def main(arguments: list[str] | None = None) -> int:
         libraries = start(names, options.threads)
         for case in chosen:
             bar.set_postfix_str(case.name)
-            rows.append(measure(case, libraries, options.rounds, options.cold))
+            rows.append(rounded(measure(case, libraries, options.rounds, options.cold)))
             bar.update()
     if not rows:
         return 130
     if len(rows) < len(chosen):
         print(f"interrupted: {len(rows)} of {len(chosen)} cases")
     print(f"load of other processes: {other_load():.2f} cores of {os.cpu_count()}\n")
-    print("milliseconds; x: that library's time over ours, forward + backward in training\n")
-    print(table(rows, names[1:]))
-    print("\n" + summary(rows, names[1:]))
     if options.json:
-        Path(options.json).write_text(json.dumps(rows, indent=1))
-    if options.plot:
-        plot(rows, names[1:], options.plot)
+        kept = circumstances(options, sys.argv[1:] if arguments is None else arguments)
+        lines = ",\n".join(json.dumps(row) for row in rows)
+        # A row of the table is a line of the file.
+        options.json.write_text(f'{json.dumps(kept)[:-1]}, "rows": [\n{lines}\n]}}\n')
+    report(rows, options.plot)
     return 0
 
 

@@ -16,7 +16,7 @@ import pytest
 from reference import Naive, channel_statistic, statistic
 
 FOLDER = Path(__file__).parents[1] / "asv_benchmarks"
-OURS = {"cases", "compare", "plain", "rounding", "benchmarks", "turns"}
+OURS = {"cases", "compare", "plain", "report", "rounding", "benchmarks", "turns"}
 MODULES = (
     "accuracy", "backward", "baselines", "exchange", "forward", "memory", "moments", "njit",
     "small", "startup",
@@ -49,6 +49,11 @@ def cases(load):
 @pytest.fixture(scope="module")
 def compare(load, cases):
     return load("compare")
+
+
+@pytest.fixture
+def report(load):
+    return load("report")
 
 
 @pytest.fixture
@@ -167,27 +172,27 @@ class TestCompare:
             with pytest.raises(AssertionError, match="batch 2x3 masked"):
                 compare.check(case, {"numbanorm": wrong, "torch": {"fresh": results(9.0)}})
 
-    def test_table_and_summary(self, compare):
-        seconds = {f"numbanorm {p} {v}": 1e-3 for p in compare.PHASES for v in ("out", "fresh")}
-        seconds |= {f"torch {phase} fresh": 4e-3 for phase in compare.PHASES}
+    def test_table_and_summary(self, report):
+        seconds = {f"numbanorm {p} {v}": 1e-3 for p in report.PHASES for v in ("out", "fresh")}
+        seconds |= {f"torch {phase} fresh": 4e-3 for phase in report.PHASES}
         row = {
             "case": "batch 2x3",
             "layer": "batch",
             "groups": ["plain"],
             "seconds": {**seconds, "numbanorm copy": 5e-4},
-            "bound": dict.fromkeys(compare.PHASES, 0.75),
+            "bound": dict.fromkeys(report.PHASES, 0.75),
             "base": None,
             "ratios": {"torch": {"out": 4.0, "fresh": 3.0, "evaluate": 2.0}},
         }
         masked = {
             **row, "case": "batch 2x3 masked", "groups": ["masked"], "base": 1.25, "ratios": {},
         }  # fmt: skip
-        head, first, second = compare.table([row, masked], ["torch"]).splitlines()
+        head, first, second = report.table([row, masked], ["torch"]).splitlines()
         assert first.split() == "batch 2x3 0.5 1 1 1 0.75/0.75/0.75 2 - 8 4.00 3.00 2.00".split()
         assert second.split()[-5:] == ["1.25"] + ["-"] * 4
         assert "torch t+b" in head and "cold" not in head
         other = {**row, "case": "other"}
-        lines = compare.summary([row, other, masked], ["torch"]).splitlines()
+        lines = report.summary([row, other, masked], ["torch"]).splitlines()
         assert lines[0] == "plain, torch, out: geometric mean 4.00, least 4.00 (batch 2x3)"
         assert len(lines) == 4
         assert lines[-1] == "masked, over base: geometric mean 1.25, most 1.25 (batch 2x3 masked)"
@@ -197,16 +202,50 @@ class TestCompare:
         }  # fmt: skip
         half = {**row, "groups": ["half", "float16"]}
         mean = "geometric mean 2.00 (without SwitchableNorm 4.00), least 1.00 (other)"
-        assert compare.summary([switchable, half], ["torch"]) == f"float16, torch, out: {mean}"
+        assert report.summary([switchable, half], ["torch"]) == f"float16, torch, out: {mean}"
 
-    def test_plot(self, compare, tmp_path):
+    def test_the_table_of_the_readme(self, report):
+        ratios = {"torch": {"out": 4.0, "fresh": 3.0, "evaluate": 2.0}}
+        row = {"case": "a", "groups": ["plain"], "ratios": ratios, "base": None}
+        slow = {"tuned": {"out": 0.25, "fresh": 1.0, "evaluate": 1.5}}
+        rows = [
+            row,
+            {**row, "case": "b", "ratios": slow | {"torch": {**ratios["torch"], "out": 1.0}}},
+        ]
+        rows += [{**row, "case": "b masked", "groups": ["masked"], "base": 1.25, "ratios": {}}]
+        assert report.markdown(rows).splitlines() == [
+            "| PyTorch's time over ours |",
+            "|---|---|",
+            "| forward + backward, PyTorch as installed | 2.0 (1.00) |",
+            "| … with memory settings that spare it fresh pages | 0.2 (0.25) |",
+            "| evaluation, PyTorch as installed | 2.0 (2.00) |",
+            "| evaluation, with these memory settings | 1.5 (1.50) |",
+            "| without `out=`, forward + backward, PyTorch as installed | 3.0 (3.00) |",
+            "| without `out=`, with these memory settings | 1.0 (1.00) |",
+            "| a mask: our time over that without one | 1.25 (1.25) |",
+            "",
+            "- forward + backward: b 0.25",
+            "- evaluation: none",
+        ]
+
+    @pytest.mark.parametrize("text", [None, "{}", "[]", "no json"])
+    def test_what_cannot_be_loaded(self, compare, tmp_path, capsys, text):
+        file = tmp_path / "rows.json"
+        if text is not None:
+            file.write_text(text)
+        with pytest.raises(SystemExit) as exit:
+            compare.main(["--load", str(file)])
+        assert exit.value.code == 2
+        assert "--load: a file that --json has written is needed" in capsys.readouterr().err
+
+    def test_plot(self, report, tmp_path):
         row = {"case": "batch 2x3", "groups": ["plain"], "ratios": {"torch": {"out": 0.8}}}
         masked = {**row, "case": "batch 2x3 masked", "groups": ["masked"]}
         bars = []
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("matplotlib.axes.Axes.barh", lambda *a, **k: bars.append((a[2], k)))
             patch.setattr("matplotlib.figure.Figure.legend", lambda *_, **__: None)
-            compare.plot([row, masked], ["torch", "jax"], tmp_path / "bars.png")
+            report.plot([row, masked], ["torch", "jax"], tmp_path / "bars.png")
         assert (tmp_path / "bars.png").stat().st_size > 0
         (torch, jax) = bars
         assert torch[0] == pytest.approx([-0.2])
@@ -300,7 +339,15 @@ class TestCompare:
         assert ran.returncode == 0, ran.stderr
         assert "load of other processes" in ran.stdout
         assert name in ran.stdout
-        [row] = json.loads(file.read_text())
+        kept = json.loads(file.read_text())
+        assert {"machine", "cpu", "date", "versions", "command"} < kept.keys()
+        assert name in kept["command"]
+        again = subprocess.run(
+            [sys.executable, FOLDER / "compare.py", "--load", file],
+            capture_output=True, text=True, timeout=120,
+        )  # fmt: skip
+        assert again.stdout.endswith(ran.stdout[ran.stdout.index("milliseconds") :])
+        [row] = kept["rows"]
         assert row["seconds"]["numbanorm train out"] > 0
         assert row["ratios"] == {}
         assert row["seconds"]["numbanorm backward cold"] > 0
