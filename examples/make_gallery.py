@@ -1,9 +1,10 @@
-"""Run the examples and save their figures, small enough for a README, in one folder.
+"""Run the examples and save their figures, small enough for a README, and what they print.
 
     python make_gallery.py [learning_rate batch_size ...] [--output gallery]
 
 Each example runs as it does from the command line, in a process of its own. What it prints is
-shown; what the figures have too many are pixels and colours.
+shown, and kept beside its figure: the numbers in the README and the documentation stand there
+(tests/test_numbers.py). What the figures have too many are pixels and colours.
 """
 
 import argparse
@@ -54,6 +55,20 @@ def shrink(source, target):
     raise RuntimeError(f"{target}: {target.stat().st_size} bytes with 16 colours")
 
 
+def run(script, figure):
+    """Run an example, show what it prints, and return that without the line about the figure."""
+    command = [sys.executable, "-u", script, "--output", figure]
+    lines = []
+    with subprocess.Popen(command, stdout=subprocess.PIPE, encoding="utf-8") as process:
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            if not line.startswith("Figure: "):
+                lines.append(line)
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, command)
+    return "".join(lines)
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("names", nargs="*", metavar="name", help=f"of {', '.join(EXAMPLES)}")
@@ -61,7 +76,7 @@ def main(argv=None):
         "--output",
         type=Path,
         default=HERE / "gallery",
-        help="folder for the figures, default: gallery, beside the examples",
+        help="folder for figures and tables, default: gallery, beside the examples",
     )
     args = parser.parse_args(argv)
     unknown = set(args.names) - set(EXAMPLES)
@@ -75,10 +90,10 @@ def main(argv=None):
             print(f"\n== {name}.py", flush=True)
             figure, target = Path(directory) / f"{name}.png", args.output / f"{name}.png"
             start = perf_counter()
-            command = [sys.executable, HERE / f"{name}.py", "--output", figure]
-            subprocess.run(command, check=True)
+            printed = run(HERE / f"{name}.py", figure)
             seconds = perf_counter() - start
             shrink(figure, target)
+            target.with_suffix(".txt").write_text(printed, encoding="utf-8")
             lines.append(f"{name:<26}{seconds:>8.1f}{target.stat().st_size / 1000:>8.1f}")
     print(f"\n{'example':<26}{'seconds':>8}{'KB':>8}", *lines, sep="\n")
 

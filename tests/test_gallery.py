@@ -444,12 +444,18 @@ def test_exact_statistics_are_those_of_numpy(example, tmp_path):
 def test_make_gallery(example, tmp_path, capfd):
     script = example("make_gallery")
     script.main(["layernorm_distributions", "--output", str(tmp_path)])
-    (figure,) = tmp_path.iterdir()
-    assert figure.name == "layernorm_distributions.png"
+    figure, table = sorted(tmp_path.iterdir())
+    assert (figure.name, table.name) == (
+        "layernorm_distributions.png",
+        "layernorm_distributions.txt",
+    )
     check_figure(figure)
     assert figure.stat().st_size < 60_000
-    # What the example prints is seen, too.
-    assert "variance of a sample" in capfd.readouterr().out
+    # What the example prints is seen and kept, but for where its figure was.
+    printed = capfd.readouterr().out
+    assert table.read_text() in printed
+    assert "variance of a sample" in table.read_text()
+    assert "Figure" in printed and "Figure" not in table.read_text()
 
 
 def test_make_gallery_refuses_what_is_no_example(example, capsys):
@@ -465,6 +471,7 @@ def test_the_gallery_is_there_and_small(example):
         figure = EXAMPLES / "gallery" / f"{name}.png"
         check_figure(figure)
         assert figure.stat().st_size < 60_000
+        assert figure.with_suffix(".txt").read_text(encoding="utf-8")
 
 
 def test_a_method_has_the_colour_of_its_statistics(example):
