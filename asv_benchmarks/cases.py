@@ -524,8 +524,8 @@ def jax_runner(case: Case) -> Runner:
     def apply(x: Any, weight: Any, bias: Any) -> Any:
         shape = x.shape
         if case.layer == "group":
-            n = case.num_groups
-            x = x.reshape((*shape[:axis], n, shape[axis] // n, *shape[axis + 1 :]))
+            groups = case.num_groups
+            x = x.reshape((*shape[:axis], groups, shape[axis] // groups, *shape[axis + 1 :]))
             axes = tuple(a for a in range(1, n + 1) if a != axis)
         else:
             kept = {"batch": (axis,), "instance": (0, axis)}.get(case.layer)

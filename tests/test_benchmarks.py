@@ -88,7 +88,7 @@ def test_plain_numpy_is_the_definition(load, cases, layer, layout):
     else:
         kinds = {"batch": ["bn"], "instance": ["in"], "group": ["gn"]}
         kinds = kinds.get(layer, ["in", "ln", "bn"])
-        statistics = [channel_statistic(kind, x.shape, cases.GROUPS, axis) for kind in kinds]
+        statistics = [channel_statistic(kind, x.shape, case.num_groups, axis) for kind in kinds]
     if layer == "switchable":
         logits = {"mean_weight": np.ones(3), "var_weight": np.ones(3)}
     center = layer != "rms"
