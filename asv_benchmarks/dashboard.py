@@ -106,7 +106,10 @@ def measure(commits: int, machine: str) -> None:
 def check_clone() -> None:
     """End with what to do where commits are missing."""
     git = ["git", "-C", str(HERE), "rev-parse", "--is-shallow-repository"]
-    shallow = subprocess.run(git, capture_output=True, text=True, check=False)
+    try:
+        shallow = subprocess.run(git, capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise SystemExit(f"git is needed, which does not start: {error}") from None
     if shallow.returncode:
         raise SystemExit("the commits are needed: run it in a clone of the repository")
     if shallow.stdout.strip() == "true":

@@ -669,6 +669,9 @@ class TestDashboard:
         monkeypatch.setattr(dashboard, "HERE", tmp_path)
         with pytest.raises(SystemExit, match="run it in a clone"):
             dashboard.check_clone()
+        monkeypatch.setenv("PATH", "")
+        with pytest.raises(SystemExit, match="git is needed"):
+            dashboard.check_clone()
 
     def test_without_playwright(self, dashboard, monkeypatch, tmp_path):
         monkeypatch.setitem(sys.modules, "playwright.sync_api", None)
