@@ -17,6 +17,7 @@ exit status is
 import argparse
 import json
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -125,8 +126,9 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"{base} and {options.head} are the same commit")
     for role, commit in (("base", base), ("head", options.head)):
         print(f"{role}: {git('log', '-1', '--format=%h %s', commit) or commit}", flush=True)
-    # asv would ask for it.
-    if not Path("~/.asv-machine.json").expanduser().exists():
+    # asv would ask for it, and fail where it knows others (dashboard.py --machine).
+    known = Path("~/.asv-machine.json").expanduser()
+    if not known.exists() or f'"{platform.node()}"' not in known.read_text():
         asv("machine", "--yes")
     loads = [other_load()]
 

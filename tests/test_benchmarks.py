@@ -525,6 +525,20 @@ class TestRegression:
         assert asked[-2:] == ["continuous", "compare"]
         assert "interrupted" in capsys.readouterr().out
 
+    @pytest.mark.parametrize("known", [None, "another", "this"])
+    def test_asv_is_told_of_a_machine_that_it_does_not_know(
+        self, regression, monkeypatch, tmp_path, known
+    ):
+        monkeypatch.setenv("HOME", str(tmp_path))
+        monkeypatch.setattr("platform.node", lambda: "this")
+        if known is not None:
+            (tmp_path / ".asv-machine.json").write_text(json.dumps({known: {}, "version": 1}))
+        asked = []
+        monkeypatch.setattr(regression, "asv", lambda *a: asked.append(a) or ("", 2))
+        monkeypatch.setattr(regression, "other_load", lambda: 0.25)
+        regression.main([])
+        assert (("machine", "--yes") in asked) == (known != "this")
+
     def test_a_busy_machine_proves_nothing(self, regression, monkeypatch, capsys):
         answer = TABLE.format(mark="+", ratio="2.00"), 1
         monkeypatch.setattr(regression, "asv", lambda *_: answer)
