@@ -186,6 +186,11 @@ def use_layers():
         layer(x, mask=mask, out=np.empty_like(x))
         layer.backward(dy, out=dy)
         layer(x, mask=mask, out=x)
+    for dtype, masked in itertools.product(DTYPES, (False, True)):
+        layer, x = nn.LayerNorm(64, dtype=dtype), normal(1, 64).astype(dtype)
+        with use(long_row=1):  # parts of rows
+            layer(x, mask=x > 0 if masked else None)
+            layer.backward(x)
     for name, layout in itertools.product(FEW, LAYOUTS.values()):
         case = by_id[name]
         layer, x = case.layer(np.float32), layout(case.input(np.float32))

@@ -221,7 +221,7 @@ def test_only_autograd_keeps_x():
     y = layer(x).sum()
     node = y.grad_fn.next_functions[0][0]
     y.backward()
-    assert node.saved.x is None
+    assert node.done[0].x is None
     with pytest.raises(RuntimeError, match="second time"):
         y.backward()
 
