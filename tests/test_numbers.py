@@ -3,7 +3,8 @@
 `examples/make_gallery.py` and `asv_benchmarks/compare.py --json` write what is read here.
 """
 
-import importlib
+import importlib.util
+import json
 import re
 from functools import cache
 from pathlib import Path
@@ -364,3 +365,19 @@ def test_a_cell_is_what_is_kept(example, name):
     found, kept = globals()[f"cell_of_{name}"](example(name))
     # With kernels of OpenBLAS that round otherwise, each of them printed the same.
     assert found == pytest.approx(value(kept), abs=0.005 if name == "rnn" else AS_GOOD)
+
+
+def test_speeds_are_those_that_were_kept():
+    spec = importlib.util.spec_from_file_location("report", COMPARED.parent / "report.py")
+    report = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(report)
+    kept = json.loads(COMPARED.read_text(encoding="utf-8"))
+    lines = report.markdown(kept["rows"]).splitlines()
+    cells = [line.strip("| ").split(" | ") for line in lines if line.startswith("| ")]
+    (_, *cells), slower = cells, [line for line in lines if line.startswith("- ")]
+    assert len(cells) == 7 and len(slower) == 2
+    for name, n in ((README, 4), ("docs/performance.md", 7)):
+        for label, cell in cells[:n]:
+            assert re.search(rf"\| {re.escape(label)} \| [^|]+ \| {re.escape(cell)} \|", page(name))
+    assert all(words(line) in page("docs/performance.md") for line in slower)
+    assert kept["date"] in page("docs/performance.md")
