@@ -427,7 +427,8 @@ def circumstances(options: argparse.Namespace, arguments: list[str]) -> dict[str
         "cores": len(os.sched_getaffinity(0)),
         "date": date.today().isoformat(),
         "versions": versions,
-        "command": shlex.join(["compare.py", *arguments]),
+        # Of files, the names: folders are this machine's own.
+        "command": shlex.join(["compare.py", *(a.rpartition(os.sep)[2] for a in arguments)]),
     }
 
 

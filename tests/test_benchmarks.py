@@ -222,7 +222,7 @@ class TestCompare:
             "| evaluation, with these memory settings | 1.5 (1.50) |",
             "| without `out=`, forward + backward, PyTorch as installed | 3.0 (3.00) |",
             "| without `out=`, with these memory settings | 1.0 (1.00) |",
-            "| a mask: our time over that without one | 1.25 (1.25) |",
+            "| a mask: our time over that without one, mean (most) | 1.25 (1.25) |",
             "",
             "- forward + backward: b 0.25",
             "- evaluation: none",
@@ -342,6 +342,7 @@ class TestCompare:
         kept = json.loads(file.read_text())
         assert {"machine", "cpu", "date", "versions", "command"} < kept.keys()
         assert name in kept["command"]
+        assert str(tmp_path) not in kept["command"]
         again = subprocess.run(
             [sys.executable, FOLDER / "compare.py", "--load", file],
             capture_output=True, text=True, timeout=120,
