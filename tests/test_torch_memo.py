@@ -8,6 +8,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import numbanorm.torch as ours  # noqa: E402
+from numbanorm.tuning import use  # noqa: E402
 
 LAYERS = {
     "BatchNorm2d": (torch.nn.BatchNorm2d, (4,)),
@@ -98,6 +99,40 @@ def set_values(layer):
 
 def test_values_of_parameters_and_buffers(pair):
     both(pair, set_values)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_values_of_16_bits(pair, dtype):
+    for layer in pair:
+        layer.to(dtype)
+    for mode in (True, False):
+        for layer in pair:
+            layer.train(mode)
+        for _ in range(3):
+            check(pair, data(dtype), tolerance=0.1)
+            with torch.no_grad():
+                for layer in pair:
+                    for parameter in layer.parameters():
+                        parameter.neg_()
+                    for name, buffer in layer.named_buffers():
+                        if name == "running_mean":
+                            buffer.add_(1)
+
+
+def test_a_parameter_where_there_was_none():
+    theirs = torch.nn.LayerNorm(4, bias=False)
+    pair = theirs, ours.convert(copy.deepcopy(theirs))
+    check(pair)
+    assert remembers(pair[1])
+    bias = torch.rand(4)
+    both(pair, lambda layer: layer.register_parameter("bias", torch.nn.Parameter(bias.clone())))
+
+
+def test_another_tuning(pair):
+    x = data()
+    with use(parallel_from=0) as in_force:
+        check(pair, x)
+        assert pair[1]._memo.call.plan.recipe.layout.tuning is in_force
 
 
 def test_a_new_parameter(pair):

@@ -14,24 +14,26 @@ from numbanorm.torch import private
 from numbanorm.torch.memory import HALVES, as_array
 from numbanorm.torch.method import N_GRADIENTS, Inputs
 from numbanorm.torch.plan import Call
+from numbanorm.tuning import tuning
 
 
 class _Known(NamedTuple):
-    """A tensor of a layer, and what it was like."""
+    """A parameter or buffer of a layer, which may be None, and what it was like."""
 
     name: str
-    tensor: Tensor
-    address: int
-    dtype: torch.dtype
-    shape: Axes
-    strides: Axes
+    tensor: Tensor | None
+    address: int = 0
+    dtype: torch.dtype | None = None
+    shape: Axes = ()
+    strides: Axes = ()
 
     @classmethod
-    def of(cls, name: str, tensor: Tensor) -> Self:
+    def of(cls, name: str, tensor: Tensor | None) -> Self:
         """Return what a tensor is like."""
-        return cls(
-            name, tensor, tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride()
-        )
+        if tensor is None:
+            return cls(name, None)
+        shape = tuple(tensor.shape)
+        return cls(name, tensor, tensor.data_ptr(), tensor.dtype, shape, tensor.stride())
 
 
 class Running(NamedTuple):
@@ -81,17 +83,19 @@ class Memo(NamedTuple):
         tensors: tuple[Tensor | None, ...],
         tracking: tuple[bool, int | None],
     ) -> Self | None:
-        """Return what to remember, or None where a tensor of the layer is not its own."""
+        """Return what to remember, or None where a tensor of the layer is not its own.
+
+        Nor where one has 16 bits: its array is a copy, which does not follow it.
+        """
         own = [*layer._parameters.values(), *layer._buffers.values()]
-        if any(t is not None and not any(t is each for each in own) for t in tensors):
-            return None
+        for t in tensors:
+            if t is not None and (t.dtype in HALVES or not any(t is each for each in own)):
+                return None
         is_tracked, samples = tracking
         running = _running(layer) if is_tracked else None
-        if is_tracked and running is None:
-            return None
         x = inputs.x
         parameters, buffers = (
-            [_Known.of(name, t) for name, t in held.items() if t is not None]
+            [_Known.of(name, t) for name, t in held.items()]
             for held in (layer._parameters, layer._buffers)
         )
         return cls(
@@ -112,13 +116,15 @@ class Memo(NamedTuple):
             or x.is_neg()
             or private.is_watched(x)
             or private.may_have_tangent()
+            or self.call.plan.recipe.layout.tuning is not tuning()
         ):
             return False
         for known, held in ((self.parameters, layer._parameters), (self.buffers, layer._buffers)):
             for name, tensor, address, dtype, shape, strides in known:
-                if (
-                    held.get(name) is not tensor
-                    or tensor.data_ptr() != address
+                if held.get(name) is not tensor:
+                    return False
+                if tensor is not None and (
+                    tensor.data_ptr() != address
                     or tensor.dtype is not dtype
                     or tensor.shape != shape
                     or tensor.stride() != strides
@@ -132,10 +138,8 @@ class Memo(NamedTuple):
         return type(None), ()
 
 
-def _running(layer: Any) -> Running | None:
-    """Return the running statistics of a layer, or None where they are of 16 bits."""
+def _running(layer: Any) -> Running:
+    """Return the running statistics of a layer."""
     mean, var, n = layer.running_mean, layer.running_var, layer.num_batches_tracked
-    if mean.dtype in HALVES:
-        return None
     tensors = [mean, var] if n is None else [mean, var, n]
     return Running(tensors, as_array(mean), as_array(var), None if n is None else as_array(n))
