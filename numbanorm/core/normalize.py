@@ -23,6 +23,7 @@ from numbanorm.core.layouts import (
     Statistic,
     Statistics,
     find_layout,
+    finish_target,
 )
 from numbanorm.core.types import Array, Float64, arithmetic
 from numbanorm.kernels.activations import Activation
@@ -155,8 +156,7 @@ def normalize(
         recipe, view, counts, added, target, weight, bias, running, mixture, exchange,
         bool(lost) and copied is None,
     )  # fmt: skip
-    if copied is not None:
-        copied[...] = target.reshape(copied.shape)
+    finish_target(target, copied)
     return Saved(recipe, view, counts, added, lost, mixture, statistics, exchange)
 
 
@@ -294,9 +294,8 @@ def differentiate(
     second, second_copied = (None, None) if dresidual is None else layout.to_target(dresidual)
     in_place = in_place and copied is None
     gradients = run_backward(layout.to_view(dy), saved, in_place, target, second)
-    for written, to in ((target, copied), (second, second_copied)):
-        if written is not None and to is not None:
-            to[...] = written.reshape(to.shape)
+    finish_target(target, copied)
+    finish_target(second, second_copied)
     if saved.scale is not None:
         dx *= saved.scale
     return gradients

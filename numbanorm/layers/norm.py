@@ -139,7 +139,7 @@ class Norm(State, OverAxes):
 
     # Whether training needs more than one value in each group.
     several_values = False
-    # Layers that were pickled before there were such things have none.
+    # Layers that were pickled before there was such a thing have none.
     _exchange: Exchange | None = None
 
     def __init__(
@@ -283,11 +283,9 @@ class Norm(State, OverAxes):
     ) -> Array:
         """Return y, with the statistics of all processes if there is an exchange."""
         array = float_array(x, "x")
-        key = (
-            array.shape, array.dtype, array.flags.c_contiguous, mask is None, exchange is None,
-            tuning(),
-        )  # fmt: skip
-        recipe = self._known[1] if self._known is not None and self._known[0] == key else None
+        key = array.shape, array.dtype, mask is None, exchange is None, tuning()
+        known = self._known
+        recipe = None if known is None or known[0] != key else known[1]
         geometry = self._fitting_geometry(array, exchange) if recipe is None else recipe.geometry
         new = {}
         if self.affine and "weight" not in self._parameters:
@@ -299,6 +297,7 @@ class Norm(State, OverAxes):
         counts = None if mask is None else bool_mask(mask, array.shape)
         added = None if residual is None else like_x(residual, "residual", array)
         y, in_place = output_array(out, array, *others(added), empty=self._empty)
+        # The order in memory is that of y.
         is_usual = out is None or out.flags.c_contiguous
         if recipe is None or not is_usual:
             recipe = find_recipe(

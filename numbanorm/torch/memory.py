@@ -61,15 +61,19 @@ def as_array(tensor: Tensor) -> Array:
 
 # All memory from an address on, as NumPy takes 0 for none. An array of a part of it is made in a
 # quarter of the time that NumPy's array interface takes, and does not keep what it is a part of.
-START = 64
-MEMORY = memoryview((ctypes.c_char * (sys.maxsize - START)).from_address(START))
-READ_ONLY = MEMORY.toreadonly()
+_START = 64
+_MEMORY = memoryview((ctypes.c_char * (sys.maxsize - _START)).from_address(_START))
+_READ_ONLY = _MEMORY.toreadonly()
 
 
-def borrow(tensor: Tensor, shape: Axes) -> Array:
-    """Return a tensor without gaps as an array, as long as it lives."""
-    address, dtype = tensor.data_ptr(), DTYPES[tensor.dtype]
-    return np.ndarray(shape, dtype, MEMORY if address else None, address - START if address else 0)
+def borrow(tensor: Tensor, shape: Axes, dtype: np.dtype[Any], writable: bool = False) -> Array:
+    """Return the memory of a tensor without gaps as an array, as long as the tensor lives."""
+    address = tensor.data_ptr()
+    if not address:  # it is empty, or its memory was freed, which raises
+        array = as_array(tensor).view(dtype).reshape(shape)
+        array.setflags(write=writable)
+        return array
+    return np.ndarray(shape, dtype, _MEMORY if writable else _READ_ONLY, address - _START)
 
 
 def form_of(method: Method) -> torch.memory_format:
@@ -81,7 +85,7 @@ def form_of(method: Method) -> torch.memory_format:
 def outline(x: Tensor, form: torch.memory_format) -> Array:
     """Return an array that lies in memory as y would, and is not to be read."""
     y, dtype = torch.empty_like(x, memory_format=form, device="meta"), DTYPES[x.dtype]
-    return np.ndarray(y.shape, dtype, MEMORY, 0, [n * dtype.itemsize for n in y.stride()])
+    return np.ndarray(y.shape, dtype, _MEMORY, 0, [n * dtype.itemsize for n in y.stride()])
 
 
 def empty_like(x: Tensor, form: torch.memory_format) -> Tensor:

@@ -18,12 +18,12 @@ from torch import Tensor
 
 from numbanorm import methods
 from numbanorm.core.geometry import Geometry
-from numbanorm.core.layouts import Instances, Recipe, Saved, Statistic
+from numbanorm.core.layouts import Instances, Recipe, Saved, Statistic, finish_target
 from numbanorm.core.normalize import ParameterGradients, restore, run_backward, run_forward
 from numbanorm.core.types import Array, Axes, Float64
 from numbanorm.numba_ext.threads import thread_count
 from numbanorm.torch import distributed
-from numbanorm.torch.memory import HALVES, as_array, borrow, empty_like, form_of
+from numbanorm.torch.memory import DTYPES, HALVES, as_array, borrow, empty_like, form_of
 from numbanorm.torch.method import (
     N_INPUTS,
     Inputs,
@@ -138,8 +138,7 @@ def forward(
     else:
         with thread_count(torch.get_num_threads()):
             statistics = run_forward(plan.recipe, *arguments)
-    if copied is not None:
-        copied[...] = target.reshape(copied.shape)
+    finish_target(target, copied)
     # Autograd keeps x, mask and residual, and knows when not to.
     return y, Saved(plan.recipe, None, None, None, "", mixture, statistics, exchange)
 
@@ -173,9 +172,8 @@ def backward(
     else:
         with thread_count(torch.get_num_threads()):
             gradients = run_backward(*arguments)
-    for written, to in ((target, copied), (second, second_copied)):
-        if written is not None and to is not None:
-            to[...] = written.reshape(to.shape)
+    finish_target(target, copied)
+    finish_target(second, second_copied)
     return dx, *_new_tensors(gradients, parameter_dtype(inputs), inputs.weight), dresidual
 
 
@@ -195,7 +193,7 @@ def _new_tensors(
                 tensor = torch.empty_like(weight)  # in half the time
             else:
                 tensor = torch.empty(values.shape, dtype=dtype, device="cpu")
-            borrow(tensor, values.shape)[...] = values
+            borrow(tensor, values.shape, DTYPES[dtype], writable=True)[...] = values
             tensors.append(tensor)
     return tensors
 

@@ -13,7 +13,7 @@ from numbanorm.core.layouts import Recipe
 from numbanorm.core.normalize import find_recipe
 from numbanorm.core.types import Array, Axes, stored
 from numbanorm.torch import distributed
-from numbanorm.torch.memory import HALVES, MEMORY, READ_ONLY, START, as_array, form_of, outline
+from numbanorm.torch.memory import HALVES, as_array, borrow, form_of, outline
 from numbanorm.torch.method import Inputs, Method, activation_of
 
 
@@ -106,16 +106,14 @@ class Plan(NamedTuple):
 
     def view(self, tensor: Tensor) -> Array:
         """Return a tensor like x as kernels see it, as long as it lives."""
-        address = tensor.data_ptr()
-        if address and tensor.stride() == self.strides:
-            return np.ndarray(self.shape, self.dtype, READ_ONLY, address - START)
+        if tensor.stride() == self.strides:
+            return borrow(tensor, self.shape, self.dtype)
         return self.recipe.layout.to_view(as_array(tensor))
 
     def target(self, tensor: Tensor) -> tuple[Array, Array | None]:
         """Return what kernels write of a tensor like y, see Layout.to_target."""
-        address = tensor.data_ptr()
-        if address and tensor.stride() == self.strides:
-            return np.ndarray(self.shape, self.dtype, MEMORY, address - START), None
+        if tensor.stride() == self.strides:
+            return borrow(tensor, self.shape, self.dtype, writable=True), None
         return self.recipe.layout.to_target(as_array(tensor))
 
 

@@ -30,6 +30,7 @@ from numbanorm.core.layouts.base import (
     Saved,
     Statistic,
     Statistics,
+    finish_target,
 )
 from numbanorm.core.layouts.elements import ElementColumns, ElementParts, ElementRows
 from numbanorm.core.layouts.groups import GroupColumns, GroupRows
@@ -49,6 +50,7 @@ __all__ = [
     "Statistic",
     "Statistics",
     "find_layout",
+    "finish_target",
 ]
 
 LAYOUTS: tuple[type[Layout], ...] = (

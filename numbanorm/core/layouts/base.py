@@ -432,6 +432,12 @@ class Layout(ABC):
         return Gradients(gradients[0], gradients[1], mixture)
 
 
+def finish_target(target: Array | None, whole: Array | None) -> None:
+    """Set an output from what kernels wrote, unless they wrote to it; see Layout.to_target."""
+    if target is not None and whole is not None:
+        whole[...] = target.reshape(whole.shape)
+
+
 def largest_divisor(n: int, most: int) -> int:
     """Return the largest divisor of n that is not above ``most``, or 1."""
     return max(k for k in range(1, max(min(n, most), 1) + 1) if n % k == 0)
