@@ -138,11 +138,11 @@ def _differentiate(
 def _rows(x: Array) -> Geometry:
     if x.ndim == 0:
         raise ValueError("x: at least one axis is needed, got a single number")
-    return trailing_geometry(x, x.shape[-1:])
+    return trailing_geometry(x.shape, x.shape[-1:])
 
 
 def _channels(x: Array, over: str, num_groups: int | None = None) -> Geometry:
-    return channel_geometry(x, channel_axis(x, 1), (over,), num_groups)
+    return channel_geometry(x.shape, channel_axis(x, 1), (over,), num_groups)
 
 
 # -- Rows ------------------------------------------------------------------------------------------

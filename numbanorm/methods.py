@@ -1,45 +1,51 @@
 """Methods: over which axes the statistics of each are, once, for layers, functions and PyTorch."""
 
+import functools
+
 import numpy as np
 
 from numbanorm.core.checks import check_channel_axis
 from numbanorm.core.geometry import Geometry, geometry, normalize_axes
-from numbanorm.core.types import Array, Float64
+from numbanorm.core.types import Array, Axes, Float64
 
 
 def channel_axis(x: Array, axis: int) -> int:
     """Return the channel axis of x as a number from 1 on."""
+    if type(axis) is int and 0 < axis < x.ndim:
+        return axis  # all is well: to find that out takes as long as a small kernel
     if x.ndim < 2:
         raise ValueError(f"x: a batch axis and a channel axis are needed, got shape {x.shape}")
     (channel,) = normalize_axes(check_channel_axis(axis), x.ndim, "axis")
     return check_channel_axis(channel)
 
 
-def trailing_geometry(x: Array, normalized_shape: tuple[int, ...]) -> Geometry:
-    """Return the geometry of statistics over trailing axes of these sizes."""
-    n = len(normalized_shape)
-    if x.shape[max(x.ndim - n, 0) :] != normalized_shape:
+@functools.lru_cache(maxsize=4096)
+def trailing_geometry(shape: Axes, normalized_shape: Axes) -> Geometry:
+    """Return the geometry of statistics over trailing axes of these sizes, of x of a shape."""
+    start = len(shape) - len(normalized_shape)
+    if shape[max(start, 0) :] != normalized_shape:
         raise ValueError(
-            f"x: a shape that ends in normalized_shape {normalized_shape} is needed, got {x.shape}"
+            f"x: a shape that ends in normalized_shape {normalized_shape} is needed, got {shape}"
         )
-    axes = tuple(range(x.ndim - n, x.ndim))
-    return geometry(x.shape, (axes,), axes)
+    axes = tuple(range(start, len(shape)))
+    return geometry(shape, (axes,), axes)
 
 
+@functools.lru_cache(maxsize=4096)
 def channel_geometry(
-    x: Array,
+    shape: Axes,
     channel: int,
     over: tuple[str, ...],
     num_groups: int | None = None,
     by_instance: bool = False,
 ) -> Geometry:
-    """Return the geometry of the statistics in ``over`` of an x with channels."""
-    n_channels, n_groups = x.shape[channel], num_groups or 1 if "gn" in over else 1
+    """Return the geometry of the statistics in ``over`` of an x of this shape with channels."""
+    n_channels, n_groups = shape[channel], num_groups or 1 if "gn" in over else 1
     if n_channels % n_groups:
         raise ValueError(
             f"num_groups: a divisor of the {n_channels} channels of x is needed, got {n_groups}"
         )
-    everything = range(x.ndim)
+    everything = range(len(shape))
     reductions = {
         "in": tuple(a for a in everything if a not in (0, channel)),
         "ln": tuple(a for a in everything if a != 0),
@@ -47,7 +53,7 @@ def channel_geometry(
         "gn": tuple(a for a in everything if a != 0),
     }
     return geometry(
-        x.shape,
+        shape,
         tuple(reductions[name] for name in over),
         (channel,),
         groups=n_groups,

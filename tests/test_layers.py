@@ -305,6 +305,30 @@ def test_modes(case):
 
 
 @cases()
+def test_what_comes_in_between_does_not_matter(case):
+    """A layer remembers how some shapes and modes are done; each time it is as for a new one."""
+    layer, x = fill(case.layer()), case.input()
+    numbers = np.random.default_rng(0)
+    # Some have parameters along axis 0, whose size is then what it is.
+    weight = layer.weight
+    is_fixed = weight is not None and weight.shape == x.shape[: weight.ndim]
+    inputs = [np.concatenate([x] * n).astype(dtype) for n in ((1,) if is_fixed else range(1, 5))
+              for dtype in (np.float32, np.float64)]  # fmt: skip
+    for i in numbers.integers(0, len(inputs), 40):
+        given, training = inputs[i], bool(numbers.integers(2))
+        mask = np.ones(given.shape, np.bool_) if numbers.integers(2) else None
+        if numbers.integers(8) == 0:
+            layer.eps = (1e-5, 1e-3)[numbers.integers(2)]
+        new = copy.deepcopy(layer).train(training)
+        new.eps = layer.eps  # which forgets all
+        np.testing.assert_array_equal(
+            layer.train(training)(given, mask=mask), new(given, mask=mask), strict=True
+        )
+        np.testing.assert_array_equal(layer.backward(given), new.backward(given))
+        assert_same_state(layer, state(new))
+
+
+@cases()
 def test_state_dict_goes_round(case):
     layer = case.layer(np.float32)
     for seed in range(3):

@@ -13,6 +13,8 @@ from numbanorm.core.types import Array, is_float
 from numbanorm.kernels.activations import NAMES, Activation
 
 NATIVE = np.dtype(np.float32), np.dtype(np.float64), np.dtype(np.float16)
+# To ask the abstract class takes as long as a small array.
+REAL = float, int, numbers.Real
 STATISTICS = ("in", "ln", "bn", "gn")
 
 ActivationLike = str | tuple[str, float] | None
@@ -149,7 +151,7 @@ def output_array(
 
 def check_eps(eps: float | None) -> float:
     """Return eps as a float; it must be finite and not negative."""
-    if isinstance(eps, bool) or not isinstance(eps, numbers.Real):
+    if isinstance(eps, bool) or not isinstance(eps, REAL):
         raise TypeError(f"eps: a number is needed, got {eps!r}")
     if not 0 <= eps < math.inf:
         raise ValueError(f"eps: a finite number of at least 0 is needed, got {eps!r}")
@@ -171,7 +173,7 @@ def check_activation(activation: ActivationLike) -> Activation | None:
         )
     if slope is None:
         return found
-    if isinstance(slope, bool) or not isinstance(slope, numbers.Real) or not math.isfinite(slope):
+    if isinstance(slope, bool) or not isinstance(slope, REAL) or not math.isfinite(slope):
         raise ValueError(f"activation: a finite number is needed for the slope, got {slope!r}")
     return found._replace(slope=float(slope))
 
@@ -180,7 +182,7 @@ def check_momentum(momentum: float | None) -> float | None:
     """Return momentum as a float, or None; it must be from 0 to 1."""
     if momentum is None:
         return None
-    if isinstance(momentum, bool) or not isinstance(momentum, numbers.Real):
+    if isinstance(momentum, bool) or not isinstance(momentum, REAL):
         raise TypeError(f"momentum: a number from 0 to 1 or None is needed, got {momentum!r}")
     if not 0 <= momentum <= 1:
         raise ValueError(f"momentum: a number from 0 to 1 or None is needed, got {momentum!r}")

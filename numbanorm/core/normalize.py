@@ -289,9 +289,10 @@ def differentiate(
 
     One of them is dy if ``in_place``. ``dresidual`` is needed where there was a residual.
     """
-    layout = saved.layout
+    layout, second, second_copied = saved.recipe.layout, None, None
     target, copied = layout.to_target(dx)
-    second, second_copied = (None, None) if dresidual is None else layout.to_target(dresidual)
+    if dresidual is not None:
+        second, second_copied = layout.to_target(dresidual)
     in_place = in_place and copied is None
     gradients = run_backward(layout.to_view(dy), saved, in_place, target, second)
     finish_target(target, copied)

@@ -59,7 +59,7 @@ def batch_norm_forward(
            [0., 0.]])
     """
     array = float_array(x, "x")
-    geometry = channel_geometry(array, channel_axis(array, axis), ("bn",))
+    geometry = channel_geometry(array.shape, channel_axis(array, axis), ("bn",))
     running = running_pair(running_mean, running_var, geometry.running_shape, training)
     if training:
         require_several(geometry)
@@ -187,7 +187,7 @@ def instance_norm_forward(
             [0., 0.]]])
     """
     array = float_array(x, "x")
-    geometry = channel_geometry(array, channel_axis(array, axis), ("in",))
+    geometry = channel_geometry(array.shape, channel_axis(array, axis), ("in",))
     running = running_pair(running_mean, running_var, geometry.running_shape, use_input_stats)
     if use_input_stats:
         require_several(geometry)
@@ -298,7 +298,7 @@ def group_norm_forward(
     """
     array = float_array(x, "x")
     groups = check_count(num_groups, "num_groups")
-    geometry = channel_geometry(array, channel_axis(array, axis), ("gn",), groups)
+    geometry = channel_geometry(array.shape, channel_axis(array, axis), ("gn",), groups)
     return normalize_and_track(
         array, geometry, None, True, 0.0, weight, bias, eps, mask, activation, residual, out
     )

@@ -53,7 +53,7 @@ def layer_norm_forward(
     array([[0., 0.]])
     """
     array = float_array(x, "x")
-    geometry = trailing_geometry(array, check_shape(normalized_shape, "normalized_shape"))
+    geometry = trailing_geometry(array.shape, check_shape(normalized_shape, "normalized_shape"))
     return normalize_and_track(
         array, geometry, None, True, 0.0, weight, bias, eps, mask, activation, residual, out
     )
@@ -149,7 +149,7 @@ def rms_norm_forward(
     array([[0., 0.]])
     """
     array = float_array(x, "x")
-    geometry = trailing_geometry(array, check_shape(normalized_shape, "normalized_shape"))
+    geometry = trailing_geometry(array.shape, check_shape(normalized_shape, "normalized_shape"))
     return normalize_and_track(
         array, geometry, None, True, 0.0, weight, None, eps, mask, activation, residual, out,
         center=False,

@@ -77,7 +77,7 @@ def switchable_norm_forward(
     """
     array = float_array(x, "x")
     names = check_over(over, num_groups)
-    geometry = channel_geometry(array, channel_axis(array, axis), names, num_groups)
+    geometry = channel_geometry(array.shape, channel_axis(array, axis), names, num_groups)
     running = running_pair(running_mean, running_var, geometry.running_shape, training)
     if running is not None and "bn" not in names:
         raise ValueError(f"running_mean: it goes with 'bn' in over, got over={names!r}")

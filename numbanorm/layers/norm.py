@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable
-from contextlib import nullcontext
 from typing import Any, Self
 
 import numpy as np
@@ -37,6 +36,9 @@ from numbanorm.layers.axes import OverAxes
 from numbanorm.layers.state import State
 from numbanorm.recalibrate import Pool
 from numbanorm.tuning import tuning
+
+# For so many shapes of x, and modes, a layer knows how each is done.
+N_KNOWN = 8
 
 
 class Norm(State, OverAxes):
@@ -283,9 +285,11 @@ class Norm(State, OverAxes):
     ) -> Array:
         """Return y, with the statistics of all processes if there is an exchange."""
         array = float_array(x, "x")
-        key = array.shape, array.dtype, mask is None, exchange is None, tuning()
-        known = self._known
-        recipe = None if known is None or known[0] != key else known[1]
+        key = (
+            array.shape, array.dtype, self.training, mask is None, exchange is None, tuning()
+        )  # fmt: skip
+        known = self._known or {}
+        recipe = known.get(key)
         geometry = self._fitting_geometry(array, exchange) if recipe is None else recipe.geometry
         new = {}
         if self.affine and "weight" not in self._parameters:
@@ -316,7 +320,7 @@ class Norm(State, OverAxes):
                 gradient_dtype=self.dtype,
             )
         # Values of float32 are small enough, and a small layer takes no longer than their check.
-        saved = (extremes.normalize if array.dtype == np.float64 else normalize)(
+        saved = (extremes.normalize if array.itemsize == 8 else normalize)(
             array,
             y,
             recipe,
@@ -337,8 +341,8 @@ class Norm(State, OverAxes):
             self._track(running, saved)
         # Not by setattr(): what users set is checked, which takes longer.
         self.__dict__["_saved"] = saved
-        if is_usual:
-            self.__dict__["_known"] = key, recipe
+        if is_usual and key not in known:
+            self.__dict__["_known"] = {**(known if len(known) < N_KNOWN else {}), key: recipe}
         return y
 
     def _fitting_geometry(self, x: Array, exchange: Exchange | None) -> Geometry:
@@ -392,8 +396,12 @@ class Norm(State, OverAxes):
                 "..._backward of numbanorm.functional keep what each use needs"
             )
         exchange = self._saved.exchange
-        with nullcontext() if exchange is None else exchange.turn(BACKWARD_ROWS):
-            dx, dresidual, gradients = backward(dy, self._saved, out, out_residual, self._empty)
+        if exchange is None:
+            found = backward(dy, self._saved, out, out_residual, self._empty)
+        else:
+            with exchange.turn(BACKWARD_ROWS):
+                found = backward(dy, self._saved, out, out_residual, self._empty)
+        dx, dresidual, gradients = found
         self._add_gradients(gradients)
         self.__dict__["_saved"] = None
         return dx if dresidual is None else (dx, dresidual)
@@ -553,7 +561,7 @@ class Norm(State, OverAxes):
         >>> numbanorm.BatchNorm2d(2).train().training
         True
         """
-        self.training = check_flag(mode, "mode")
+        self.__dict__["training"] = check_flag(mode, "mode")  # checked, as by setattr()
         return self
 
     def eval(self) -> Self:

@@ -46,8 +46,8 @@ class State:
     # How many of the batches that were tracked gave nothing to which running statistic.
     _n_missed: NDArray[np.int64] | None = None
     device: object = None
-    # What the last forward was called with, and how that is done, unless a setting changed since.
-    _known: tuple[Any, Recipe] | None = None
+    # What the last forwards were called with, and how that is done, unless a setting changed since.
+    _known: dict[Any, Recipe] | None = None
     # Whether eps may be None.
     has_default_eps = True
 
@@ -69,7 +69,8 @@ class State:
                     f"{name}: it is fixed once a layer is made; make a new one, and give it "
                     f"the state_dict() of this one where the shapes are the same"
                 )
-            self.__dict__["_known"] = None
+            if name != "training":  # which is part of what was called
+                self.__dict__["_known"] = None
         object.__setattr__(self, name, value)
 
     def _new_parameters(self, shape: tuple[int, ...]) -> dict[str, Array]:

@@ -143,7 +143,7 @@ class SwitchableNorm(Norm):
         channel = methods.channel_axis(x, self.axis)
         self._check_sizes(x, (channel,))
         return methods.channel_geometry(
-            x, channel, self.over, self.num_groups, by_instance=self.sample_variance
+            x.shape, channel, self.over, self.num_groups, by_instance=self.sample_variance
         )
 
     def _may_share(self) -> bool:

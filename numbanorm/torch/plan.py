@@ -31,9 +31,8 @@ def parameter_array(tensor: Tensor | None) -> Array | None:
 def _geometry(shape: Axes, method: Method) -> Geometry:
     """Return over which axes of an x of this shape statistics and parameters are."""
     if not method.axes:
-        x = np.broadcast_to(0.0, shape)
         return methods.channel_geometry(
-            x, 1, method.statistics, method.num_groups, method.sample_variance
+            shape, 1, method.statistics, method.num_groups, method.sample_variance
         )
     n = len(shape)
     axes, features = (normalize_axes(a, n) for a in (method.axes, method.feature_axes))

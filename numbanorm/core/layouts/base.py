@@ -423,13 +423,16 @@ class Layout(ABC):
 
     def feature_parameters(self, job: Job) -> Float64:
         """Return weight and bias of each feature, (2, F)."""
-        return self.weight_and_bias(job, np.float64).reshape(2, *self.parameter_view)
+        parameters = self.weight_and_bias(job, np.float64)
+        return parameters if parameters.ndim == 2 else parameters.reshape(2, *self.parameter_view)
 
-    def feature_gradients(self, gradients: Float64, mixture: Float64 | None = None) -> Gradients:
-        """Return gradients of weight and bias (2, F) in the parameters' shape."""
-        if self.affine:
-            gradients = gradients.reshape(2, *self.geometry.param_shape)
-        return Gradients(gradients[0], gradients[1], mixture)
+    def in_parameter_shape(self, gradients: Array, dmixture: Float64 | None = None) -> Gradients:
+        """Return gradients of weight and bias (2, ...) in the parameters' shape."""
+        dweight, dbias = gradients[0], gradients[1]
+        shape = self.geometry.param_shape
+        if self.affine and dweight.shape != shape:
+            dweight, dbias = dweight.reshape(shape), dbias.reshape(shape)
+        return Gradients(dweight, dbias, dmixture)
 
 
 def finish_target(target: Array | None, whole: Array | None) -> None:

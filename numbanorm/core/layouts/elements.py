@@ -74,7 +74,7 @@ class Elements(WholeGroups):
         if not self.in_order:
             sums = sums.reshape(2, *(geometry.param_grid[axis] for axis in self.order))
             sums = sums.transpose(0, *(axis + 1 for axis in self.inverse_order))
-        return self.feature_gradients(sums)
+        return self.in_parameter_shape(sums)
 
 
 @np.errstate(all="ignore")  # NaN and Inf are the user's, and reach what they should

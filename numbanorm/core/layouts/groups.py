@@ -57,10 +57,12 @@ class GroupsWithWeights(WholeGroups):
     def _gradients(self, sums: Float64) -> Gradients:
         """Return the gradients of weight and bias from the sums of each piece, (2, P)."""
         if self._has_own_features:
-            return self.feature_gradients(sums[::-1] + 0.0)  # as sums are, which are never -0.0
-        gradients = np.zeros((2, *self.parameter_view))
-        call(feature_gradients, self.features, sums, gradients)
-        return self.feature_gradients(gradients)
+            sums += 0.0  # as sums are, which are never -0.0
+            gradients = sums[::-1]
+        else:
+            gradients = np.zeros((2, *self.parameter_view))
+            call(feature_gradients, self.features, sums, gradients)
+        return self.in_parameter_shape(gradients)
 
 
 class _Axes(NamedTuple):

@@ -264,7 +264,7 @@ class Pieces(Layout):
             self._apply(None, dy, None, None, np.stack((zero, coef[0], zero)), streamed, dx)
         else:
             self._apply(dy, x, saved.mask, None, coef, streamed, dx)
-        return self.feature_gradients(dparameters, dmixture)
+        return self.in_parameter_shape(dparameters, dmixture)
 
     def _gradient_sums(
         self, dy: Array, x: Array, saved: Saved, fused: Any, forward: Array | None
