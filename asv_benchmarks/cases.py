@@ -354,9 +354,15 @@ def numbanorm_runner(
         found = layer.gradients()
         return [found[name].copy() for name in found]
 
+    def forward(training: bool) -> Any:
+        # A change of mode is no part of a call, and the first of many alone has one.
+        if layer.training != training:
+            layer.train(training)
+        return layer.forward(x, **given)
+
     return Runner(
-        lambda: layer.train().forward(x, **given),
-        lambda: layer.eval().forward(x, **given),
+        lambda: forward(True),
+        lambda: forward(False),
         lambda: layer.backward(dy, **into),
         gradients,
         () if fresh else arrays,
