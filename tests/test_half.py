@@ -85,6 +85,61 @@ def test_kernels(forced, store, dtype):
     check(replace(by_id[case], shape=shape), dtype, "random", store=store, **limits)
 
 
+# Layers of n elements next to each other.
+ROWS_OF = {
+    "rows": (lambda n: nn.LayerNorm(n), lambda n: (3, n)),
+    "rows of groups": (lambda n: nn.GroupNorm(2, 4), lambda n: (2, 4, n)),
+    "pieces": (lambda n: nn.SwitchableNorm(2), lambda n: (3, 2, n)),
+    "columns": (lambda n: nn.BatchNorm2d(n, axis=-1), lambda n: (2, 3, 3, n)),
+    "columns of pieces": (lambda n: nn.SwitchableNorm(n, axis=-1), lambda n: (2, 7, n)),
+    "columns of elements": (lambda n: nn.Norm(1, shape=3), lambda n: (2, 3, n)),
+}
+SIZES = *range(1, 34), 95, 129
+
+
+@pytest.mark.parametrize("kind", ROWS_OF)
+@pytest.mark.parametrize("store", STORES)
+def test_outputs_that_begin_anywhere_in_a_line(store, kind):
+    make, shape = ROWS_OF[kind]
+    for i, n in enumerate(SIZES):
+        dtype, start = HALVES[i // 5 % 2], (1, 8, 16, 24, 31)[i % 5]
+        check_outputs(make(n), make(n), shape(n), dtype, store, start)
+
+
+@pytest.mark.fast
+def test_streamed_columns_begin_late_in_a_line():
+    # The first block has the elements that precede a line: of 16 bits up to 31.
+    layers = (nn.Norm(1, shape=3, activation="silu") for _ in range(2))
+    with use(column_run=64):
+        check_outputs(*layers, (1, 3, 150), bfloat16, "streamed", 1, residual=True)
+
+
+def after_line(like, start):
+    """Return an output that begins ``start`` elements after where a line does."""
+    memory = np.zeros(like.nbytes + 128, np.uint8)
+    at = -memory.ctypes.data % 64 + start * like.itemsize
+    return memory[at : at + like.nbytes].view(like.dtype).reshape(like.shape)
+
+
+def check_outputs(halves, wide, shape, dtype, store, start, residual=False):
+    """Compare outputs that begin so many elements after a line with the float32 layer's."""
+    x, dy, r = (normal(*shape, seed=seed, dtype=np.float32).astype(dtype) for seed in range(3))
+    x.flat[::41], dy.flat[::43] = 0.0, np.float32(1e-39).astype(dtype)
+    outs = [after_line(x, start) for _ in range(3)]
+    args = ({"residual": v} if residual else {} for v in (r, r.astype(np.float32)))
+    with use(**STORES[store]):
+        y = halves(x, out=outs[0], **next(args))
+        expected = wide(x.astype(np.float32), **next(args))
+        assert_same(y, rounded(expected, dtype), f"y {shape}")
+        into = {"out_residual": outs[2]} if residual else {}
+        results = halves.backward(dy, out=outs[1], **into)
+        expected = wide.backward(dy.astype(np.float32))
+    if not residual:
+        results, expected = (results,), (expected,)
+    for name, result, other in zip(("dx", "dresidual"), results, expected, strict=False):
+        assert_same(result, rounded(other, dtype), f"{name} {shape}")
+
+
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @cases("BatchNorm2d", "LayerNorm", "SwitchableNorm2d")
 def test_strides_out_and_other_types_of_dy(case, dtype):

@@ -30,7 +30,7 @@ from numbanorm.kernels.reduce import ColumnAffine, add_to_columns, add_to_vector
 from numbanorm.kernels.scratch import three_rows
 from numbanorm.numba_ext.jit import if_none, inline, kernel
 from numbanorm.numba_ext.launch import thread_range
-from numbanorm.numba_ext.lines import allocate, fence, release, to_next_line
+from numbanorm.numba_ext.lines import allocate, fence, line_size, release, to_next_line
 from numbanorm.numba_ext.vectors import load, prefetch, splat, total
 from numbanorm.numba_ext.views import flat_slice, unstack
 from numbanorm.tuning import LANES, ROWS
@@ -205,7 +205,7 @@ def forward_element_columns(threads, x, fused, parameters, mode, tiles, streamed
     early = np.intp(0) if not streamed else to_next_line(y, 0)
     begin, end = thread_range(threads, n_outer * max((n_columns - early + width - 1) // width, 1))
     (weight, bias), (count, mean, var) = unstack(parameters, 2), unstack(group_stats, 3)
-    size = width + LANES
+    size = width + line_size(y)
     sums, rstd = allocate(3, size, np.float64), allocate(None, size, np.float64)
     rows, buffer = allocate(3, size, arithmetic(x)), allocate(None, size, arithmetic(x))
     xs, ys, is_reduced = flat_slice(x, 0, x.size), flat_slice(y, 0, y.size), False

@@ -30,7 +30,7 @@ from numbanorm.kernels.fused import FORWARD, make_y, read_dy, write_dresidual
 from numbanorm.numba_ext.jit import by_type, called, inline
 from numbanorm.numba_ext.vectors import load
 from numbanorm.numba_ext.views import flat_slice
-from numbanorm.tuning import LANES, ROWS
+from numbanorm.tuning import LANES, ROWS, STEP
 
 
 def _scale(dy, row, i, n, coef, c):
@@ -135,7 +135,7 @@ def write_block(streamed, dy, x, mask, fused, forward, a, lo, hi, c0, c1, coef, 
             upcoming = take_row(dy, x, None, fused, at + ROWS * step, 0)
             write_row(streamed, row, n, coef, out, at, upcoming)
         return
-    n, period = (hi - lo) * step, periodic_size(step) - LANES
+    n, period = (hi - lo) * step, periodic_size(step) - STEP
     row = with_forward(take_row(dy, x, mask, fused, first, n), forward)
     upcoming = take_row(dy, x, None, fused, first + ROWS * step, 0)
     start, head = np.intp(0), elements_to_line(streamed, out, first, n)
@@ -159,7 +159,8 @@ def write_block(streamed, dy, x, mask, fused, forward, a, lo, hi, c0, c1, coef, 
 def periodic_size(n):
     """Return the size of a row of coefficients of n columns that repeat, as write_block wants it.
 
-    A vector may begin anywhere in a period: n, or the next multiple of it from LANES on.
+    A vector, or the part of a line of 16 bits that is less than a step, may begin anywhere in a
+    period: n, or the next multiple of it from LANES on.
     """
     least, each = max(n, LANES), max(n, 1)
-    return (least + each - 1) // each * each + LANES
+    return (least + each - 1) // each * each + STEP
