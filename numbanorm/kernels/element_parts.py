@@ -114,12 +114,13 @@ _write_part = if_none(_y_of_part, _dx_of_part)
 
 @kernel
 def apply_element_parts(
-    threads, dy, x, mask, fused, weight, bias, mode, tiles, streamed, group_stats, sums, y
+    threads, dy, x, mask, fused, weight, bias, mode, tiles, streamed, group_stats, sums, y, kept
 ):
     """Write y, or with dy dx, of rows: dy or None, x, mask or None, y (M, D), weight, bias (D,).
 
     ``group_stats`` (3, M) are count, mean and variance of each row; ``sums`` (2, M) those of
-    reduce_element_parts over whole rows, which are not read without dy.
+    reduce_element_parts over whole rows, which are not read without dy. Copies of weight and bias
+    are written to ``kept`` (0, 1 or 2, D), for backward.
     """
     mode, (n_rows, length), part = Mode(*mode), x.shape, tiles[0]
     begin, end = thread_range(threads, (length + part - 1) // part)
@@ -141,6 +142,11 @@ def apply_element_parts(
                 out, at,
                 take_row(dy, x, mask, fused, at + _next_part(i, n_rows, length, part), 0),
             )  # fmt: skip
+        # While they are in a core's first cache.
+        if kept.shape[0] > 0:
+            copy_values(part_weight, flat_slice(kept, lo, n))
+        if kept.shape[0] > 1:
+            copy_values(part_bias, flat_slice(kept, length + lo, n))
     if streamed:
         fence()
     release((rstd,))

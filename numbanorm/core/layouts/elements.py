@@ -10,7 +10,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from numbanorm.core.groups import Segments, number_groups, segments
+from numbanorm.core.groups import Groups, Segments, number_groups, segments
 from numbanorm.core.layouts.base import (
     Arrangement,
     Gradients,
@@ -81,13 +81,6 @@ class Elements(WholeGroups):
 def _sum(parts: Float64, axis: int = 1) -> Float64:
     total: Float64 = parts.sum(axis)
     return total
-
-
-def _copy(array: Array) -> Array:
-    """Return a read-only copy."""
-    array = array.copy()
-    array.flags.writeable = False
-    return array
 
 
 @functools.lru_cache(maxsize=4)
@@ -167,6 +160,10 @@ class ElementParts(Elements):
         return PieceTiles(min(self.tuning.row_part, self.view[1]), 1)
 
     @functools.cached_property
+    def _groups(self) -> Groups:
+        return number_groups(((self.view[0],),))
+
+    @functools.cached_property
     def _segments(self) -> Segments:
         n_parts = -(-self.view[1] // max(self._reduce_tiles.part, 1))
         return segments(np.repeat(np.arange(self.view[0], dtype=np.uint32), n_parts)[None])
@@ -175,7 +172,11 @@ class ElementParts(Elements):
         self, x: Array, mask: Array | None, parameters: Any, job: Job, streamed: bool,
         groups: Float64, y: Array,
     ) -> Any:  # fmt: skip
-        """Take moments of parts of rows, merge them, and write y; return copies of parameters."""
+        """Take moments of parts of rows, merge them, and write y; return copies of parameters.
+
+        The kernel makes them, as it reads parameters anyway; backward reads the bias with an
+        activation or a residual alone.
+        """
         if job.mode.use_batch_stats:
             n_parts = -(-self.view[1] // self._reduce_tiles.part)
             moments = np.empty((4, self.view[0], n_parts, 1))
@@ -183,24 +184,18 @@ class ElementParts(Elements):
                 reduce_rows, x.size,
                 None, x, mask, None, None, (*self._reduce_tiles,), None, moments,
             )  # fmt: skip
-            all_groups = number_groups(((self.view[0],),))
             merged = merge_groups(
-                moments.reshape(4, -1), all_groups, self._segments, job.mode.center, 0
+                moments.reshape(4, -1), self._groups, self._segments, job.mode.center, 0
             )
             groups[:] = merged[:3]
+        kept = np.empty((1 if job.fused is None else 2, self.view[1]), job.recipe.arithmetic)
         run(
             apply_element_parts, y.size,
             None, x, None, job.fused, *parameters, (*job.mode,), (*self.tiles,), streamed, groups,
-            groups, y,
+            groups, y, kept,
         )  # fmt: skip
-        weight, bias = parameters
-        if job.weight is not None and np.may_share_memory(weight, job.weight):
-            weight = _copy(weight)
-        if job.fused is None:
-            bias = weight  # which backward does not read
-        elif job.bias is not None and np.may_share_memory(bias, job.bias):
-            bias = _copy(bias)
-        return weight, bias
+        kept.flags.writeable = False
+        return kept[0], kept[-1]
 
     def backward(
         self, dy: Array, x: Array, saved: Saved, fused: Any, streamed: bool, dx: Array
@@ -218,7 +213,7 @@ class ElementParts(Elements):
         run(
             apply_element_parts, dy.size,
             dy, x, saved.mask, fused, *found.parameters, mode, tiles, streamed, found.groups,
-            _sum(sums, 2), dx,
+            _sum(sums, 2), dx, np.empty((0, d), recipe.arithmetic),
         )  # fmt: skip
         return self._in_order(gradients) if has_gradients else Gradients(*gradients)
 
