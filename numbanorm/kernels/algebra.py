@@ -393,22 +393,29 @@ def track(
         for g in range(first, last):
             if not (np.isfinite(mean[g]) and np.isfinite(var[g])):
                 return True
-    size, n_moved = len(running_mean), 0
+    size, n_moved, n_before, unbiased = len(running_mean), 0, 0.0, 1.0
     for i in range(size):
         n_samples, mean_sum, var_sum = 0, 0.0, 0.0
-        for g in range(first + i, last, size):
+        g = first + i
+        while g < last:
             if n[g] > 0:
+                if n[g] != n_before:  # a division takes as long as all the rest
+                    n_before = n[g]
+                    unbiased = max(n[g] - batch_ddof, 1.0) / max(n[g] - ddof, 1.0)
                 n_samples += 1
                 mean_sum += mean[g]
-                var_sum += var[g] * (max(n[g] - batch_ddof, 1.0) / max(n[g] - ddof, 1.0))
+                var_sum += var[g] * unbiased
+            g += size
+        if n_samples > 1:
+            mean_sum, var_sum = mean_sum / n_samples, var_sum / n_samples
         if n_samples > 0:
             n_moved += 1
             weight = momentum
             if momentum < 0:
                 weight = 1.0 / max(n_batches[()] + 1 - n_missed[i], 1)
             decay = 1.0 - weight
-            running_mean[i] = decay * running_mean[i] + weight * (mean_sum / n_samples)
-            running_var[i] = decay * running_var[i] + weight * (var_sum / n_samples)
+            running_mean[i] = decay * running_mean[i] + weight * mean_sum
+            running_var[i] = decay * running_var[i] + weight * var_sum
         else:
             n_missed[i] += 1
     if n_moved > 0:

@@ -87,6 +87,13 @@ def write_statistics(g, n, mu, m2, center, count, mean, var):
     var[g] = v if center else v + mu * mu
 
 
+@inline
+def write_all_statistics(n, mu, m2, center, count, mean, var):
+    """Write the statistics of groups (G,), see write_statistics."""
+    for g in range(n.shape[0]):
+        write_statistics(g, n[g], mu[g], m2[g], center, count, mean, var)
+
+
 @inline_contract
 def invert_roots(var, eps, rstd):
     """Write 1 / sqrt(var + eps) to rstd (n,), and 0 where it was 0 or var + eps is 0."""

@@ -16,8 +16,8 @@ from numbanorm.kernels.formulas import (
     group_coefficients,
     store_scale_shift,
     unshift_all,
+    write_all_statistics,
     write_rstds,
-    write_statistics,
 )
 from numbanorm.kernels.modes import ColumnTiles, Mode
 from numbanorm.kernels.outputs import periodic_size, write_block
@@ -84,6 +84,12 @@ def _shifts_of_groups(x, mask, t, shift):
     """Write the shift of each column of a block: an element of its group that counts, or 0."""
     n, at = t.c1 - t.c0, t.a * x.shape[1] * x.shape[2] + t.c0
     flat = flat_slice(x, 0, x.size)
+    if mask is None and t.size == 1:
+        first_row = flat_slice(x, at, t.n)
+        for c in range(t.n):
+            shift[c] = read_one(first_row, c)
+        repeat_columns(shift, t.n)
+        return
     if mask is None:
         for c in range(0, n, t.size):
             shift[c] = read_one(flat, at + c)
@@ -119,11 +125,15 @@ def _take_statistics(x, mask, t, center, count, mean, var):
     for values in (counts, s1, s2):
         add_folds(values, t.n)
         add_up(flat_slice(values, 0, t.n), flat_slice(values, 0, t.n_groups))
-    for g in range(t.n_groups):
-        shift[g] = shift[g * t.size]
-    unshift_all(flat_slice(counts, 0, t.n_groups), shift, s2, s1)
-    for g in range(t.n_groups):
-        write_statistics(t.group + g, counts[g], shift[g], s2[g], center, count, mean, var)
+    if t.size > 1:
+        for g in range(t.n_groups):
+            shift[g] = shift[g * t.size]
+    n = flat_slice(counts, 0, t.n_groups)
+    unshift_all(n, shift, s2, s1)
+    write_all_statistics(
+        n, shift, s2, center, flat_slice(count, t.group, t.n_groups),
+        flat_slice(mean, t.group, t.n_groups), flat_slice(var, t.group, t.n_groups),
+    )  # fmt: skip
     release((scratch,))
 
 

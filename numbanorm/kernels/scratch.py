@@ -103,5 +103,11 @@ def add_up(values, totals):
 @called
 def take_features(values, feature, row):
     """Write values[feature] (n,) to a row."""
-    for i in range(feature.shape[0]):
-        row[i] = values[feature[i]]
+    n, is_run = feature.shape[0], True
+    for i in range(n):
+        is_run &= feature[i] == feature[0] + i
+    if is_run and n > 0:
+        copy_values(flat_slice(values, feature[0], n), row)
+    else:
+        for i in range(n):
+            row[i] = values[feature[i]]
