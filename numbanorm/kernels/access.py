@@ -134,7 +134,7 @@ def read_one(x, i):
 @inline
 def first_value(x, mask):
     """Return the first element of x (n,) that counts, or 0, in float64; mask (n,) may be None."""
-    for i in range(x.shape[0]):
+    for i in range(x.size):
         if mask is None or mask[i]:
             return read_one(x, i)
     return 0.0

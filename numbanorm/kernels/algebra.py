@@ -67,8 +67,8 @@ def _scatter_add(vector, values, group, i, n):
 def _copy_segments(moments, firsts, n, group_mean, group_rest, group_m2):
     """Copy the moments of pieces (4, P), each of which is a group of its own."""
     count, mean, m2, rest = unstack(moments, 4)
-    length = len(count) // max(len(firsts), 1)
-    for j in range(len(firsts)):
+    length = count.size // max(firsts.size, 1)
+    for j in range(firsts.size):
         at, to = j * length, firsts[j]
         copy_values(flat_slice(count, at, length), flat_slice(n, to, length))
         copy_values(flat_slice(mean, at, length), flat_slice(group_mean, to, length))
@@ -84,8 +84,8 @@ def _add_means(moments, firsts, step, n, group_mean, group_rest):
     group_rest: as in a piece, it bounds the cancellation.
     """
     (count, mean, _, rest), zero = unstack(moments, 4), splat(0.0)
-    length = len(count) // max(len(firsts), 1)
-    for j in range(len(firsts)):
+    length = count.size // max(firsts.size, 1)
+    for j in range(firsts.size):
         first, at, group = firsts[j], j * length, (firsts[j], step)
         if step == 0 and n[first] == 0.0:
             group_rest[first] = first_value(
@@ -108,8 +108,8 @@ def _add_means(moments, firsts, step, n, group_mean, group_rest):
 def _add_squares(moments, firsts, step, group_mean, group_rest, group_m2):
     """Add m2 of pieces, and the squares of their means around the group's, to group_m2."""
     (count, mean, m2, rest), zero = unstack(moments, 4), splat(0.0)
-    length = len(count) // max(len(firsts), 1)
-    for j in range(len(firsts)):
+    length = count.size // max(firsts.size, 1)
+    for j in range(firsts.size):
         at, group = j * length, (firsts[j], step)
         for i in range(0, length, LANES):
             n_valid = min(LANES, length - i)
@@ -252,7 +252,7 @@ def group_gradients(
     dmean, dvar = unstack(dgroup_stats, 2)
     dp, dq = unstack(dmixture, 2)
     dweight, dbias = unstack(dparameters, 2)
-    length = len(s0) // max(n_segments, 1)
+    length = s0.size // max(n_segments, 1)
     for k in range(begin, end):
         sum_p, sum_q = splat(0.0), splat(0.0)
         for j in range(n_segments):

@@ -46,7 +46,7 @@ def _begin_columns(x, place, n_rows, center, s0, s1):
 
     The row is the first of x (N,); in backward x are the means (A * B,).
     """
-    for c in range(center.shape[0]):
+    for c in range(center.size):
         center[c] = read_one(x, place + c) if n_rows > 0 else 0.0
         s0[c], s1[c] = 0.0, 0.0
 
@@ -117,9 +117,9 @@ def _no_forward(fused, parameters, mean, var, eps, rows):
 
 
 def _forward(fused, parameters, mean, var, eps, rows):
-    (weight, bias), (m, r, t) = unstack(parameters, 2), three_rows(rows, mean.shape[0])
-    rstd = allocate(None, mean.shape[0], np.float64)
-    for c in range(mean.shape[0]):
+    (weight, bias), (m, r, t) = unstack(parameters, 2), three_rows(rows, mean.size)
+    rstd = allocate(None, mean.size, np.float64)
+    for c in range(mean.size):
         rstd[c] = 1.0
     invert_roots(var, eps, rstd)
     column_coefficients(mean, rstd, m, r, t)

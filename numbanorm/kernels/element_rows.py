@@ -6,7 +6,6 @@ A row fits in a cache, so that its statistics and its output are one pass over m
 import numpy as np
 
 from numbanorm.kernels.access import (
-    Row,
     arithmetic,
     first_value,
     read_mask,
@@ -56,8 +55,7 @@ def _element_weights(values, k, n_rows, length, repeated):
     if n < length:
         spread(weights, length // n, repeated)
         weights = flat_slice(repeated, 0, n_rows * length)
-    # In a tuple: Numba would count references to an array that is returned alone.
-    return (weights,)
+    return weights
 
 
 @kernel
@@ -99,8 +97,8 @@ def forward_element_rows(
         n_reduced = min(block, n_rows - first) if unit < end and (overlap or n_written == 0) else 0
         if n_written > 0 and k_loaded != k_written:
             k_loaded = k_written
-            (weights,) = _element_weights(weight, k_loaded, n_loaded, length, repeated_weight)
-            (biases,) = _element_weights(bias, k_loaded, n_loaded, length, repeated_bias)
+            weights = _element_weights(weight, k_loaded, n_loaded, length, repeated_weight)
+            biases = _element_weights(bias, k_loaded, n_loaded, length, repeated_bias)
         o = (first_written % n_weights - k_loaded) * length
         for j in range(max(n_reduced, n_written)):
             g, i = first + j, first_written + j
@@ -122,8 +120,9 @@ def forward_element_rows(
             if use_batch_stats and j < n_reduced:
                 mu, m2, _ = unshift(n_next, shift, s1, s2)
                 write_statistics(g, n_next, mu, m2, mode.center, count, mean, var)
-        last = first + n_reduced
-        write_rstds(count[first:last], var[first:last], mode.eps, rstd)
+        write_rstds(
+            flat_slice(count, first, n_reduced), flat_slice(var, first, n_reduced), mode.eps, rstd
+        )
         if n_reduced > 0:
             unit += 1
         n_written, first_written, k_written = n_reduced, first, k
@@ -181,16 +180,10 @@ def _add_four_vectors(rows, i, n, coef, weight, dweight, dbias, distance):
 @inline
 def _row_or_zeros(dy, x, mask, fused, forward, zeros, at, is_row, n):
     """Return n elements of a row that begins at ``at``, or of zeros if there is no such row."""
-    # Field by field: a writeable and a read-only array are of two types for Numba.
-    row = take_row(dy, x, mask, fused, at if is_row else 0, n)
-    return with_forward(
-        Row(
-            row.dy if is_row else flat_slice(zeros, 0, n),
-            row.x if is_row else flat_slice(zeros, 0, n),
-            row.mask, row.fused, None,
-        ),
-        forward,
-    )  # fmt: skip
+    row = take_row(zeros, zeros, mask, fused, 0, n)
+    if is_row:
+        row = take_row(dy, x, mask, fused, at, n)
+    return with_forward(row, forward)
 
 
 def _no_forward(fused, weight, bias, coef, d, n):
@@ -218,7 +211,7 @@ def _add_four_rows(rows, coef, weight, sums, dweight, dbias, distance):
     ``sums`` (4, 2) are those of g = dy * weight and of g * x_hat, accumulated in the type of the
     elements: each of the many lanes of a vector gets too few of them for float32 to lose digits.
     """
-    n = weight.shape[0]
+    n = weight.size
     n_vector = n // LANES * LANES
     args = coef, weight, dweight, dbias, distance
     g, g_hat = _add_four_vectors(rows, n_vector, n - n_vector, *args)
@@ -272,10 +265,10 @@ def backward_element_rows(
         q, b = task // n_blocks, task % n_blocks
         k0, first, last = q * run, b * block, min((b + 1) * block, n_samples)
         _write_rstds_of_runs(count, var, mode.eps, first, last, n_weights, k0, run, rstd)
-        (weights,) = _element_weights(weight, k0, run, length, repeated_weight)
+        weights = _element_weights(weight, k0, run, length, repeated_weight)
         biases = repeated_bias
         if fused is not None:
-            (biases,) = _element_weights(bias, k0, run, length, repeated_bias)
+            biases = _element_weights(bias, k0, run, length, repeated_bias)
         clear(gradients)
         # Four rows at a time stay in a cache until dx is written, and ELEMENTS of each in the first
         # cache for all sums. The sums come before dx, which may be dy.

@@ -49,7 +49,7 @@ def unshift(n, shift, s1, s2):
 @inline
 def unshift_all(n, mean, m2, rest):
     """Replace shift, s2 and s1 in mean, m2 and rest (P,) by what unshift makes of them."""
-    for i in range(n.shape[0]):
+    for i in range(n.size):
         mean[i], m2[i], rest[i] = unshift(n[i], mean[i], rest[i], m2[i])
 
 
@@ -90,14 +90,14 @@ def write_statistics(g, n, mu, m2, center, count, mean, var):
 @inline
 def write_all_statistics(n, mu, m2, center, count, mean, var):
     """Write the statistics of groups (G,), see write_statistics."""
-    for g in range(n.shape[0]):
+    for g in range(n.size):
         write_statistics(g, n[g], mu[g], m2[g], center, count, mean, var)
 
 
 @inline_contract
 def invert_roots(var, eps, rstd):
     """Write 1 / sqrt(var + eps) to rstd (n,), and 0 where it was 0 or var + eps is 0."""
-    for i in range(var.shape[0]):
+    for i in range(var.size):
         v = var[i] + eps
         rstd[i] = 0.0 if (rstd[i] == 0.0) | (v == 0.0) else 1.0 / np.sqrt(v)
 
@@ -105,7 +105,7 @@ def invert_roots(var, eps, rstd):
 @inline
 def write_rstds(count, var, eps, rstd):
     """Write 1 / sqrt(var + eps), or 0 for an empty group or where var + eps is 0, to rstd."""
-    for i in range(len(count)):
+    for i in range(count.size):
         rstd[i] = count[i]
     invert_roots(var, eps, rstd)
 
@@ -228,8 +228,8 @@ def group_coefficients(count, mean, rstd, g0, g1, center, r, m, b, c):
     g0 and g1 are the groups' sums of dy * weight and of dy * weight * (x - mean).
     """
     # b = -rstd**2 * g1 / n; c = b * (m - mean) - g0 / n
-    for g in range(0, len(count), LANES):
-        n_valid = min(LANES, len(count) - g)
+    for g in range(0, count.size, LANES):
+        n_valid = min(LANES, count.size - g)
         n, mu, scale = (
             not_below_one(load(count, g, n_valid)),
             load(mean, g, n_valid),
@@ -250,7 +250,7 @@ def group_coefficients(count, mean, rstd, g0, g1, center, r, m, b, c):
 def column_coefficients(mean, rstd, m, r, t):
     """Write what round_coefficients returns for each of n columns to m, r, t (n,)."""
     # r = rstd; t = (m - mean) * rstd
-    for c in range(mean.shape[0]):
+    for c in range(mean.size):
         m[c] = mean[c]
         r[c] = rstd[c]
         t[c] = (np.float64(m[c]) - mean[c]) * rstd[c]

@@ -129,10 +129,12 @@ def group_rows(
             reduced = _next_block(first, end, x.shape, size)
         for g in range(reduced.n):
             n[g], s0[g], s1[g] = 0.0, 0.0, 0.0
-        last = first + reduced.n
-        counts, means = count[first:last], mean[first:last]
+        counts, means, variances = (
+            flat_slice(count, first, reduced.n), flat_slice(mean, first, reduced.n),
+            flat_slice(var, first, reduced.n),
+        )  # fmt: skip
         if dy is not None and fused is not None:
-            write_rstds(counts, var[first:last], mode.eps, next_rstd)
+            write_rstds(counts, variances, mode.eps, next_rstd)
         n_runs, n_in_run = written.n_runs, written.n_in_run
         if dy is not None or use_batch_stats:
             n_runs, n_in_run = max(reduced.n_runs, n_runs), max(reduced.n_in_run, n_in_run)
@@ -203,11 +205,11 @@ def group_rows(
                 for g in range(reduced.n):
                     moments = n[g], center[g], s1[g]
                     write_statistics(first + g, *moments, mode.center, count, mean, var)
-            write_rstds(counts, var[first:last], mode.eps, rstd)
+            write_rstds(counts, variances, mode.eps, rstd)
         else:
-            write_rstds(counts, var[first:last], mode.eps, rstd)
+            write_rstds(counts, variances, mode.eps, rstd)
             group_coefficients(counts, means, rstd, s0, s1, mode.center, r, m, b, c)
-        written, first_written, first = reduced, first, last
+        written, first_written, first = reduced, first, first + reduced.n
     if streamed:
         fence()
     release((scratch, rounded))

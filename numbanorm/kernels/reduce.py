@@ -283,7 +283,7 @@ def add_to_columns(dy, x, mask, fused, forward, weight, a, lo, hi, c0, c1, cente
 @inline_contract
 def _add_counts(a, b, c, d, n):
     """Add four rows of a mask (n,) to n (n,)."""
-    for i in range(n.shape[0]):
+    for i in range(n.size):
         n[i] += (np.int32(a[i]) + b[i]) + (np.int32(c[i]) + d[i])
 
 
@@ -293,7 +293,7 @@ def count_columns(mask, at, step, n_rows, n):
 
     Rows of ``mask``, all of it, begin at ``at``, ``step`` apart.
     """
-    width = n.shape[0]
+    width = n.size
     for _ in range(n_rows // ROWS):
         _add_counts(
             flat_slice(mask, at, width), flat_slice(mask, at + step, width),
@@ -330,11 +330,11 @@ def first_of_columns(x, mask, at, step, n_rows, shift, has_shift):
     # The first rows as rows; the few columns that are left one by one.
     n_first = min(ROWS, n_rows)
     for i in range(n_first):
-        for c in range(shift.shape[0]):
+        for c in range(shift.size):
             counts, value = mask[at + i * step + c], read_one(x, at + i * step + c)
             shift[c] = value if counts > has_shift[c] else shift[c]
             has_shift[c] |= counts
-    for c in range(shift.shape[0]):
+    for c in range(shift.size):
         for i in range(n_first, n_rows):
             if has_shift[c]:
                 break

@@ -10,7 +10,7 @@ from numbanorm.tuning import LANES
 def copy_values(values, target):
     """Write n values to the first n elements of target."""
     # Not ``target[:n] = values``, which takes seconds to compile: it has an error to format.
-    for i in range(values.shape[0]):
+    for i in range(values.size):
         target[i] = values[i]
 
 
@@ -18,7 +18,7 @@ def copy_values(values, target):
 def clear(rows):
     """Write 0 to rows."""
     elements = flat_slice(rows, 0, rows.size)
-    for i in range(elements.shape[0]):
+    for i in range(elements.size):
         elements[i] = 0
 
 
@@ -36,14 +36,14 @@ def repeat_columns(row, n):
     Where several rows of x are folded into one there are more columns than C, and a row of
     coefficients is longer than a row of x, see outputs.periodic_size.
     """
-    for c in range(n, row.shape[0]):
+    for c in range(n, row.size):
         row[c] = row[c - n]
 
 
 @called
 def add_folds(sums, n):
     """Add the repeats of n columns to the first n of a row: the adjoint of repeat_columns."""
-    for at in range(n, sums.shape[0], max(n, 1)):
+    for at in range(n, sums.size, max(n, 1)):
         for c in range(n):
             sums[c] += sums[at + c]
 
@@ -51,7 +51,7 @@ def add_folds(sums, n):
 @inline
 def copy_columns(values, c0, c1, row):
     """Copy columns c0 to c1 of values (C,) to a row (c1 - c0 or more,); see repeat_columns."""
-    n = min(values.shape[0], c1 - c0)
+    n = min(values.size, c1 - c0)
     copy_values(flat_slice(values, c0, n), flat_slice(row, 0, n))
     repeat_columns(row, n)
 
@@ -72,7 +72,7 @@ def spread(values, span, row):
     if span == 1:
         copy_values(values, row)
     else:
-        for i in range(values.shape[0]):
+        for i in range(values.size):
             value = splat(values[i])
             for j in range(0, span, LANES):
                 store(value, row, i * span + j, min(span - j, LANES))
@@ -81,7 +81,7 @@ def spread(values, span, row):
 @inline
 def _sum_values(values):
     """Return the sum of values (n,)."""
-    n = values.shape[0]
+    n = values.size
     n_vector = n // LANES * LANES
     sums = load(values, n_vector, n - n_vector)
     for i in range(0, n_vector, LANES):
@@ -92,18 +92,18 @@ def _sum_values(values):
 @called
 def add_up(values, totals):
     """Write the sums of n / m values (n,) next to each other to totals (m,)."""
-    span = values.shape[0] // max(totals.shape[0], 1)
+    span = values.size // max(totals.size, 1)
     if span == 1:
         copy_values(values, totals)
     else:
-        for i in range(totals.shape[0]):
+        for i in range(totals.size):
             totals[i] = _sum_values(flat_slice(values, i * span, span))
 
 
 @called
 def take_features(values, feature, row):
     """Write values[feature] (n,) to a row."""
-    n, is_run = feature.shape[0], True
+    n, is_run = feature.size, True
     for i in range(n):
         is_run &= feature[i] == feature[0] + i
     if is_run and n > 0:

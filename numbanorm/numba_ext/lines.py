@@ -15,8 +15,8 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from numbanorm.numba_ext.private import declare, unpack
-from numbanorm.numba_ext.views import address_of, field, is_none, make_view, size_of
+from numbanorm.numba_ext.private import declare, pack, unpack
+from numbanorm.numba_ext.views import View, address_of, field, is_none, make_view, size_of
 from numbanorm.tuning import LANES
 
 # Bytes of a line.
@@ -38,11 +38,11 @@ def line_size(typing_context: Any, array: Any) -> Any:
 def allocate(typing_context: Any, n_rows: Any, n: Any, dtype: Any) -> Any:
     """Return memory until it is released: rows, (n_rows, n or some more), or (n,) if that is None.
 
-    They begin where lines do. ``parent``, the Python object of other arrays, is what to release.
+    They begin where lines do; before them is the address of what to release.
     """
     element = dtype.dtype
     one_row = is_none(n_rows)
-    rows = types.Array(element, 1 if one_row else 2, "C")
+    rows = View(element) if one_row else types.Array(element, 2, "C")
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         n_rows, n, _ = args
@@ -54,24 +54,30 @@ def allocate(typing_context: Any, n_rows: Any, n: Any, dtype: Any) -> Any:
         in_line = LINE // size
         n_lines = builder.udiv(builder.add(n, number(in_line - 1)), number(in_line))
         n_all = n_lines if one_row else builder.mul(n_rows, n_lines)
-        # A line more, as malloc's memory may begin anywhere in one.
+        # A line more, as malloc's memory may begin anywhere in one, at a multiple of its addresses.
         n_bytes = builder.mul(builder.add(n_all, number(1)), number(LINE))
         byte = ir.IntType(8).as_pointer()
         owner = builder.call(declare(builder, "PyMem_RawMalloc", byte, n.type), [n_bytes])
         missing = builder.icmp_unsigned("==", owner, ir.Constant(byte, None))
         with builder.if_then(missing, likely=False):
             context.call_conv.return_user_exc(builder, MemoryError, ("no memory for a kernel",))
-        first = builder.add(builder.ptrtoint(owner, n.type), number(LINE - 1))
+        first = builder.add(builder.ptrtoint(owner, n.type), number(LINE))
         pointer = context.get_data_type(element).as_pointer()
         data = builder.inttoptr(builder.and_(first, number(-LINE)), pointer)
-        shape, strides = [n], [number(size)]
-        if not one_row:
-            width = builder.mul(n_lines, number(in_line))
-            shape, strides = [n_rows, width], [builder.mul(width, number(size)), number(size)]
-        view = make_view(context, builder, rows, data, shape, strides, number(size))
-        return context.data_model_manager[rows].set(builder, view, owner, "parent")
+        builder.store(owner, _place_of_owner(builder, data))
+        if one_row:
+            return pack(builder, [data, n], context.get_value_type(rows))
+        width = builder.mul(n_lines, number(in_line))
+        strides = [builder.mul(width, number(size)), number(size)]
+        return make_view(context, builder, rows, data, [n_rows, width], strides, number(size))
 
     return rows(types.none if one_row else types.intp, types.intp, dtype), generate
+
+
+def _place_of_owner(builder: Any, data: Any) -> Any:
+    """Return where the address is that malloc returned: before what is in use."""
+    owner = ir.IntType(8).as_pointer()
+    return builder.gep(builder.bitcast(data, owner.as_pointer()), [ir.IntType(64)(-1)])
 
 
 @intrinsic
@@ -83,7 +89,8 @@ def release(typing_context: Any, arrays: Any) -> Any:
         function = declare(builder, "PyMem_RawFree", ir.VoidType(), byte)
         values = unpack(builder, args[0], len(arrays))
         for array_type, array in zip(arrays, values, strict=True):
-            builder.call(function, [field(context, builder, array_type, array, "parent")])
+            data = field(context, builder, array_type, array, "data")
+            builder.call(function, [builder.load(_place_of_owner(builder, data))])
         return context.get_dummy_value()
 
     return types.none(arrays), generate

@@ -22,7 +22,7 @@ from numba.extending import intrinsic, lower_builtin, models, register_model, ty
 
 from numbanorm.numba_ext.lines import LINE
 from numbanorm.numba_ext.private import declare
-from numbanorm.numba_ext.views import address_of, is_none, no_value, size_of
+from numbanorm.numba_ext.views import View, address_of, is_none, no_value, size_of
 from numbanorm.tuning import LANES
 
 FLOATS = types.float32, types.float64
@@ -354,7 +354,7 @@ def store(typing_context: Any, vector: Any, array: Any, i: Any, n: Any) -> Any:
 @intrinsic
 def prefetch(typing_context: Any, array: Any, i: Any) -> Any:
     """Prefetch a vector at array[i], which may be outside; without an array do nothing."""
-    if not isinstance(array, types.Array):
+    if not isinstance(array, (types.Array, View)):
         return types.void(array, i), no_value
 
     # The hardware's own prefetcher is at times too late where rows are wide or arrays several: that

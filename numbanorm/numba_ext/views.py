@@ -1,16 +1,79 @@
-"""Views: parts of an array, as arrays that kernels make without a call.
+"""Views: parts of arrays, which kernels make without a call. Nothing is checked.
 
-Nothing is checked, and they have no owner: Numba counts no references in kernels.
+One row of an array is a ``View``: an address and a size. A function takes several of them, and each
+of the seven fields of Numba's arrays takes its share of the time to compile. Views of more axes are
+arrays without an owner: Numba counts no references in kernels.
 """
 
+import operator
 from typing import Any
 
 import numba
 from llvmlite import ir
 from numba import types
-from numba.extending import intrinsic
+from numba.extending import (
+    intrinsic,
+    lower_builtin,
+    make_attribute_wrapper,
+    models,
+    register_model,
+    type_callable,
+)
 
 from numbanorm.numba_ext.private import pack, unpack
+
+
+class View(types.Type):
+    """Elements next to each other in memory: ``size`` of them, which are read and written."""
+
+    def __init__(self, dtype: Any) -> None:
+        self.dtype = dtype
+        super().__init__(f"View({dtype})")
+
+
+@register_model(View)
+class _ViewModel(models.StructModel):
+    def __init__(self, data_model_manager: Any, view: Any) -> None:
+        members = [("data", types.CPointer(view.dtype)), ("size", types.intp)]
+        super().__init__(data_model_manager, view, members)
+
+
+make_attribute_wrapper(View, "size", "size")
+
+
+@type_callable(operator.getitem)
+def _type_of_item(context: Any) -> Any:
+    def find(view: Any, i: Any) -> Any:
+        return view.dtype if isinstance(view, View) and isinstance(i, types.Integer) else None
+
+    return find
+
+
+@lower_builtin(operator.getitem, View, types.Integer)
+def _get_item(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+    view, i = signature.args
+    index = context.cast(builder, args[1], i, types.intp)
+    return context.unpack_value(
+        builder, view.dtype, address_of(context, builder, view, args[0], index)
+    )
+
+
+@type_callable(operator.setitem)
+def _type_of_set_item(context: Any) -> Any:
+    def find(view: Any, i: Any, value: Any) -> Any:
+        return types.none if isinstance(view, View) and isinstance(i, types.Integer) else None
+
+    return find
+
+
+@lower_builtin(operator.setitem, View, types.Integer, types.Any)
+def _set_item(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+    view, i, value = signature.args
+    index = context.cast(builder, args[1], i, types.intp)
+    item = context.cast(builder, args[2], value, view.dtype)
+    context.pack_value(
+        builder, view.dtype, item, address_of(context, builder, view, args[0], index)
+    )
 
 
 def field(context: Any, builder: Any, array_type: Any, array: Any, name: str) -> Any:
@@ -61,21 +124,17 @@ def make_view(
 
 @intrinsic
 def flat_slice(typing_context: Any, array: Any, i: Any, n: Any) -> Any:
-    """Return n elements of an array from the i-th in memory on, (n,); None of None.
-
-    Numba's own slices take long to compile.
-    """
+    """Return n elements of an array from the i-th in memory on, a view; None of None."""
     if is_none(array):
         return types.none(array, i, n), no_value
-    view_type = types.Array(array.dtype, 1, "C", readonly=not array.mutable)
+    view = View(array.dtype)
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         array_value, i, n = args
-        itemsize = field(context, builder, array, array_value, "itemsize")
         first = address_of(context, builder, array, array_value, i)
-        return make_view(context, builder, view_type, first, [n], [itemsize], itemsize)
+        return pack(builder, [first, n], context.get_value_type(view))
 
-    return view_type(array, types.intp, types.intp), generate
+    return view(array, types.intp, types.intp), generate
 
 
 @intrinsic(prefer_literal=True)
@@ -92,7 +151,11 @@ def unstack(typing_context: Any, array: Any, n: Any) -> Any:
             return context.make_tuple(builder, signature.return_type, [args[0]] * n_arrays)
 
         return types.UniTuple(array, n_arrays)(array, n), generate_nothing
-    view_type = types.Array(array.dtype, array.ndim - 1, "C", readonly=not array.mutable)
+    is_row = array.ndim == 2
+    view_type = (
+        View(array.dtype) if is_row
+        else types.Array(array.dtype, array.ndim - 1, "C", readonly=not array.mutable)
+    )  # fmt: skip
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         data, itemsize, shape, strides = (
@@ -107,9 +170,10 @@ def unstack(typing_context: Any, array: Any, n: Any) -> Any:
             place = builder.gep(first, [builder.mul(step, step.type(k))])
             places.append(builder.bitcast(place, data.type))
         arrays = [
-            make_view(context, builder, view_type, place, shape, strides, itemsize)
+            pack(builder, [place, shape[0]], context.get_value_type(view_type)) if is_row
+            else make_view(context, builder, view_type, place, shape, strides, itemsize)
             for place in places
-        ]
+        ]  # fmt: skip
         return context.make_tuple(builder, signature.return_type, arrays)
 
     return types.UniTuple(view_type, n_arrays)(array, n), generate
