@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from numbanorm.numba_ext.halves import decode, encode
-from numbanorm.numba_ext.jit import by_type, if_none, inline
+from numbanorm.numba_ext.jit import by_type, inline
 from numbanorm.numba_ext.lines import line_size, stream, to_next_line
-from numbanorm.numba_ext.vectors import load, prefetch, store, widen
-from numbanorm.numba_ext.views import flat_slice
+from numbanorm.numba_ext.vectors import load, prefetch, store
+from numbanorm.numba_ext.views import flat_slice, member
 from numbanorm.tuning import LANES
 
 # The arithmetic type of what is stored: float16 as int16, bfloat16 as uint16.
@@ -31,98 +31,44 @@ def arithmetic(array):
     return lambda array: dtype
 
 
-class Fused(NamedTuple):
-    """What follows a norm in the same pass: y = activation(norm(x) + residual).
-
-    ``activation`` is a plain tuple, see activations.Activation. Where there is no residual, its
-    array and that of its gradient are others, which are left alone; the gradient's is None in
-    forward. ``aligned`` says whether that begins in a line where dx does.
-    """
-
-    activation: Any
-    has_residual: Any
-    residual: Any
-    dresidual: Any
-    aligned: Any
+# What follows a norm in the same pass, y = activation(norm(x) + residual), is a plain tuple:
+# activations.Activation, whether there is a residual, that, its gradient, and whether the gradient
+# begins in a line where dx does. Where there is no residual, both arrays are others, which are left
+# alone; the gradient is None in forward.
 
 
 class Row(NamedTuple):
     """Elements next to each other: dy, x and mask (n,), of which dy and mask may be None.
 
-    ``fused`` is None, or has a residual (n,), and ``forward`` in backward the coefficients of
-    forward then.
+    ``fused`` is what is above, or None, and ``residual`` and ``dresidual`` (n,) are of it.
+    ``forward`` are the coefficients of forward, which backward needs then.
     """
 
     dy: Any
     x: Any
     mask: Any
     fused: Any
+    residual: Any
+    dresidual: Any
     forward: Any
 
 
-def _nothing(fused, at, n):
-    return None
-
-
-def _fused_row(fused, at, n):
-    activation, has_residual, residual, dresidual, aligned = fused
-    return Fused(
-        activation, has_residual, flat_slice(residual, at, n), flat_slice(dresidual, at, n),
-        aligned,
-    )  # fmt: skip
-
-
-_slice_fused = if_none(_nothing, _fused_row)
-
-
 @inline
-def take_row(dy, x, mask, fused, at, n):
+def take_row(dy, x, mask, fused, forward, at, n):
     """Return the row of n elements that begins at element ``at`` in memory."""
     return Row(
-        flat_slice(dy, at, n), flat_slice(x, at, n), flat_slice(mask, at, n),
-        _slice_fused(fused, at, n), None,
+        flat_slice(dy, at, n), flat_slice(x, at, n), flat_slice(mask, at, n), fused,
+        flat_slice(member(fused, 2), at, n), flat_slice(member(fused, 3), at, n), forward,
     )  # fmt: skip
-
-
-def _same_row(fused, row, coef):
-    return row
-
-
-def _row_with_forward(fused, row, coef):
-    return Row(row.dy, row.x, row.mask, row.fused, coef)
-
-
-_with_forward = if_none(_same_row, _row_with_forward)
-
-
-@inline
-def with_forward(row, coef):
-    """Return a row with the coefficients of forward, if they are needed."""
-    return _with_forward(row.fused, row, coef)
 
 
 @inline
 def read(array, i, n):
-    """Return a vector of an array from i on; if n is not None, its first n elements and zeros."""
+    """Return a vector of an array from i on; if n is not None, its first n elements and zeros.
+
+    Of None it is None.
+    """
     return decode(load(array, i, n))
-
-
-@inline
-def read_x(row, i, n):
-    """Return x from i on, see read."""
-    return decode(load(row.x, i, n))
-
-
-@inline
-def read_mask(row, i, n):
-    """Return the mask from i on, or None if there is none; see read."""
-    return load(row.mask, i, n)
-
-
-@inline
-def read_wide(row, i, n):
-    """Return x from i on in float64, see read."""
-    return widen(read_x(row, i, n))
 
 
 @inline
@@ -140,24 +86,13 @@ def first_value(x, mask):
     return 0.0
 
 
-def _prefetch_nothing(fused, i):
-    pass
-
-
-def _prefetch_fused(fused, i):
-    prefetch(fused.residual, i)
-
-
-_prefetch_residual = if_none(_prefetch_nothing, _prefetch_fused)
-
-
 @inline
 def prefetch_row(row, i):
     """Prefetch a vector of a row from i on, which may be outside of it."""
     prefetch(row.dy, i)
     prefetch(row.x, i)
     prefetch(row.mask, i)
-    _prefetch_residual(row.fused, i)
+    prefetch(row.residual, i)
 
 
 @inline

@@ -32,13 +32,12 @@ def merge(parts, merged):
     """Merge an axis of count, mean, m2, rest: (4, A, K, B) -> (4, A, B), which start at 0."""
     n, mean, m2, rest = unstack(merged, 4)
     part_n, part_mean, part_m2, part_rest = unstack(parts, 4)
-    for a in range(parts.shape[1]):
-        for k in range(parts.shape[2]):
-            for b in range(parts.shape[3]):
-                n[a, b], mean[a, b], m2[a, b], rest[a, b] = merge_pair(
-                    n[a, b], mean[a, b], m2[a, b], rest[a, b],
-                    part_n[a, k, b], part_mean[a, k, b], part_m2[a, k, b], part_rest[a, k, b],
-                )  # fmt: skip
+    _, _, n_parts, n_columns = parts.shape
+    for p in range(part_n.size):
+        i = p // (n_parts * n_columns) * n_columns + p % n_columns
+        n[i], mean[i], m2[i], rest[i] = merge_pair(
+            n[i], mean[i], m2[i], rest[i], part_n[p], part_mean[p], part_m2[p], part_rest[p]
+        )
 
 
 @inline

@@ -6,11 +6,10 @@ from numbanorm.kernels.access import (
     Row,
     arithmetic,
     elements_to_line,
+    read,
     read_one,
-    read_x,
     take_row,
     vectors_end,
-    with_forward,
     write,
 )
 from numbanorm.kernels.formulas import (
@@ -18,14 +17,15 @@ from numbanorm.kernels.formulas import (
     ElementGradient,
     column_coefficients,
     invert_roots,
-    scale_shift,
+    make_dx,
     unshift,
     write_rstds,
     write_statistics,
+    x_hat,
 )
 from numbanorm.kernels.fused import make_y, read_dy, write_dresidual
 from numbanorm.kernels.modes import ColumnTiles, Mode
-from numbanorm.kernels.outputs import make_dx, write_row
+from numbanorm.kernels.outputs import write_row
 from numbanorm.kernels.reduce import ColumnAffine, add_to_columns, add_to_vector
 from numbanorm.kernels.scratch import three_rows
 from numbanorm.numba_ext.jit import if_none, inline, kernel
@@ -100,49 +100,44 @@ def _add_tail(dy, x, fused, forward, weight, a, c0, c1, center, s0, s1):
         )  # fmt: skip
 
 
-def _no_columns(forward, c, n):
-    return None
+_columns_from = if_none(
+    lambda forward, c, n: None,
+    lambda forward, c, n: ColumnAffine(
+        forward.weight, forward.bias,
+        flat_slice(forward.m, c, n), flat_slice(forward.rstd, c, n), flat_slice(forward.t, c, n),
+    ),
+)  # fmt: skip
 
 
-def _some_columns(forward, c, n):
-    weight, bias, m, r, t = forward
-    return ColumnAffine(weight, bias, flat_slice(m, c, n), flat_slice(r, c, n), flat_slice(t, c, n))
-
-
-_columns_from = if_none(_no_columns, _some_columns)
-
-
-def _no_forward(fused, parameters, mean, var, eps, rows):
-    return None
-
-
-def _forward(fused, parameters, mean, var, eps, rows):
+@inline
+def _forward_coefficients(fused, parameters, mean, var, eps, rows):
+    """Return ColumnAffine of forward, in rows that are written if they are needed."""
     (weight, bias), (m, r, t) = unstack(parameters, 2), three_rows(rows, mean.size)
-    rstd = allocate(None, mean.size, np.float64)
-    for c in range(mean.size):
-        rstd[c] = 1.0
-    invert_roots(var, eps, rstd)
-    column_coefficients(mean, rstd, m, r, t)
-    release((rstd,))
+    if fused is not None:
+        rstd = allocate(None, mean.size, np.float64)
+        for c in range(mean.size):
+            rstd[c] = 1.0  # there is no empty group without a mask
+        invert_roots(var, eps, rstd)
+        column_coefficients(mean, rstd, m, r, t)
+        release((rstd,))
     return ColumnAffine(weight, bias, m, r, t)
 
 
-# Rows of coefficients of forward; there is no empty group without a mask.
-_forward_coefficients = if_none(_no_forward, _forward)
-
-
 def _write_y(totals, row, i, n, coef, target):
-    write(False, make_y(row, i, n, coef, i), target, i, n)
+    write(False, make_y(row.fused, row, i, n, coef, i), target, i, n)
     return totals
 
 
 def _write_dx(totals, row, i, n, coef, target):
-    dy, x = read_dy(row, i, n, i), read_x(row, i, n)
-    x_hat = scale_shift(x, load(coef.m, i, n), load(coef.rstd, i, n), load(coef.t, i, n))
-    totals = totals[0] + dy * x_hat, totals[1] + dy
+    dy, x, values = (
+        read_dy(row.fused, row.forward, row, i, n, i),
+        read(row.x, i, n),
+        load(coef, i, n),
+    )
+    totals = totals[0] + dy * x_hat(x, values.m, values.rstd, values.t), totals[1] + dy
     # After dy was read: dx may be that.
-    write(False, make_dx(dy, row, i, n, coef, i), target, i, n)
-    write_dresidual(False, row, dy, i, n)
+    write(False, make_dx(values, dy, x, read(row.mask, i, n)), target, i, n)
+    write_dresidual(row.fused, False, row, dy, i, n)
     return totals
 
 
@@ -209,7 +204,7 @@ def forward_element_columns(threads, x, fused, parameters, mode, tiles, streamed
     sums, rstd = allocate(3, size, np.float64), allocate(None, size, np.float64)
     rows, buffer = allocate(3, size, arithmetic(x)), allocate(None, size, arithmetic(x))
     xs, ys, is_reduced = flat_slice(x, 0, x.size), flat_slice(y, 0, y.size), False
-    data = take_row(None, x, None, None, 0, x.size)
+    data = take_row(None, x, None, None, None, 0, x.size)
     for unit in range(begin, end):
         a, c0, c1 = _block(unit, early, n_columns, width)
         n, first, place = c1 - c0, a * n_columns + c0, a * length * n_columns + c0
@@ -233,13 +228,11 @@ def forward_element_columns(threads, x, fused, parameters, mode, tiles, streamed
         s1, s2, shift = three_rows(sums, n_next)
         _begin_columns(xs, next_at, length, shift, s1, s2)
         for i in range(length):
-            coef, row = (
-                ElementAffine(weight[i], bias[i], m, r, t),
-                take_row(None, x, None, fused, place, n),
-            )
+            coef = ElementAffine(weight[i], bias[i], m, r, t)
+            row = take_row(None, x, None, fused, None, place, n)
             if not streamed:
                 # The block is in a cache since it was reduced.
-                upcoming = take_row(None, x, None, fused, place, 0)
+                upcoming = take_row(None, x, None, fused, None, place, 0)
                 write_row(streamed, row, n, coef, ys, place, upcoming)
             else:
                 _reduce_while_writing(
@@ -267,7 +260,7 @@ def backward_element_columns(
     """
     mode, tiles = Mode(*mode), ColumnTiles(*tiles)
     n_outer, length, n_columns = x.shape
-    n_tasks, width, affine = dparameters.shape[1], tiles.width, dparameters.shape[2] > 0
+    n_tasks, width, has_weights = dparameters.shape[1], tiles.width, dparameters.shape[2] > 0
     # Blocks do not end where lines do: a row's sums depend on them, and must not on dx's address.
     n_units = n_outer * ((n_columns + width - 1) // width)
     task, last_task = thread_range(threads, n_tasks)
@@ -282,8 +275,7 @@ def backward_element_columns(
         counts[c] = mode.use_batch_stats
     m, r, t, g0, g1 = unstack(rows, 5)
     dxs, is_reduced, zero = flat_slice(dx, 0, dx.size), False, arithmetic(x)(0.0)
-    data = take_row(dy, x, None, fused, 0, x.size)
-    forward_rows = allocate(0 if fused is None else 3, width, arithmetic(x))
+    forward_rows = allocate(3, width, arithmetic(x))
     for unit in range(begin, end):
         while (task + 1) * n_units // n_tasks <= unit:
             task += 1
@@ -313,11 +305,11 @@ def backward_element_columns(
         forward = _forward_coefficients(
             fused, parameters, means, flat_slice(var, next_group, n_next), mode.eps, forward_rows
         )
-        next_data = with_forward(data, forward)
+        next_data = take_row(dy, x, None, fused, forward, 0, x.size)
         for i in range(length):
-            row = take_row(dy, x, None, fused, place, n)
-            row = Row(row.dy, row.x, flat_slice(counts, 0, n), row.fused, None)
-            row = with_forward(row, ElementAffine(weight[i], bias[i], m, r, t))
+            affine = ElementAffine(weight[i], bias[i], m, r, t)
+            row, counted = take_row(dy, x, None, fused, None, place, n), flat_slice(counts, 0, n)
+            row = Row(row.dy, row.x, counted, row.fused, row.residual, row.dresidual, affine)
             coef, totals = ElementGradient(weight[i], m, r, t, g0, g1), (splat(zero), splat(zero))
             if not streamed:
                 target = flat_slice(dx, place, n)
@@ -328,9 +320,9 @@ def backward_element_columns(
                     totals, row, n, coef, buffer,
                 )  # fmt: skip
                 _stream_row(buffer, n, dxs, place, ROWS * n_columns)
-            if affine:
-                dweight[task, i] += total(totals[0])
-                dbias[task, i] += total(totals[1])
+            if has_weights:
+                dweight[task * length + i] += total(totals[0])
+                dbias[task * length + i] += total(totals[1])
             place += n_columns
         if is_reduced:
             _add_tail(dy, x, fused, forward, weight, a, c0, c1, means, s0, s1)

@@ -6,7 +6,7 @@ core's own cache they are read twice, and weights, and their gradients, may be a
 
 import numpy as np
 
-from numbanorm.kernels.access import arithmetic, prefetch_row, take_row, with_forward
+from numbanorm.kernels.access import arithmetic, prefetch_row, take_row
 from numbanorm.kernels.element_rows import terms
 from numbanorm.kernels.formulas import (
     ElementAffine,
@@ -33,27 +33,26 @@ def _next_part(i, n_rows, length, part):
 
 
 @inline
-def _add_vector(row, i, n, coef, weight, dweight, dbias):
+def _add_vector(row, i, n, dweight, dbias):
     """Add dy * x_hat and dy to dweight and dbias from i on; see access.read about n.
 
     Return vectors of g = dy * weight, and of g * x_hat.
     """
-    dy, product = terms(row, i, n, coef)
+    dy, product = terms(row, i, n)
     store(load(dweight, i, n) + widen(product), dweight, i, n)
     store(load(dbias, i, n) + widen(dy), dbias, i, n)
-    w = load(weight, i, n)
+    w = load(row.forward.weight, i, n)
     return dy * w, product * w
 
 
 @inline
-def _add_part(row, n, coef, weight, dweight, dbias, upcoming):
+def _add_part(row, n, dweight, dbias, upcoming):
     """Add what backward sums up over n elements of a row; return the sums of g and g * x_hat."""
     n_vector = n // LANES * LANES
-    args = coef, weight, dweight, dbias
-    g, g_hat = _add_vector(row, n_vector, n - n_vector, *args)
+    g, g_hat = _add_vector(row, n_vector, n - n_vector, dweight, dbias)
     for i in range(0, n_vector, LANES):
         prefetch_row(upcoming, i)
-        next_g, next_g_hat = _add_vector(row, i, None, *args)
+        next_g, next_g_hat = _add_vector(row, i, None, dweight, dbias)
         g, g_hat = g + next_g, g_hat + next_g_hat
     return total(g), total(g_hat)
 
@@ -80,14 +79,12 @@ def reduce_element_parts(
         clear(gradients)
         for i in range(n_rows):
             at = i * length + lo
-            coef = round_coefficients(mean[i], rstd[i], 0.0, arithmetic(x))
-            row = with_forward(
-                take_row(dy, x, mask, fused, at, n), ElementAffine(part_weight, part_bias, *coef)
-            )
-            upcoming = take_row(dy, x, mask, fused, at + _next_part(i, n_rows, length, part), 0)
-            s0[i, task], s1[i, task] = _add_part(
-                row, n, coef, part_weight, dweight, dbias, upcoming
-            )
+            rounded = round_coefficients(mean[i], rstd[i], 0.0, arithmetic(x))
+            affine = ElementAffine(part_weight, part_bias, *rounded)
+            row = take_row(dy, x, mask, fused, affine, at, n)
+            next_at = at + _next_part(i, n_rows, length, part)
+            upcoming, to = take_row(dy, x, mask, fused, None, next_at, 0), i * sums.shape[2] + task
+            s0[to], s1[to] = _add_part(row, n, dweight, dbias, upcoming)
         if dparameters.shape[1] > 0:
             for k in range(2):
                 of_part = flat_slice(gradients, k * gradients.shape[1], n)
@@ -101,7 +98,6 @@ def _y_of_part(dy, streamed, mode, row, n, coef, c0, c1, y, at, upcoming):
 
 def _dx_of_part(dy, streamed, mode, row, n, coef, c0, c1, dx, at, upcoming):
     weight, _, m, r, t = coef
-    row = with_forward(row, coef)
     if mode.use_batch_stats:
         row_coef = ElementGradient(weight, m, r, t, c0, c1)
         write_row(streamed, row, n, row_coef, dx, at, upcoming)
@@ -136,12 +132,12 @@ def apply_element_parts(
             rounded = round_coefficients(mean[i], rstd[i], 0.0, arithmetic(x))
             n_all = max(count[i], 1.0)
             c0 = arithmetic(x)(s0[i] / n_all if mode.center else 0.0)
-            _write_part(
-                dy, streamed, mode, take_row(dy, x, mask, fused, at, n), n,
-                ElementAffine(part_weight, part_bias, *rounded), c0, arithmetic(x)(s1[i] / n_all),
-                out, at,
-                take_row(dy, x, mask, fused, at + _next_part(i, n_rows, length, part), 0),
-            )  # fmt: skip
+            affine = ElementAffine(part_weight, part_bias, *rounded)
+            row = take_row(dy, x, mask, fused, affine, at, n)
+            next_at = at + _next_part(i, n_rows, length, part)
+            upcoming = take_row(dy, x, mask, fused, None, next_at, 0)
+            c1 = arithmetic(x)(s1[i] / n_all)
+            _write_part(dy, streamed, mode, row, n, affine, c0, c1, out, at, upcoming)
         # While they are in a core's first cache.
         if kept.shape[0] > 0:
             copy_values(part_weight, flat_slice(kept, lo, n))

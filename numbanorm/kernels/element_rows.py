@@ -5,31 +5,24 @@ A row fits in a cache, so that its statistics and its output are one pass over m
 
 import numpy as np
 
-from numbanorm.kernels.access import (
-    arithmetic,
-    first_value,
-    read_mask,
-    read_x,
-    take_row,
-    with_forward,
-)
+from numbanorm.kernels.access import arithmetic, first_value, read, take_row
 from numbanorm.kernels.formulas import (
     ElementAffine,
     ElementGradient,
     ElementScale,
     enters_sums,
     round_coefficients,
-    scale_shift,
     unshift,
     write_rstds,
     write_statistics,
+    x_hat,
 )
 from numbanorm.kernels.fused import read_dy
 from numbanorm.kernels.modes import ElementTiles, Mode
 from numbanorm.kernels.outputs import write_row, write_row_called
 from numbanorm.kernels.pipeline import prefetch_distance, reduce_while_writing
 from numbanorm.kernels.scratch import add_up, clear, spread
-from numbanorm.numba_ext.jit import if_none, inline, kernel
+from numbanorm.numba_ext.jit import inline, kernel
 from numbanorm.numba_ext.launch import thread_range
 from numbanorm.numba_ext.lines import allocate, fence, release
 from numbanorm.numba_ext.vectors import is_finite, load, prefetch, splat, store, total, where, widen
@@ -44,13 +37,12 @@ def _repeated_size(parameters, n_rows, length):
 
 
 @inline
-def _element_weights(values, k, n_rows, length, repeated):
-    """Return one of ``values`` (G, D / span) for each element of rows from k on, (n_rows * D,).
+def _element_weights(values, n, k, n_rows, length, repeated):
+    """Return one of ``values`` (G, n = D / span) for each element of rows from k on, (n_rows * D,).
 
     Unless span is 1 they are written to ``repeated``, which is in a cache and begins where a line
     does: they are read for each sample.
     """
-    n = values.shape[1]
     weights = flat_slice(values, k * n, n_rows * n)
     if n < length:
         spread(weights, length // n, repeated)
@@ -72,7 +64,7 @@ def forward_element_rows(
     weights, before the next weights.
     """
     mode, tiles = Mode(*mode), ElementTiles(*tiles)
-    (n_rows, length), n_weights, block = x.shape, parameters.shape[1], tiles.block
+    (n_rows, length), (_, n_weights, n_values), block = x.shape, parameters.shape, tiles.block
     use_batch_stats = mode.use_batch_stats
     overlap = tiles.overlap and use_batch_stats
     n_units = (n_rows + block - 1) // block
@@ -97,8 +89,10 @@ def forward_element_rows(
         n_reduced = min(block, n_rows - first) if unit < end and (overlap or n_written == 0) else 0
         if n_written > 0 and k_loaded != k_written:
             k_loaded = k_written
-            weights = _element_weights(weight, k_loaded, n_loaded, length, repeated_weight)
-            biases = _element_weights(bias, k_loaded, n_loaded, length, repeated_bias)
+            weights = _element_weights(
+                weight, n_values, k_loaded, n_loaded, length, repeated_weight
+            )
+            biases = _element_weights(bias, n_values, k_loaded, n_loaded, length, repeated_bias)
         o = (first_written % n_weights - k_loaded) * length
         for j in range(max(n_reduced, n_written)):
             g, i = first + j, first_written + j
@@ -106,8 +100,8 @@ def forward_element_rows(
             n = length if j < n_written else 0
             # The upcoming row is prefetched also where nothing is reduced.
             at = g * length
-            next_row = take_row(None, x, mask, None, at, n_next)
-            upcoming = take_row(None, x, mask, fused, at + distance, 0)
+            next_row = take_row(None, x, mask, None, None, at, n_next)
+            upcoming = take_row(None, x, mask, fused, None, at + distance, 0)
             mu, scale = (mean[i], rstd[j]) if n > 0 else (0.0, 0.0)
             affine = flat_slice(weights, o, length), flat_slice(biases, o, length)
             coef = ElementAffine(*affine, *round_coefficients(mu, scale, 0.0, arithmetic(x)))
@@ -115,7 +109,8 @@ def forward_element_rows(
             shift = first_value(next_row.x, next_row.mask)
             n_next, s1, s2 = reduce_while_writing(
                 streamed, next_row, n_next, shift,
-                take_row(None, x, None, fused, i * length, n), n, coef, out, i * length, upcoming,
+                take_row(None, x, None, fused, None, i * length, n), n, coef, out, i * length,
+                upcoming,
             )  # fmt: skip
             if use_batch_stats and j < n_reduced:
                 mu, m2, _ = unshift(n_next, shift, s1, s2)
@@ -136,7 +131,8 @@ def forward_element_rows(
 
 
 @inline
-def _zero_where_masked(counts, x, dy, product, zero):
+def _entering(counts, x, dy, product, zero):
+    """Return dy and its product with x_hat where they enter the sums, else zero."""
     if counts is None:
         return dy, product
     enters = enters_sums(x, counts)
@@ -144,21 +140,25 @@ def _zero_where_masked(counts, x, dy, product, zero):
 
 
 @inline
-def terms(row, i, n, coef):
+def terms(row, i, n):
     """Return vectors of dy and dy * x_hat from i on, and 0 where they do not enter the sums.
 
-    ``coef`` (3,) is what round_coefficients returns; see access.read about n.
+    ``row.forward`` is ElementAffine; see access.read about n.
     """
-    dy, x, counts = read_dy(row, i, n, i), read_x(row, i, n), read_mask(row, i, n)
-    m, r, t = splat(coef[0]), splat(coef[1]), splat(coef[2])
-    x_hat = scale_shift(x, m, r, t)
-    zero = splat(arithmetic(row.x)(0.0))
+    dy, x, counts = (
+        read_dy(row.fused, row.forward, row, i, n, i),
+        read(row.x, i, n),
+        read(row.mask, i, n),
+    )
+    m, r, t = splat(row.forward.m), splat(row.forward.rstd), splat(row.forward.t)
+    normalized = x_hat(x, m, r, t)
     # x_hat may overflow where x is finite. A NaN that counts has to reach the sums.
-    return _zero_where_masked(counts, where(is_finite(r), x_hat, x), dy, dy * x_hat, zero)
+    finite = where(is_finite(r), normalized, x)
+    return _entering(counts, finite, dy, dy * normalized, splat(arithmetic(row.x)(0.0)))
 
 
 @inline
-def _add_four_vectors(rows, i, n, coef, weight, dweight, dbias, distance):
+def _add_four_vectors(rows, i, n, dweight, dbias, distance):
     """Add dy * x_hat and dy of four rows to dweight and dbias, from i on; see access.read about n.
 
     Return vectors of g = dy * weight, and of g * x_hat, of each row. Prefetch dy.
@@ -167,36 +167,31 @@ def _add_four_vectors(rows, i, n, coef, weight, dweight, dbias, distance):
     prefetch(rows[1].dy, i + distance)
     prefetch(rows[2].dy, i + distance)
     prefetch(rows[3].dy, i + distance)
-    a, a_hat = terms(rows[0], i, n, coef[0])
-    b, b_hat = terms(rows[1], i, n, coef[1])
-    c, c_hat = terms(rows[2], i, n, coef[2])
-    d, d_hat = terms(rows[3], i, n, coef[3])
+    a, a_hat = terms(rows[0], i, n)
+    b, b_hat = terms(rows[1], i, n)
+    c, c_hat = terms(rows[2], i, n)
+    d, d_hat = terms(rows[3], i, n)
     store(load(dweight, i, n) + widen((a_hat + b_hat) + (c_hat + d_hat)), dweight, i, n)
     store(load(dbias, i, n) + widen((a + b) + (c + d)), dbias, i, n)
-    w = load(weight, i, n)
+    w = load(rows[0].forward.weight, i, n)
     return (a * w, b * w, c * w, d * w), (a_hat * w, b_hat * w, c_hat * w, d_hat * w)
 
 
 @inline
 def _row_or_zeros(dy, x, mask, fused, forward, zeros, at, is_row, n):
     """Return n elements of a row that begins at ``at``, or of zeros if there is no such row."""
-    row = take_row(zeros, zeros, mask, fused, 0, n)
+    row = take_row(zeros, zeros, mask, fused, forward, 0, n)
     if is_row:
-        row = take_row(dy, x, mask, fused, at, n)
-    return with_forward(row, forward)
+        row = take_row(dy, x, mask, fused, forward, at, n)
+    return row
 
 
-def _no_forward(fused, weight, bias, coef, d, n):
-    return None
-
-
-def _forward(fused, weight, bias, coef, d, n):
+@inline
+def _affine(weight, bias, coef, j, d, n):
+    """Return ElementAffine of n elements from d on of a row with m, rstd and t in coef[j]."""
     return ElementAffine(
-        flat_slice(weight, d, n), flat_slice(bias, d, n), coef[0], coef[1], coef[2]
+        flat_slice(weight, d, n), flat_slice(bias, d, n), coef[j, 0], coef[j, 1], coef[j, 2]
     )
-
-
-_forward_coefficients = if_none(_no_forward, _forward)
 
 
 @inline
@@ -205,15 +200,14 @@ def _add_four(v, w):
 
 
 @inline
-def _add_four_rows(rows, coef, weight, sums, dweight, dbias, distance):
-    """Add what backward sums up over few elements (n,) of four rows.
+def _add_four_rows(rows, n, sums, dweight, dbias, distance):
+    """Add what backward sums up over few elements, n, of four rows.
 
     ``sums`` (4, 2) are those of g = dy * weight and of g * x_hat, accumulated in the type of the
     elements: each of the many lanes of a vector gets too few of them for float32 to lose digits.
     """
-    n = weight.size
     n_vector = n // LANES * LANES
-    args = coef, weight, dweight, dbias, distance
+    args = dweight, dbias, distance
     g, g_hat = _add_four_vectors(rows, n_vector, n - n_vector, *args)
     for i in range(0, n_vector, LANES):
         next_g, next_g_hat = _add_four_vectors(rows, i, None, *args)
@@ -248,9 +242,9 @@ def backward_element_rows(
     A task has ``tiles.run`` rows of each sample of a block; G is a multiple of it.
     """
     mode, tiles = Mode(*mode), ElementTiles(*tiles)
-    n_weights, length, run = parameters.shape[1], x.shape[1], tiles.run
+    (_, n_weights, n_values), length, run = parameters.shape, x.shape[1], tiles.run
     n_samples, n_blocks = x.shape[0] // n_weights, dparameters.shape[1]
-    block, affine = (n_samples + n_blocks - 1) // n_blocks, dparameters.shape[2] > 0
+    block, has_weights = (n_samples + n_blocks - 1) // n_blocks, dparameters.shape[2] > 0
     begin, end = thread_range(threads, n_weights // run * n_blocks)
     (weight, bias), (count, mean, var) = unstack(parameters, 2), unstack(group_stats, 3)
     rstd, sums = allocate(None, block * run, np.float64), allocate(4, 2, np.float64)
@@ -265,10 +259,10 @@ def backward_element_rows(
         q, b = task // n_blocks, task % n_blocks
         k0, first, last = q * run, b * block, min((b + 1) * block, n_samples)
         _write_rstds_of_runs(count, var, mode.eps, first, last, n_weights, k0, run, rstd)
-        weights = _element_weights(weight, k0, run, length, repeated_weight)
+        weights = _element_weights(weight, n_values, k0, run, length, repeated_weight)
         biases = repeated_bias
         if fused is not None:
-            biases = _element_weights(bias, k0, run, length, repeated_bias)
+            biases = _element_weights(bias, n_values, k0, run, length, repeated_bias)
         clear(gradients)
         # Four rows at a time stay in a cache until dx is written, and ELEMENTS of each in the first
         # cache for all sums. The sums come before dx, which may be dy.
@@ -290,11 +284,10 @@ def backward_element_rows(
                     coef[j, 0], coef[j, 1], coef[j, 2] = 0.0, 0.0, 0.0
                 for d in range(0, length, ELEMENTS):
                     n, at, next_at = min(ELEMENTS, length - d), row * length + d, n_weights * length
-                    affine_of = fused, row_weight, row_bias
-                    of_0 = _forward_coefficients(*affine_of, coef[0], d, n)
-                    of_1 = _forward_coefficients(*affine_of, coef[1], d, n)
-                    of_2 = _forward_coefficients(*affine_of, coef[2], d, n)
-                    of_3 = _forward_coefficients(*affine_of, coef[3], d, n)
+                    of_0 = _affine(row_weight, row_bias, coef, 0, d, n)
+                    of_1 = _affine(row_weight, row_bias, coef, 1, d, n)
+                    of_2 = _affine(row_weight, row_bias, coef, 2, d, n)
+                    of_3 = _affine(row_weight, row_bias, coef, 3, d, n)
                     args = dy, x, mask, fused
                     _add_four_rows(
                         (
@@ -303,7 +296,7 @@ def backward_element_rows(
                             _row_or_zeros(*args, of_2, zeros, at + 2 * next_at, n_rows > 2, n),
                             _row_or_zeros(*args, of_3, zeros, at + 3 * next_at, n_rows > 3, n),
                         ),
-                        coef, flat_slice(row_weight, d, n), sums, flat_slice(gradients, o + d, n),
+                        n, sums, flat_slice(gradients, o + d, n),
                         flat_slice(gradients, gradients.shape[1] + o + d, n), distance,
                     )  # fmt: skip
                 for j in range(n_rows):
@@ -312,19 +305,17 @@ def backward_element_rows(
                     c[1, j] = sums[j, 1] / n_all
                 for j in range(n_rows):
                     at = (row + j * n_weights) * length
-                    written = with_forward(
-                        take_row(dy, x, mask, fused, at, length),
-                        _forward_coefficients(fused, row_weight, row_bias, coef[j], 0, length),
-                    )
-                    upcoming = take_row(dy, x, mask, fused, at + distance, 0)
-                    m, r, t = coef[j, 0], coef[j, 1], coef[j, 2]
+                    affine = _affine(row_weight, row_bias, coef, j, 0, length)
+                    written = take_row(dy, x, mask, fused, affine, at, length)
+                    upcoming = take_row(dy, x, mask, fused, None, at + distance, 0)
+                    _, _, m, r, t = affine
                     if mode.use_batch_stats:
                         row_coef = ElementGradient(row_weight, m, r, t, c[0, j], c[1, j])
                         write_row(streamed, written, length, row_coef, out, at, upcoming)
                     else:
                         direct = ElementScale(row_weight, r)
                         write_row_called(streamed, written, length, direct, out, at, upcoming)
-        if affine:
+        if has_weights:
             n = dparameters.shape[2] * run // n_weights
             for k in range(2):
                 of_rows = flat_slice(gradients, k * gradients.shape[1], run * length)

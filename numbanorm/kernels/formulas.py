@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from numbanorm.numba_ext.jit import inline, inline_contract
+from numbanorm.numba_ext.jit import by_record, inline, inline_contract
 from numbanorm.numba_ext.vectors import (
     is_finite,
     leading,
@@ -169,36 +169,58 @@ class ElementGradient(NamedTuple):
     c1: Any
 
 
-@inline
-def scale_shift(x, m, s, t):
-    """Subtract m before anything else: exact at any offset."""
+def _scale_shift(coef, x):
     # (x - m) * s + t
-    return multiply_add(x - m, s, t)
+    return multiply_add(x - coef.m, coef.s, coef.t)
 
 
-@inline
-def element_affine(x, weight, bias, m, rstd, t):
-    """Return what ElementAffine says."""
+def _element_affine(coef, x):
     # ((x - m) * rstd + t) * weight + bias
-    return multiply_add(scale_shift(x, m, rstd, t), weight, bias)
+    return multiply_add(x_hat(x, coef.m, coef.rstd, coef.t), coef.weight, coef.bias)
+
+
+# Return a vector of norm(x), from vectors of coefficients.
+norm = by_record({ScaleShift: _scale_shift, ElementAffine: _element_affine})
 
 
 @inline
-def gradient(dy, x, counts, a, r, m, b, c):
-    """Return what Gradient says; the second term only where x counted in the statistics."""
+def x_hat(x, m, rstd, t):
+    """Return (x - m) * rstd + t; m is subtracted first, see ScaleShift."""
+    return multiply_add(x - m, rstd, t)
+
+
+def _scale(coef, dy, x, counts):
+    return coef.a * dy
+
+
+def _element_scale(coef, dy, x, counts):
+    return coef.rstd * (dy * coef.weight)
+
+
+def _gradient(coef, dy, x, counts):
     # a * dy + r * ((x - m) * b + c)
-    direct = a * dy
-    full = direct + r * ((x - m) * b + c)
+    direct = coef.a * dy
+    full = direct + coef.r * ((x - coef.m) * coef.b + coef.c)
     return full if counts is None else where(counts, full, direct)
 
 
-@inline
-def element_gradient(dy, x, counts, weight, m, rstd, t, c0, c1):
-    """Return what ElementGradient says; c0 and c1 only where x counted in the statistics."""
+def _element_gradient(coef, dy, x, counts):
     # rstd * (dy * weight - c0 - ((x - m) * rstd + t) * c1)
-    g = dy * weight
-    full = rstd * (g - c0 - scale_shift(x, m, rstd, t) * c1)
-    return full if counts is None else where(counts, full, rstd * g)
+    g = dy * coef.weight
+    full = coef.rstd * (g - coef.c0 - x_hat(x, coef.m, coef.rstd, coef.t) * coef.c1)
+    return full if counts is None else where(counts, full, coef.rstd * g)
+
+
+# Return a vector of dx, from vectors of coefficients, dy, x and which of x counted in the
+# statistics, or None: the terms of these are for those alone.
+make_dx = by_record(
+    {
+        Scale: _scale,
+        ElementScale: _element_scale,
+        Gradient: _gradient,
+        ElementGradient: _element_gradient,
+    }
+)
 
 
 # -- Coefficients ----------------------------------------------------------------------------------

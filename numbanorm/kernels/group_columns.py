@@ -31,7 +31,7 @@ from numbanorm.kernels.scratch import (
     take_features,
     three_rows,
 )
-from numbanorm.numba_ext.jit import called, if_none, inline, kernel
+from numbanorm.numba_ext.jit import called, inline, kernel
 from numbanorm.numba_ext.launch import thread_range
 from numbanorm.numba_ext.lines import allocate, fence, release
 from numbanorm.numba_ext.vectors import load
@@ -167,16 +167,12 @@ def _write_coefficients(t, span, feature, parameters, eps, group_stats, rows):
     release((scratch, rounded))
 
 
-def _no_forward(fused, t, span, feature, parameters, eps, group_stats, rows):
-    return None
-
-
-def _forward(fused, t, span, feature, parameters, eps, group_stats, rows):
-    _write_coefficients(t, span, feature, parameters, eps, group_stats, rows)
+@inline
+def _forward_coefficients(fused, t, span, feature, parameters, eps, group_stats, rows):
+    """Return ScaleShift of forward, in rows that are written if they are needed."""
+    if fused is not None:
+        _write_coefficients(t, span, feature, parameters, eps, group_stats, rows)
     return ScaleShift(*unstack(rows, 3))
-
-
-_forward_coefficients = if_none(_no_forward, _forward)
 
 
 @kernel
@@ -225,7 +221,7 @@ def backward_group_columns(
         scratch, small = allocate(3, n, np.float64), allocate(4, n_spans, np.float64)
         rows = allocate(5, periodic_size(n), arithmetic(x))
         rounded = allocate(5, n_spans, arithmetic(x))
-        forward_rows = allocate(0 if fused is None else 3, periodic_size(n), arithmetic(x))
+        forward_rows = allocate(3, periodic_size(n), arithmetic(x))
         forward = _forward_coefficients(
             fused, t, tiles.span, feature, parameters, mode.eps, group_stats, forward_rows
         )

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from numbanorm.kernels.access import arithmetic, first_value, take_row, with_forward
+from numbanorm.kernels.access import arithmetic, first_value, take_row
 from numbanorm.kernels.formulas import (
     Gradient,
     Scale,
@@ -58,41 +58,17 @@ def _row_of(block, i, j, length):
     return block.start + i * block.step + j, length if is_row else 0
 
 
-def _scale_shift(dy, mean, scale, offset, group_coef, dtype):
-    return ScaleShift(*round_coefficients(mean, scale, offset, dtype))
+@inline
+def _scale_shift(n, g, mean, rstd, p, feature, weight, bias, dtype):
+    """Return ScaleShift of row p, with n elements, in group g; of no elements anything."""
+    if n == 0:
+        return ScaleShift(*round_coefficients(0.0, 0.0, 0.0, dtype))
+    k = feature[p]
+    return ScaleShift(*round_coefficients(mean[g], rstd * weight[k], bias[k], dtype))
 
 
-def _gradient(dy, mean, scale, offset, group_coef, dtype):
-    return Gradient(dtype(scale), *group_coef)
-
-
-_coefficients = if_none(_scale_shift, _gradient)
-
-
-def _in_forward(dy, fused, n, g, mean, i, rstd, p, feature, weight, bias, dtype):
-    return None
-
-
-def _in_backward(dy, fused, n, g, mean, i, rstd, p, feature, weight, bias, dtype):
-    return _forward(fused, n, g, mean, i, rstd, p, feature, weight, bias, dtype)
-
-
-# The coefficients of forward of row p with n elements, in group g with rstd[i]; see access.Row.
-_forward_coefficients = if_none(_in_forward, _in_backward)
-
-
-def _not_needed(fused, n, g, mean, i, rstd, p, feature, weight, bias, dtype):
-    return None
-
-
-def _needed(fused, n, g, mean, i, rstd, p, feature, weight, bias, dtype):
-    mu, scale, offset = 0.0, 0.0, 0.0
-    if n > 0:
-        mu, scale, offset = mean[g], rstd[i] * weight[feature[p]], bias[feature[p]]
-    return ScaleShift(*round_coefficients(mu, scale, offset, dtype))
-
-
-_forward = if_none(_not_needed, _needed)
+# The coefficients of y, or with dy of dx.
+_coefficients = if_none(lambda dy, shift, gradient: shift, lambda dy, shift, gradient: gradient)
 
 
 @kernel
@@ -112,7 +88,7 @@ def group_rows(
     first, end = thread_range(threads, x.shape[0] * n_inner)
     (weight, bias), (count, mean, var) = unstack(parameters, 2), unstack(group_stats, 3)
     out, size = flat_slice(y, 0, y.size), tiles.block
-    use_batch_stats = mode.use_batch_stats
+    use_batch_stats, needs_forward = mode.use_batch_stats, dy is not None and fused is not None
     interleaved, overlap = n_inner > 1, tiles.overlap and use_batch_stats
     scratch, rounded = allocate(6, size, np.float64), allocate(4, size, arithmetic(x))
     (rstd, n, center, s0, s1, next_rstd), (r, m, b, c) = unstack(scratch, 6), unstack(rounded, 4)
@@ -133,7 +109,7 @@ def group_rows(
             flat_slice(count, first, reduced.n), flat_slice(mean, first, reduced.n),
             flat_slice(var, first, reduced.n),
         )  # fmt: skip
-        if dy is not None and fused is not None:
+        if needs_forward:
             write_rstds(counts, variances, mode.eps, next_rstd)
         n_runs, n_in_run = written.n_runs, written.n_in_run
         if dy is not None or use_batch_stats:
@@ -151,41 +127,32 @@ def group_rows(
                 # The upcoming row is prefetched also where nothing is reduced.
                 after = q + (0 if interleaved else written.n * n_rows)
                 at = (p if reduced.n > 0 else after) * length
-                upcoming = take_row(dy, x, mask, fused, at + distance, 0)
-                next_forward = _forward_coefficients(
-                    dy, fused, n_next, first + g, mean, g, next_rstd, p, feature,
-                    weight, bias, arithmetic(x),
-                )  # fmt: skip
-                next_row = with_forward(take_row(dy, x, mask, fused, at, n_next), next_forward)
-                forward = _forward_coefficients(
-                    dy, fused, n_write, first_written + g, mean, g, rstd,
-                    q, feature, weight, bias, arithmetic(x),
-                )  # fmt: skip
-                row = with_forward(take_row(dy, x, mask, fused, q * length, n_write), forward)
-                # The center of the row that is reduced, the coefficients of the one written.
-                row_center, mu, scale, offset = 0.0, 0.0, 0.0, 0.0
+                args = feature, weight, bias, arithmetic(x)
+                shift = _scale_shift(n_write, first_written + g, mean, rstd[g], q, *args)
+                next_shift = _scale_shift(
+                    n_next if needs_forward else 0, first + g, mean, next_rstd[g], p, *args
+                )
+                upcoming = take_row(dy, x, mask, fused, None, at + distance, 0)
+                next_row = take_row(dy, x, mask, fused, next_shift, at, n_next)
+                row = take_row(dy, x, mask, fused, shift, q * length, n_write)
+                center_of_next = 0.0
                 if dy is None:
                     if n_next > 0:
                         if n[g] == 0:
                             center[g] = first_value(next_row.x, next_row.mask)
-                        row_center = center[g]
-                    if n_write > 0:
-                        mu, scale = mean[first_written + g], rstd[g] * weight[feature[q]]
-                        offset = bias[feature[q]]
+                        center_of_next = center[g]
                 else:
                     if n_next > 0:
-                        row_center = mean[first + g]
+                        center_of_next = mean[first + g]
                     if n_write > 0:
                         sums[1, q] *= rstd[g]
-                        scale = rstd[g] * weight[feature[q]]
                     if not use_batch_stats:
-                        direct = Scale(arithmetic(x)(scale))
+                        direct = Scale(shift.s)
                         write_row_called(streamed, row, n_write, direct, out, q * length, upcoming)
                         n_write = 0
-                group_coef = r[g], m[g], b[g], c[g]
-                coef = _coefficients(dy, mu, scale, offset, group_coef, arithmetic(x))
+                coef = _coefficients(dy, shift, Gradient(shift.s, r[g], m[g], b[g], c[g]))
                 n_row, sum_0, sum_1 = reduce_while_writing(
-                    streamed, next_row, n_next, row_center, row, n_write, coef, out, q * length,
+                    streamed, next_row, n_next, center_of_next, row, n_write, coef, out, q * length,
                     upcoming,
                 )  # fmt: skip
                 if dy is None:

@@ -11,89 +11,57 @@ from numbanorm.kernels.access import (
     elements_to_line,
     prefetch_parts,
     prefetch_row,
-    read_mask,
-    read_x,
+    read,
     take_row,
     vectors_end,
-    with_forward,
     write,
 )
 from numbanorm.kernels.formulas import (
+    ElementAffine,
     ElementGradient,
     ElementScale,
     Gradient,
     Scale,
-    element_gradient,
-    gradient,
+    ScaleShift,
+    make_dx,
 )
-from numbanorm.kernels.fused import FORWARD, make_y, read_dy, write_dresidual
-from numbanorm.numba_ext.jit import by_type, called, inline
+from numbanorm.kernels.fused import make_y, read_dy, write_dresidual
+from numbanorm.numba_ext.jit import by_record, called, inline
 from numbanorm.numba_ext.vectors import load
 from numbanorm.numba_ext.views import flat_slice
 from numbanorm.tuning import LANES, ROWS, STEP
 
 
-def _scale(dy, row, i, n, coef, c):
-    return load(coef.a, c, n) * dy
+def _write_y(coef, streamed, row, i, n, c, y, k):
+    write(streamed, make_y(row.fused, row, i, n, coef, c), y, k, n)
 
 
-def _element_scale(dy, row, i, n, coef, c):
-    return load(coef.rstd, c, n) * (dy * load(coef.weight, c, n))
+def _write_dx(coef, streamed, row, i, n, c, dx, k):
+    dy = read_dy(row.fused, row.forward, row, i, n, c)
+    values = make_dx(load(coef, c, n), dy, read(row.x, i, n), read(row.mask, i, n))
+    write(streamed, values, dx, k, n)
+    write_dresidual(row.fused, streamed, row, dy, i, n)
 
 
-def _gradient(dy, row, i, n, coef, c):
-    return gradient(
-        dy, read_x(row, i, n), read_mask(row, i, n), load(coef.a, c, n),
-        load(coef.r, c, n), load(coef.m, c, n), load(coef.b, c, n), load(coef.c, c, n),
-    )  # fmt: skip
-
-
-def _element_gradient(dy, row, i, n, coef, c):
-    return element_gradient(
-        dy, read_x(row, i, n), read_mask(row, i, n), load(coef.weight, c, n),
-        load(coef.m, c, n), load(coef.rstd, c, n), load(coef.t, c, n),
-        load(coef.c0, c, n), load(coef.c1, c, n),
-    )  # fmt: skip
-
-
-BACKWARD = {
-    Scale: _scale,
-    ElementScale: _element_scale,
-    Gradient: _gradient,
-    ElementGradient: _element_gradient,
-}
-
-
-@by_type
-def make_dx(dy, row, i, n, coef, c):
-    """Return a vector of dx from one of dy, see fused.norm."""
-    return BACKWARD[getattr(coef, "instance_class", type(coef))]
-
-
-def _write_y(streamed, row, i, n, coef, c, y, k):
-    write(streamed, make_y(row, i, n, coef, c), y, k, n)
-
-
-def _write_dx(streamed, row, i, n, coef, c, dx, k):
-    dy = read_dy(row, i, n, c)
-    write(streamed, make_dx(dy, row, i, n, coef, c), dx, k, n)
-    write_dresidual(streamed, row, dy, i, n)
-
-
-@by_type
-def write_output(streamed, row, i, n, coef, c, y, k):
-    """Write a vector of y or dx, of a row from i on, to y[k]; see fused.norm and access.write.
-
-    Which of the two, and how, is the type of ``coef``.
-    """
-    return _write_y if getattr(coef, "instance_class", type(coef)) in FORWARD else _write_dx
+# Write a vector of y or dx, of a row from i on, to y[k]; see fused.norm_row and access.write. Which
+# of the two, and how, is the type of the coefficients.
+write_output = by_record(
+    {
+        ScaleShift: _write_y,
+        ElementAffine: _write_y,
+        Scale: _write_dx,
+        ElementScale: _write_dx,
+        Gradient: _write_dx,
+        ElementGradient: _write_dx,
+    }
+)
 
 
 @inline
 def write_part(streamed, row, i, n, coef, c, y, k):
     """Write n elements, less than a line or a vector, by ordinary stores; see write_output."""
     for d in range(0, n, LANES):
-        write_output(streamed, row, i + d, min(LANES, n - d), coef, c + d, y, k + d)
+        write_output(coef, streamed, row, i + d, min(LANES, n - d), c + d, y, k + d)
 
 
 @inline
@@ -109,7 +77,7 @@ def write_row(streamed, row, n, coef, y, place, upcoming):
     end = vectors_end(streamed, y, head, n)
     for i in range(head, end, LANES):
         prefetch_row(upcoming, i)
-        write_output(streamed, row, i, None, coef, i, y, place + i)
+        write_output(coef, streamed, row, i, None, i, y, place + i)
     write_part(streamed, row, end, n - end, coef, end, y, place + end)
 
 
@@ -131,13 +99,13 @@ def write_block(streamed, dy, x, mask, fused, forward, a, lo, hi, c0, c1, coef, 
     if n < step:
         for i in range(hi - lo):
             at = first + i * step
-            row = with_forward(take_row(dy, x, mask, fused, at, n), forward)
-            upcoming = take_row(dy, x, None, fused, at + ROWS * step, 0)
+            row = take_row(dy, x, mask, fused, forward, at, n)
+            upcoming = take_row(dy, x, None, fused, None, at + ROWS * step, 0)
             write_row(streamed, row, n, coef, out, at, upcoming)
         return
     n, period = (hi - lo) * step, periodic_size(step) - STEP
-    row = with_forward(take_row(dy, x, mask, fused, first, n), forward)
-    upcoming = take_row(dy, x, None, fused, first + ROWS * step, 0)
+    row = take_row(dy, x, mask, fused, forward, first, n)
+    upcoming = take_row(dy, x, None, fused, None, first + ROWS * step, 0)
     start, head = np.intp(0), elements_to_line(streamed, out, first, n)
     if head > 0:
         write_part(streamed, row, start, head, coef, start, out, first)
@@ -148,7 +116,7 @@ def write_block(streamed, dy, x, mask, fused, forward, a, lo, hi, c0, c1, coef, 
         stop = min(i + (period - c + LANES - 1) // LANES * LANES, end)
         for k in range(i, stop, LANES):
             prefetch_row(upcoming, k)
-            write_output(streamed, row, k, None, coef, c + k - i, out, first + k)
+            write_output(coef, streamed, row, k, None, c + k - i, out, first + k)
         c += stop - i
         c -= period if c >= period else 0
         i = stop

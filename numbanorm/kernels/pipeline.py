@@ -53,11 +53,11 @@ def reduce_while_writing(streamed, next_row, n_next, center, row, n, coef, y, pl
             sums = add_step(next_row, i, centers, sums)
         k = head + i
         if k < end:
-            write_output(streamed, row, k, None, coef, k, y, place + k)
+            write_output(coef, streamed, row, k, None, k, y, place + k)
             k += LANES
-            write_output(streamed, row, k, None, coef, k, y, place + k)
+            write_output(coef, streamed, row, k, None, k, y, place + k)
     if vectors_end(streamed, y, head, n) > end:
-        write_output(streamed, row, end, None, coef, end, y, place + end)
+        write_output(coef, streamed, row, end, None, end, y, place + end)
         end += LANES
     write_part(streamed, row, end, n - end, coef, end, y, place + end)
     return end_sums(next_row, n_next, sums)

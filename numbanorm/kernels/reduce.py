@@ -13,12 +13,9 @@ from numbanorm.kernels.access import (
     arithmetic,
     first_value,
     prefetch_row,
-    read_mask,
+    read,
     read_one,
-    read_wide,
-    read_x,
     take_row,
-    with_forward,
 )
 from numbanorm.kernels.formulas import (
     ElementAffine,
@@ -29,36 +26,28 @@ from numbanorm.kernels.formulas import (
     unshift_all,
 )
 from numbanorm.kernels.fused import read_dy
-from numbanorm.kernels.scratch import (
-    add_folds,
-    clear,
-    copy_coefficients,
-    copy_columns,
-    three_rows,
-)
-from numbanorm.numba_ext.jit import by_type, called, if_none, inline, inline_contract, kernel
+from numbanorm.kernels.scratch import add_folds, clear, copy_columns, copy_forward, three_rows
+from numbanorm.numba_ext.jit import by_record, called, inline, inline_contract, kernel
 from numbanorm.numba_ext.launch import thread_range
 from numbanorm.numba_ext.lines import allocate, line_size, release
-from numbanorm.numba_ext.vectors import load, splat, store, total, where
-from numbanorm.numba_ext.views import flat_slice, unstack
+from numbanorm.numba_ext.vectors import load, splat, store, total, where, widen
+from numbanorm.numba_ext.views import flat_slice, item, unstack
 from numbanorm.tuning import LANES, PREFETCH_FAR, ROWS, STEP
 
 # -- Rows ------------------------------------------------------------------------------------------
 
 
-def _moment_terms(dy, row, i, n, center):
-    """Return vectors of 1, x - center and its square for n elements from i on, and of 0."""
-    return moment_terms(read_wide(row, i, n), read_mask(row, i, n), n, center)
+@inline
+def _terms(dy, row, i, n, center):
+    """Return vectors of three terms of sums for n elements from i on, and of 0.
 
-
-def _gradient_terms(dy, row, i, n, center):
-    """Return vectors of anything, dy and dy * (x - center) for n elements from i on, and of 0."""
-    dy = read_dy(row, i, n, i)
-    w, d = gradient_terms(dy, read_x(row, i, n), read_mask(row, i, n), center)
+    They are 1, x - center and its square, or if there is dy anything, dy and dy * (x - center).
+    """
+    x, counts = read(row.x, i, n), read(row.mask, i, n)
+    if dy is None:
+        return moment_terms(widen(x), counts, n, center)
+    w, d = gradient_terms(read_dy(row.fused, row.forward, row, i, n, i), x, counts, center)
     return w, w, w * d
-
-
-_terms = if_none(_moment_terms, _gradient_terms)
 
 
 @inline
@@ -132,18 +121,6 @@ def n_row_tasks(n_parts, tiles, shape):
     return (shape[0] + tiles[1] - 1) // tiles[1] * n_parts
 
 
-def _no_forward(forward, p):
-    return None
-
-
-def _forward_of_piece(forward, p):
-    m, s, t = unstack(forward, 3)
-    return ScaleShift(m[p, 0], s[p, 0], t[p, 0])
-
-
-_piece_forward = if_none(_no_forward, _forward_of_piece)
-
-
 @kernel
 def reduce_rows(threads, dy, x, mask, fused, forward, tiles, piece_stats, out):
     """Reduce each part of rows: dy or None, x, mask or None (P, L).
@@ -152,21 +129,21 @@ def reduce_rows(threads, dy, x, mask, fused, forward, tiles, piece_stats, out):
     and dy * (x - mean), and the mean is the first of ``piece_stats`` (3, P, 1). With ``fused``,
     ``forward`` (3, P, 1) are the fields of ScaleShift in forward.
     """
-    n_parts = out.shape[2]
+    n_parts, length = out.shape[2], x.shape[1]
     begin, end = thread_range(threads, n_row_tasks(n_parts, tiles, x.shape))
+    shifts, (means,) = ScaleShift(*unstack(forward, 3)), unstack(piece_stats, 1)
     for task in range(begin, end):
         t = row_task(task, n_parts, tiles, x.shape)
         for p in range(t.first, t.last):
-            row = take_row(dy, x, mask, fused, p * x.shape[1] + t.lo, t.n)
-            row = with_forward(row, _piece_forward(forward, p))
+            row = take_row(dy, x, mask, fused, item(shifts, p), p * length + t.lo, t.n)
+            to = p * n_parts + t.k
             if dy is None:
                 count, mean, m2, rest = unstack(out, 4)
-                shift = first_value(row.x, row.mask)
-                mean[p, t.k, 0] = shift
-                count[p, t.k, 0], rest[p, t.k, 0], m2[p, t.k, 0] = _reduce_row(row, t.n, shift)
+                mean[to] = first_value(row.x, row.mask)
+                count[to], rest[to], m2[to] = _reduce_row(row, t.n, mean[to])
             else:
-                (means,), (s0, s1) = unstack(piece_stats, 1), unstack(out, 2)
-                _, s0[p, t.k, 0], s1[p, t.k, 0] = _reduce_row(row, t.n, means[p, 0])
+                s0, s1 = unstack(out, 2)
+                _, s0[to], s1[to] = _reduce_row(row, t.n, means[p])
         if dy is None:
             # All rows of the task at once, in vectors; where rows have parts, it has a single row.
             count, mean, m2, rest = unstack(out, 4)
@@ -185,22 +162,18 @@ def _zero_where_masked(counts, d):
     return d if counts is None else where(counts, d, splat(0.0))
 
 
-def _moment_pair(dy, data, at, n, c, center):
-    """Return x - center twice, and 0 where it does not count.
+@inline
+def _pair(dy, forward, row, at, n, c, center):
+    """Return vectors of x - center twice, or if there is dy of dy and x - center.
 
-    Not moment_terms: there is no tail, and what counts is counted elsewhere.
+    They are 0 where an element does not enter the sums. Not moment_terms: there is no tail, and
+    what counts is counted elsewhere.
     """
-    d = _zero_where_masked(read_mask(data, at, n), read_wide(data, at, n) - center)
-    return d, d
-
-
-def _gradient_pair(dy, data, at, n, c, center):
-    """Return dy and x - center, and 0 where they do not enter the sums."""
-    dy = read_dy(data, at, n, c)
-    return gradient_terms(dy, read_x(data, at, n), read_mask(data, at, n), center)
-
-
-_pair = if_none(_moment_pair, _gradient_pair)
+    x, counts = read(row.x, at, n), read(row.mask, at, n)
+    if dy is None:
+        d = _zero_where_masked(counts, widen(x) - center)
+        return d, d
+    return gradient_terms(read_dy(row.fused, forward, row, at, n, c), x, counts, center)
 
 
 class ColumnAffine(NamedTuple):
@@ -213,19 +186,16 @@ class ColumnAffine(NamedTuple):
     t: Any
 
 
-def _same_for_all(forward, k):
-    return forward
-
-
-def _affine_of_row(forward, k):
-    return ElementAffine(forward.weight[k], forward.bias[k], forward.m, forward.rstd, forward.t)
-
-
-@by_type
-def _forward_of_row(forward, k):
-    """Return the coefficients of forward for row k of columns."""
-    kind = getattr(forward, "instance_class", type(forward))
-    return _affine_of_row if kind is ColumnAffine else _same_for_all
+# The coefficients of forward for row k of columns.
+_forward_of_row = by_record(
+    {
+        ScaleShift: lambda forward, k: forward,
+        ColumnAffine: lambda forward, k: ElementAffine(
+            forward.weight[k], forward.bias[k], forward.m, forward.rstd, forward.t
+        ),
+        type(None): lambda forward, k: None,
+    }
+)
 
 
 @inline
@@ -238,8 +208,7 @@ def add_to_vector(data, weight, i, n_rows, at, step, upcoming, stride, c, n, cen
     centers, sum_0, sum_1 = load(center, c, n), load(s0, c, n), load(s1, c, n)
     for k in range(i, i + n_rows):
         prefetch_row(data, upcoming)
-        row = with_forward(data, _forward_of_row(data.forward, k))
-        w, d = _pair(row.dy, row, at, n, c, centers)
+        w, d = _pair(data.dy, _forward_of_row(data.forward, k), data, at, n, c, centers)
         if weight is not None:
             w = w * splat(np.float64(weight[k]))
         sum_0 += w
@@ -258,7 +227,7 @@ def add_to_columns(dy, x, mask, fused, forward, weight, a, lo, hi, c0, c1, cente
     unless that is None. ``forward`` are rows of coefficients of forward, if ``fused`` is not None.
     """
     step, width = x.shape[2], c1 - c0
-    data = with_forward(take_row(dy, x, mask, fused, 0, x.size), forward)
+    data = take_row(dy, x, mask, fused, forward, 0, x.size)
     # Upcoming rows are prefetched, in the order of memory if they are whole.
     spread, stride = (ROWS, LANES) if width == step else (1, step)
     # ROWS rows ahead, or a multiple where they are short; half as far where dy is read as well.
@@ -393,18 +362,6 @@ def n_column_tasks(n_parts, tiles, shape):
     return shape[0] * n_parts * ((shape[2] + tiles[1] - 1) // tiles[1])
 
 
-def _no_rows(forward, a, c0, c1, rows):
-    return None
-
-
-def _rows_of_forward(forward, a, c0, c1, rows):
-    copy_coefficients(forward, a, c0, c1, rows)
-    return ScaleShift(*unstack(rows, 3))
-
-
-_forward_rows = if_none(_no_rows, _rows_of_forward)
-
-
 @kernel
 def reduce_columns(threads, dy, x, mask, fused, forward, tiles, piece_stats, out):
     """Reduce each part of columns: dy or None, x, mask or None (A, L, F * C).
@@ -421,7 +378,7 @@ def reduce_columns(threads, dy, x, mask, fused, forward, tiles, piece_stats, out
         n = t.c1 - t.c0
         n_unfolded = min(n, n_columns)
         scratch = allocate(4, n, np.float64)
-        rows = allocate(0 if forward is None else 3, n, arithmetic(x))
+        rows = allocate(3, n, arithmetic(x))
         clear(scratch)
         s0, s1, center = three_rows(scratch, n)
         if dy is None:
@@ -434,14 +391,13 @@ def reduce_columns(threads, dy, x, mask, fused, forward, tiles, piece_stats, out
         else:
             (means,), (out_0, out_1) = unstack(piece_stats, 1), unstack(out, 2)
             copy_columns(flat_slice(means, t.a * n_columns, n_columns), t.c0, t.c1, center)
-            add_to_columns(
-                dy, x, mask, fused, _forward_rows(forward, t.a, t.c0, t.c1, rows), None,
-                t.a, t.lo, t.hi, t.c0, t.c1, center, s0, s1,
-            )  # fmt: skip
+            shifts = copy_forward(forward, t.a, t.c0, t.c1, rows)
+            place = t.a, t.lo, t.hi, t.c0, t.c1
+            add_to_columns(dy, x, mask, fused, shifts, None, *place, center, s0, s1)
         add_folds(s0, n_columns)
         add_folds(s1, n_columns)
         for c in range(n_unfolded):
-            to = t.a, t.k, t.c0 + c
+            to = (t.a * n_parts + t.k) * n_columns + t.c0 + c
             if dy is None:
                 count[to] = counts[c]
                 mean[to], m2[to], rest[to] = unshift(counts[c], center[c], s0[c], s1[c])

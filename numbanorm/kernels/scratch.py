@@ -1,8 +1,9 @@
 """Scratch arrays: copies, repeats and sums of what fits in a cache."""
 
+from numbanorm.kernels.formulas import ScaleShift
 from numbanorm.numba_ext.jit import called, inline
 from numbanorm.numba_ext.vectors import load, splat, store, total
-from numbanorm.numba_ext.views import flat_slice
+from numbanorm.numba_ext.views import flat_slice, unstack
 from numbanorm.tuning import LANES
 
 
@@ -64,6 +65,17 @@ def copy_coefficients(coef, a, c0, c1, rows):
         values = flat_slice(coef, (k * n_outer + a) * n_columns, n_columns)
         row = flat_slice(rows, k * rows.shape[1], rows.shape[1])
         copy_columns(values, c0, c1, row)
+
+
+@inline
+def copy_forward(forward, a, c0, c1, rows):
+    """Return ScaleShift of forward (3, A, C), copied to rows, as copy_coefficients does.
+
+    If ``forward`` is None nothing is copied, and nobody reads them.
+    """
+    if forward is not None:
+        copy_coefficients(forward, a, c0, c1, rows)
+    return ScaleShift(*unstack(rows, 3))
 
 
 @called

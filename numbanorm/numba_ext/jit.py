@@ -41,8 +41,8 @@ def by_type(choose: Any) -> Any:
     """Return a function that is another one for each choice of types, as ``choose`` says.
 
     ``choose`` returns a Python function, which is inlined, for types of arguments where kernels are
-    compiled, and for arguments where they are Python functions. ``if x is None`` does not do: where
-    x is not None Numba finds types for both of its branches.
+    compiled, and for arguments where they are Python functions. ``if x is None`` does not do where
+    the types of its branches differ: Numba finds types for both where x is not None.
     """
 
     def call(*args: Any) -> Any:
@@ -55,8 +55,22 @@ def by_type(choose: Any) -> Any:
     return call
 
 
+def by_record(functions: dict[type, Any]) -> Any:
+    """Return a function that is one of several, by its first argument, a record or None."""
+
+    def choose(first: Any, *_: Any) -> Any:
+        kind = getattr(first, "instance_class", type(first))
+        return functions[type(None) if kind is types.NoneType else kind]
+
+    return by_type(choose)
+
+
 def if_none(when_none: Any, otherwise: Any) -> Any:
-    """Return a function that is one of two, by whether its first argument is None."""
+    """Return a function that is one of two, by whether its first argument is None.
+
+    Where both return the same type, ``if x is None`` does, of an argument x itself: of None, Numba
+    leaves out the other branch.
+    """
 
     def choose(first: Any, *_: Any) -> Any:
         is_none = first is None or isinstance(first, types.NoneType)

@@ -21,7 +21,7 @@ from numba import types
 from numba.extending import intrinsic, lower_builtin, models, register_model, type_callable
 
 from numbanorm.numba_ext.lines import LINE
-from numbanorm.numba_ext.private import declare
+from numbanorm.numba_ext.private import declare, unpack
 from numbanorm.numba_ext.views import View, address_of, is_none, no_value, size_of
 from numbanorm.tuning import LANES
 
@@ -162,33 +162,58 @@ def _half(builder: Any, n: Any) -> Any:
     return builder.lshr(n, n.type(1))
 
 
+def _type_of_vector(array: Any) -> Any:
+    if is_none(array):
+        return types.none
+    return Vector(array if isinstance(array, types.Float) else array.dtype)
+
+
+def _load(context: Any, builder: Any, array: Any, value: Any, i: Any, n: Any) -> Any:
+    """Return a vector, see load; ``n`` is None for all of it."""
+    if is_none(array):
+        return context.get_dummy_value()
+    if isinstance(array, types.Float):
+        return _splat(builder, value)
+    # A boolean has a byte in memory, and a bit in a vector.
+    vector = ir.VectorType(context.get_data_type(array.dtype), LANES)
+    place = builder.bitcast(address_of(context, builder, array, value, i), vector.as_pointer())
+    align = size_of(array.dtype)
+    if n is None:
+        values = builder.load(place, align=align)
+    else:
+        values = _load_first(builder, place, n, align)
+    if array.dtype == types.boolean:
+        values = builder.icmp_unsigned("!=", values, ir.Constant(vector, None))
+    return values
+
+
 @intrinsic
 def load(typing_context: Any, array: Any, i: Any, n: Any) -> Any:
     """Return a vector from array[i] on; if n is not None, its first n elements and zeros.
 
-    Of a number it is a vector of that, and None of None.
+    Of a number it is a vector of that, of None None, and of a record a record of them.
     """
-    if is_none(array):
-        return types.none(array, i, n), no_value
-    if isinstance(array, types.Float):
-        return Vector(array)(array, i, n), lambda c, builder, s, args: _splat(builder, args[0])
+    if isinstance(array, types.BaseNamedTuple):
+        kinds = tuple(array)
+        result = types.BaseTuple.from_types(
+            tuple(map(_type_of_vector, kinds)), array.instance_class
+        )
+    else:
+        kinds, result = (array,), _type_of_vector(array)
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        array_value, i, n_value = args
-        # A boolean has a byte in memory, and a bit in a vector.
-        vector = ir.VectorType(context.get_data_type(array.dtype), LANES)
-        place = address_of(context, builder, array, array_value, i)
-        place = builder.bitcast(place, vector.as_pointer())
-        align = size_of(array.dtype)
-        if is_none(n):
-            values = builder.load(place, align=align)
-        else:
-            values = _load_first(builder, place, n_value, align)
-        if array.dtype == types.boolean:
-            values = builder.icmp_unsigned("!=", values, ir.Constant(vector, None))
-        return values
+        value, i, n_value = args
+        n_valid = None if is_none(n) else n_value
+        if isinstance(array, types.BaseNamedTuple):
+            values = unpack(builder, value, len(kinds))
+            vectors = [
+                _load(context, builder, kind, field, i, n_valid)
+                for kind, field in zip(kinds, values, strict=True)
+            ]
+            return context.make_tuple(builder, result, vectors)
+        return _load(context, builder, array, value, i, n_valid)
 
-    return Vector(array.dtype)(array, types.intp, n), generate
+    return result(array, types.intp, n), generate
 
 
 @intrinsic
@@ -380,6 +405,8 @@ if numba.config.DISABLE_JIT:
 
     def load(array: Any, i: int, n: int | None) -> Any:
         """Return a copy of some elements, and zeros; or a vector of a number, or None."""
+        if isinstance(array, tuple):
+            return type(array)(*(load(values, i, n) for values in array))
         if array is None or np.ndim(array) == 0:
             return None if array is None else np.full(LANES, array)
         vector = np.zeros(LANES, array.dtype)

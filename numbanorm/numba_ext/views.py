@@ -5,6 +5,7 @@ of the seven fields of Numba's arrays takes its share of the time to compile. Vi
 arrays without an owner: Numba counts no references in kernels.
 """
 
+import functools
 import operator
 from typing import Any
 
@@ -139,44 +140,56 @@ def flat_slice(typing_context: Any, array: Any, i: Any, n: Any) -> Any:
 
 @intrinsic(prefer_literal=True)
 def unstack(typing_context: Any, array: Any, n: Any) -> Any:
-    """Return the first n arrays along the first axis of one (n or more, ...).
+    """Return the first n arrays along the first axis of one (n or more, ...), as views.
 
     ``n`` is a literal; of None each is None. A kernel takes one array for several, as each array
     argument adds to the time of a call.
     """
     n_arrays = n.literal_value
-    if is_none(array):
-
-        def generate_nothing(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            return context.make_tuple(builder, signature.return_type, [args[0]] * n_arrays)
-
-        return types.UniTuple(array, n_arrays)(array, n), generate_nothing
-    is_row = array.ndim == 2
-    view_type = (
-        View(array.dtype) if is_row
-        else types.Array(array.dtype, array.ndim - 1, "C", readonly=not array.mutable)
-    )  # fmt: skip
+    kind = array if is_none(array) else View(array.dtype)
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        data, itemsize, shape, strides = (
-            field(context, builder, array, args[0], name)
-            for name in ("data", "itemsize", "shape", "strides")
-        )
-        shape = unpack(builder, shape, array.ndim)[1:]
-        step, *strides = unpack(builder, strides, array.ndim)
-        places = []
+        if is_none(array):
+            return context.make_tuple(builder, signature.return_type, [args[0]] * n_arrays)
+        shape = unpack(builder, field(context, builder, array, args[0], "shape"), array.ndim)
+        size = functools.reduce(builder.mul, shape[1:])
+        views = []
         for k in range(n_arrays):
-            first = builder.bitcast(data, ir.IntType(8).as_pointer())
-            place = builder.gep(first, [builder.mul(step, step.type(k))])
-            places.append(builder.bitcast(place, data.type))
-        arrays = [
-            pack(builder, [place, shape[0]], context.get_value_type(view_type)) if is_row
-            else make_view(context, builder, view_type, place, shape, strides, itemsize)
-            for place in places
-        ]  # fmt: skip
-        return context.make_tuple(builder, signature.return_type, arrays)
+            place = address_of(context, builder, array, args[0], builder.mul(size, size.type(k)))
+            views.append(pack(builder, [place, size], context.get_value_type(kind)))
+        return context.make_tuple(builder, signature.return_type, views)
 
-    return types.UniTuple(view_type, n_arrays)(array, n), generate
+    return types.UniTuple(kind, n_arrays)(array, n), generate
+
+
+@intrinsic
+def item(typing_context: Any, record: Any, i: Any) -> Any:
+    """Return a record of the i-th element of each view in one; of None it is None."""
+    kinds = [kind if is_none(kind) else kind.dtype for kind in record]
+    result = types.BaseTuple.from_types(kinds, record.instance_class)
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        values = [
+            value if is_none(view)
+            else context.unpack_value(
+                builder, view.dtype, address_of(context, builder, view, value, args[1])
+            )
+            for view, value in zip(record, unpack(builder, args[0], len(kinds)), strict=True)
+        ]  # fmt: skip
+        return context.make_tuple(builder, result, values)
+
+    return result(record, types.intp), generate
+
+
+@intrinsic(prefer_literal=True)
+def member(typing_context: Any, values: Any, k: Any) -> Any:
+    """Return the k-th of a tuple, k a literal; None of None."""
+    index = k.literal_value
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return args[0] if is_none(values) else builder.extract_value(args[0], index)
+
+    return (values if is_none(values) else values[index])(values, k), generate
 
 
 if numba.config.DISABLE_JIT:
@@ -187,5 +200,13 @@ if numba.config.DISABLE_JIT:
         return None if array is None else array.reshape(-1)[i : i + n]
 
     def unstack(array: Any, n: int) -> Any:
-        """Return the first n arrays."""
-        return (None,) * n if array is None else tuple(array[:n])
+        """Return the first n arrays, flat."""
+        return (None,) * n if array is None else tuple(array.reshape(len(array), -1)[:n])
+
+    def item(record: Any, i: int) -> Any:
+        """Return a record of the i-th elements."""
+        return type(record)(*(None if view is None else view[i] for view in record))
+
+    def member(values: Any, k: int) -> Any:
+        """Return the k-th of a tuple, or None."""
+        return None if values is None else values[k]

@@ -181,7 +181,7 @@ class Pieces(Layout):
                 values[place].reshape(shape)[...] = running.reshape(grid)
         parameters = self.feature_parameters(job)
         pieces, coef = self._coefficients(groups, parameters, job)
-        self._apply(None, x, None, job.fused, coef, streamed, y)
+        self._apply(None, x, None, job.fused, None, coef, False, streamed, y)
         return Statistics(parameters, groups, pieces, instances)
 
     def _share(self, groups: Float64, exchange: Exchange, center: bool, ddof: int) -> None:
@@ -255,15 +255,13 @@ class Pieces(Layout):
             found.parameters, found.pieces, coef,
         )  # fmt: skip
         is_scale = given >= 0 and len(self.geometry.reductions) == 1
-        if forward is not None:
-            coef = np.concatenate((forward, coef[:1] if is_scale else coef))
-            self._apply(dy, x, saved.mask, fused, coef, streamed, dx)
-        elif is_scale:
+        if is_scale and forward is None:
             # dx = a * dy: the first field of Gradient is the second of ScaleShift.
             zero = np.zeros_like(coef[0])
-            self._apply(None, dy, None, None, np.stack((zero, coef[0], zero)), streamed, dx)
+            shift = np.stack((zero, coef[0], zero))
+            self._apply(None, dy, None, None, None, shift, False, streamed, dx)
         else:
-            self._apply(dy, x, saved.mask, None, coef, streamed, dx)
+            self._apply(dy, x, saved.mask, fused, forward, coef, is_scale, streamed, dx)
         return self.in_parameter_shape(dparameters, dmixture)
 
     def _gradient_sums(
@@ -291,14 +289,15 @@ class Pieces(Layout):
         run(self._kernels[0], x.size, dy, x, mask, fused, of_forward, (*self.tiles,), stats, out)
 
     def _apply(
-        self, dy: Array | None, x: Array, mask: Array | None, fused: Any, coef: Array,
-        streamed: bool, y: Array,
+        self, dy: Array | None, x: Array, mask: Array | None, fused: Any, forward: Array | None,
+        coef: Array, is_scale: bool, streamed: bool, y: Array,
     ) -> None:  # fmt: skip
         a, _, b = self.parts
         of_pieces = coef.reshape(len(coef), a, b)
+        of_forward = None if forward is None else forward.reshape(3, a, b)
         run(
             self._kernels[1], y.size,
-            dy, x, mask, fused, (*self.tiles,), of_pieces, streamed, y,
+            dy, x, mask, fused, of_forward, (*self.tiles,), of_pieces, is_scale, streamed, y,
         )  # fmt: skip
 
     @property
