@@ -333,9 +333,12 @@ def _compiler(inlined: bool) -> type:
     class InlinedLibrary(JITCodeLibrary):
         """The code of a function that is only linked into others, and is compiled with them.
 
-        Numba would make machine code of it that nobody calls. It is optimised by itself, but not
-        with what is inlined into it.
+        Numba would optimise it by itself, and make machine code of it that nobody calls.
         """
+
+        def _optimize_functions(self, module: Any) -> None:
+            if not has("compiler"):
+                super()._optimize_functions(module)
 
         def add_ir_module(self, ir_module: Any) -> None:
             for function in ir_module.functions:
