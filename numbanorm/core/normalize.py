@@ -198,7 +198,7 @@ def _fused(
     activation: Activation | None, residual: Array | None, x: Array, dx: Array | None,
     dresidual: Array | None = None,
 ) -> Any:  # fmt: skip
-    """Return the fields of kernels.access.Fused; in the place of what is not there are others."""
+    """Return what kernels.access calls ``fused``; in the place of what is not there are others."""
     aligned = False
     if dx is not None and dresidual is not None:
         aligned = (dx.ctypes.data - dresidual.ctypes.data) % LINE == 0

@@ -26,7 +26,7 @@ A long axis L is cut into parts, whose length depends on the shape alone, and ea
 of its own in the result: the bits do not depend on the number of threads.
 
 ``flat_slice`` and ``load`` of None are None, as a mask may be. A coefficient is a number, or a row
-of numbers: ``load`` makes a vector of either.
+of numbers: ``load`` makes a vector of either, and of a record of them a record of vectors.
 
 Several numbers of each piece, or of each group, are the rows of one array, as each array argument
 adds to the time of a call. See :func:`numbanorm.numba_ext.views.unstack`.

@@ -96,7 +96,7 @@ class Job(NamedTuple):
     mixture : array (2, S) or None
         Weights of the means and of the variances of several statistics.
     fused : tuple or None
-        The fields of :class:`numbanorm.kernels.access.Fused`, of views.
+        What :mod:`numbanorm.kernels.access` calls ``fused``, of views.
     exchange : Exchange or None
         With the processes that share the tracked statistic.
     """
