@@ -205,6 +205,7 @@ def _fused(
     return (
         tuple(activation or NO_ACTIVATION), residual is not None,
         x if residual is None else residual, dx if dresidual is None else dresidual, aligned,
+        False,
     )  # fmt: skip
 
 

@@ -32,9 +32,10 @@ def arithmetic(array):
 
 
 # What follows a norm in the same pass, y = activation(norm(x) + residual), is a plain tuple:
-# activations.Activation, whether there is a residual, that, its gradient, and whether the gradient
-# begins in a line where dx does. Where there is no residual, both arrays are others, which are left
-# alone; the gradient is None in forward.
+# activations.Activation, whether there is a residual, that, its gradient, whether the gradient
+# begins in a line where dx does, and whether it is kept: written before sums are taken, and read as
+# dy after that. Where there is no residual, both arrays are others, which are left alone, but for
+# dx where it is kept; the gradient is None in forward.
 
 
 class Row(NamedTuple):

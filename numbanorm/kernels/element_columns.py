@@ -5,11 +5,9 @@ import numpy as np
 from numbanorm.kernels.access import (
     Row,
     arithmetic,
-    elements_to_line,
     read,
     read_one,
     take_row,
-    vectors_end,
     write,
 )
 from numbanorm.kernels.formulas import (
@@ -27,11 +25,11 @@ from numbanorm.kernels.fused import make_y, read_dy, write_dresidual
 from numbanorm.kernels.modes import ColumnTiles, Mode
 from numbanorm.kernels.outputs import write_row
 from numbanorm.kernels.reduce import ColumnAffine, add_to_columns, add_to_vector
-from numbanorm.kernels.scratch import three_rows
+from numbanorm.kernels.scratch import stream_row, three_rows
 from numbanorm.numba_ext.jit import if_none, inline, kernel
 from numbanorm.numba_ext.launch import thread_range
 from numbanorm.numba_ext.lines import allocate, fence, line_size, release, to_next_line
-from numbanorm.numba_ext.vectors import load, prefetch, splat, total
+from numbanorm.numba_ext.vectors import load, splat, total
 from numbanorm.numba_ext.views import flat_slice, unstack
 from numbanorm.tuning import LANES, ROWS
 
@@ -49,33 +47,6 @@ def _begin_columns(x, place, n_rows, center, s0, s1):
     for c in range(center.size):
         center[c] = read_one(x, place + c) if n_rows > 0 else 0.0
         s0[c], s1[c] = 0.0, 0.0
-
-
-@inline
-def _write_part(buffer, i, n, y, k):
-    """Write n elements, less than a line or a vector, by ordinary stores."""
-    for d in range(0, n, LANES):
-        n_valid = min(LANES, n - d)
-        write(False, load(buffer, i + d, n_valid), y, k + d, n_valid)
-
-
-@inline
-def _stream_row(buffer, n, y, at, distance):
-    """Write a row (n,) to y (N,) from ``at`` on: whole vectors by streaming stores.
-
-    A store to a part of a line waits for that line, and later stores wait behind it: the lines in
-    which the row ``distance`` ahead begins and ends are prefetched.
-    """
-    start, head = np.intp(0), elements_to_line(True, y, at, n)
-    if head > 0:
-        prefetch(y, at + distance)
-        _write_part(buffer, start, head, y, at)
-    end = vectors_end(True, y, head, n)
-    for i in range(head, end, LANES):
-        write(True, load(buffer, i, None), y, at + i, None)
-    if end < n:
-        prefetch(y, at + end + distance)
-        _write_part(buffer, end, n - end, y, at + end)
 
 
 @inline
@@ -239,7 +210,7 @@ def forward_element_columns(threads, x, fused, parameters, mode, tiles, streamed
                     data, None, i, length, n_columns, next_at, n_next, (shift, s1, s2), None, row,
                     n, coef, buffer,
                 )  # fmt: skip
-                _stream_row(buffer, n, ys, place, ROWS * n_columns)
+                stream_row(buffer, n, ys, place, ROWS * n_columns)
             place += n_columns
         if is_reduced:
             _add_tail(None, x, None, None, None, a, c0, c1, shift, s1, s2)
@@ -319,7 +290,7 @@ def backward_element_columns(
                     next_data, weight, i, length, n_columns, next_at, n_next, (means, s0, s1),
                     totals, row, n, coef, buffer,
                 )  # fmt: skip
-                _stream_row(buffer, n, dxs, place, ROWS * n_columns)
+                stream_row(buffer, n, dxs, place, ROWS * n_columns)
             if has_weights:
                 dweight[task * length + i] += total(totals[0])
                 dbias[task * length + i] += total(totals[1])

@@ -17,7 +17,7 @@ from numbanorm.kernels.formulas import (
     write_statistics,
     x_hat,
 )
-from numbanorm.kernels.fused import read_dy
+from numbanorm.kernels.fused import read_dy, row_again, row_of_norm
 from numbanorm.kernels.modes import ElementTiles, Mode
 from numbanorm.kernels.outputs import write_row, write_row_called
 from numbanorm.kernels.pipeline import prefetch_distance, reduce_while_writing
@@ -253,6 +253,8 @@ def backward_element_rows(
     gradients = allocate(2, run * length, np.float64)  # of weight and bias
     repeated = allocate(2, _repeated_size(parameters, run, length), arithmetic(x))
     repeated_weight, repeated_bias = unstack(repeated, 2)
+    dy_of_norm = allocate(0 if fused is None else 4, length, arithmetic(x))
+    size, scratch = dy_of_norm.shape[1], flat_slice(dy_of_norm, 0, dy_of_norm.size)
     clear(zeros)
     out = flat_slice(dx, 0, dx.size)
     for task in range(begin, end):
@@ -289,12 +291,17 @@ def backward_element_rows(
                     of_2 = _affine(row_weight, row_bias, coef, 2, d, n)
                     of_3 = _affine(row_weight, row_bias, coef, 3, d, n)
                     args = dy, x, mask, fused
+                    row_0 = _row_or_zeros(*args, of_0, zeros, at, True, n)
+                    row_1 = _row_or_zeros(*args, of_1, zeros, at + next_at, n_rows > 1, n)
+                    row_2 = _row_or_zeros(*args, of_2, zeros, at + 2 * next_at, n_rows > 2, n)
+                    row_3 = _row_or_zeros(*args, of_3, zeros, at + 3 * next_at, n_rows > 3, n)
+                    to_1, to_2, to_3 = size + d, 2 * size + d, 3 * size + d
                     _add_four_rows(
                         (
-                            _row_or_zeros(*args, of_0, zeros, at, True, n),
-                            _row_or_zeros(*args, of_1, zeros, at + next_at, n_rows > 1, n),
-                            _row_or_zeros(*args, of_2, zeros, at + 2 * next_at, n_rows > 2, n),
-                            _row_or_zeros(*args, of_3, zeros, at + 3 * next_at, n_rows > 3, n),
+                            row_of_norm(fused, row_0, n, distance, flat_slice(scratch, d, n)),
+                            row_of_norm(fused, row_1, n, distance, flat_slice(scratch, to_1, n)),
+                            row_of_norm(fused, row_2, n, distance, flat_slice(scratch, to_2, n)),
+                            row_of_norm(fused, row_3, n, distance, flat_slice(scratch, to_3, n)),
                         ),
                         n, sums, flat_slice(gradients, o + d, n),
                         flat_slice(gradients, gradients.shape[1] + o + d, n), distance,
@@ -306,7 +313,10 @@ def backward_element_rows(
                 for j in range(n_rows):
                     at = (row + j * n_weights) * length
                     affine = _affine(row_weight, row_bias, coef, j, 0, length)
-                    written = take_row(dy, x, mask, fused, affine, at, length)
+                    written = row_again(
+                        fused, streamed, take_row(dy, x, mask, fused, affine, at, length), length,
+                        flat_slice(scratch, j * size, length),
+                    )  # fmt: skip
                     upcoming = take_row(dy, x, mask, fused, None, at + distance, 0)
                     _, _, m, r, t = affine
                     if mode.use_batch_stats:
@@ -323,4 +333,4 @@ def backward_element_rows(
                 add_up(of_rows, flat_slice(dparameters, at, n))
     if streamed:
         fence()
-    release((rstd, sums, coef, c, zeros, gradients, repeated))
+    release((rstd, sums, coef, c, zeros, gradients, repeated, dy_of_norm))

@@ -4,11 +4,15 @@ Backward calculates what the activation was given again, from x and the residual
 function from the same coefficients as forward, and thus the same bits.
 """
 
-from numbanorm.kernels.access import read, write
+import numpy as np
+
+from numbanorm.kernels.access import Row, prefetch_row, read, write
 from numbanorm.kernels.activations import activate, differentiate
 from numbanorm.kernels.formulas import norm
-from numbanorm.numba_ext.jit import inline
+from numbanorm.kernels.scratch import stream_row, write_part_of_row
+from numbanorm.numba_ext.jit import called, inline
 from numbanorm.numba_ext.vectors import load
+from numbanorm.tuning import LANES
 
 # ``fused``, see access.Row, is an argument of its own below: where it is None, what is done with it
 # is not compiled.
@@ -36,11 +40,74 @@ def read_dy(fused, forward, row, i, n, c):
     dy = read(row.dy, i, n)
     if fused is None:
         return dy
+    if fused[5]:
+        return read(row.dresidual, i, n)
     return differentiate(fused[0], norm_row(fused, row, i, n, forward, c), dy)
 
 
 @inline
 def write_dresidual(fused, streamed, row, dy, i, n):
     """Write what read_dy returned to the gradient of the residual, if there is one."""
-    if fused is not None and fused[1]:
+    if fused is not None and fused[1] and not fused[5]:
         write(streamed and fused[4], dy, row.dresidual, i, n)
+
+
+# -- Rows: apart from sums, whose vectors a call for an activation would have to store.
+
+
+@inline
+def _write_dy(fused, row, n, distance, target):
+    """Write the gradient of norm(x) + residual of n elements to a target (n or more,)."""
+    end = n // LANES * LANES
+    for i in range(0, end, LANES):
+        if distance is not None:
+            prefetch_row(row, i + distance)
+        z = norm_row(fused, row, i, None, row.forward, i)
+        write(False, differentiate(fused[0], z, read(row.dy, i, None)), target, i, None)
+    if end < n:
+        z = norm_row(fused, row, end, n - end, row.forward, end)
+        dy = read(row.dy, end, n - end)
+        write(False, differentiate(fused[0], z, dy), target, end, n - end)
+
+
+@called
+def _write_dy_called(fused, row, n, distance, target):
+    _write_dy(fused, row, n, distance, target)
+
+
+@inline
+def keep_dy(dy, fused, row, n, distance):
+    """Write what read_dy will return of a row of n elements, where it is kept.
+
+    Elements from ``distance`` on are prefetched, unless that is None.
+    """
+    if fused is not None:
+        if dy is not None:
+            if fused[5]:
+                _write_dy(fused, row, n, distance, row.dresidual)
+
+
+@inline
+def row_of_norm(fused, row, n, distance, scratch):
+    """Return a row of n elements with the gradient of norm(x) + residual in the place of dy.
+
+    That is written to ``scratch`` (n or more,). Elements from ``distance`` on are prefetched.
+    """
+    if fused is None:
+        return row
+    _write_dy_called(fused, row, n, distance, scratch)
+    return Row(scratch, row.x, row.mask, None, None, None, row.forward)
+
+
+@inline
+def row_again(fused, streamed, row, n, scratch):
+    """Return a row whose gradient is in ``scratch`` already, and write that of the residual."""
+    if fused is None:
+        return row
+    if fused[1]:
+        start = np.intp(0)
+        if streamed:
+            stream_row(scratch, n, row.dresidual, start, start)
+        else:
+            write_part_of_row(scratch, start, n, row.dresidual, start)
+    return Row(scratch, row.x, row.mask, None, None, None, row.forward)

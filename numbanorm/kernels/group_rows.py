@@ -15,6 +15,7 @@ from numbanorm.kernels.formulas import (
     write_rstds,
     write_statistics,
 )
+from numbanorm.kernels.fused import keep_dy
 from numbanorm.kernels.modes import GroupTiles, Mode
 from numbanorm.kernels.outputs import write_row_called
 from numbanorm.kernels.pipeline import prefetch_distance, reduce_while_writing
@@ -134,6 +135,7 @@ def group_rows(
                 )
                 upcoming = take_row(dy, x, mask, fused, None, at + distance, 0)
                 next_row = take_row(dy, x, mask, fused, next_shift, at, n_next)
+                keep_dy(dy, fused, next_row, n_next, None)
                 row = take_row(dy, x, mask, fused, shift, q * length, n_write)
                 center_of_next = 0.0
                 if dy is None:

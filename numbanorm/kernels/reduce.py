@@ -25,7 +25,7 @@ from numbanorm.kernels.formulas import (
     unshift,
     unshift_all,
 )
-from numbanorm.kernels.fused import read_dy
+from numbanorm.kernels.fused import keep_dy, read_dy
 from numbanorm.kernels.scratch import add_folds, clear, copy_columns, copy_forward, three_rows
 from numbanorm.numba_ext.jit import by_record, called, inline, inline_contract, kernel
 from numbanorm.numba_ext.launch import thread_range
@@ -88,6 +88,7 @@ def end_sums(row, n, sums):
 def _reduce_row(row, n, center):
     """Return the sums of a row of n elements around a number, see end_sums."""
     centers, distance = splat(center), PREFETCH_FAR * line_size(row.x)
+    keep_dy(row.dy, row.fused, row, n, distance)
     sums = begin_sums(row, n, centers)
     for i in range(0, n // STEP * STEP, STEP):
         prefetch_row(row, i + distance)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from numbanorm.core.exchange import Exchange
 from numbanorm.core.geometry import Geometry
 from numbanorm.core.types import Array, Axes, Float64, stored
-from numbanorm.kernels.activations import Activation
+from numbanorm.kernels.activations import LINES, Activation
 from numbanorm.kernels.modes import Mode
 from numbanorm.tuning import Tuning
 
@@ -235,6 +235,15 @@ class Saved(NamedTuple):
         n, mean, var = self.layout.statistic(self.groups, k)
         given = not self.mode.use_batch_stats and k == geometry.tracked
         return Statistic(geometry.reductions[k], None if given else n.astype(np.int64), mean, var)
+
+
+def is_curve(saved: Saved, fused: Any) -> bool:
+    """Tell whether an output has room for the slope of an activation that takes long to make.
+
+    One of 16 bits has not: it would be rounded.
+    """
+    is_exact = saved.recipe.dtype == saved.recipe.arithmetic
+    return fused is not None and fused[0][0] != LINES and is_exact
 
 
 class Gradients(NamedTuple):

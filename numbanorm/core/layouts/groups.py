@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from numbanorm.core.groups import group_of_pieces
-from numbanorm.core.layouts.base import Arrangement, Gradients, Job, Saved, n_folded
+from numbanorm.core.layouts.base import Arrangement, Gradients, Job, Saved, is_curve, n_folded
 from numbanorm.core.layouts.whole import WholeGroups, axes_around
 from numbanorm.core.types import Array, Axes, Float64
 from numbanorm.kernels.algebra import feature_gradients
@@ -141,6 +141,8 @@ class GroupRows(GroupsWithWeights):
     ) -> Gradients:
         """Write dx, with the sums of each row in the same kernel."""
         found, sums = saved.statistics, np.empty((2, len(self.features)))
+        if is_curve(saved, fused):
+            fused, streamed = (*fused[:-1], True), streamed and fused[1]
         run(
             group_rows, dy.size,
             dy, x, saved.mask, fused, self.features, found.parameters, (*saved.mode,),

@@ -26,6 +26,7 @@ from numbanorm.core.layouts.base import (
     Saved,
     Statistic,
     Statistics,
+    is_curve,
     n_folded,
 )
 from numbanorm.core.types import Array, Axes, Float64
@@ -229,10 +230,15 @@ class Pieces(Layout):
         found, n = saved.statistics, self.n_pieces
         assert found.pieces is not None
         mixture = ALONE if saved.mixture is None else saved.mixture
-        forward = None
+        forward, kept = None, None
         if fused is not None:
             _, forward = self._coefficients(found.groups, found.parameters, saved)
+            if self._keeps(saved, fused):
+                kept, fused = fused[3], (*fused[:-1], True)
         sums = self._gradient_sums(dy, x, saved, fused, forward)
+        if kept is not None:
+            # Made once, it is dresidual, or in the place where dx will be.
+            dy, forward, streamed = kept, None, streamed and kept is not dx
         dgroups, dmixture = np.zeros((2, self.groups.total)), np.zeros(mixture.shape)
         dparameters = np.zeros((2, *self.parameter_view))
         run(
@@ -275,6 +281,10 @@ class Pieces(Layout):
             call(algebra.add_parts, sums, merged)
             return merged.reshape(2, -1)
         return sums.reshape(2, -1)
+
+    def _keeps(self, saved: Saved, fused: Any) -> bool:
+        """Tell whether the gradient of norm(x) + residual is written while it is summed up."""
+        return False
 
     # -- Kernels -----------------------------------------------------------------------------------
 
@@ -342,6 +352,9 @@ class PieceRows(Pieces):
             axes.geometry, axes.order, axes.affine, (n, length), tiles, t,
             axes.grid(axes.run), (n, n_parts, 1),
         )  # fmt: skip
+
+    def _keeps(self, saved: Saved, fused: Any) -> bool:
+        return is_curve(saved, fused)
 
     @property
     def _kernels(self) -> tuple[Callable[..., None], Callable[..., None]]:
