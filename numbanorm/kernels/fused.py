@@ -10,7 +10,7 @@ from numbanorm.kernels.access import Row, prefetch_row, read, write
 from numbanorm.kernels.activations import activate, differentiate
 from numbanorm.kernels.formulas import norm
 from numbanorm.kernels.scratch import stream_row, write_part_of_row
-from numbanorm.numba_ext.jit import called, inline
+from numbanorm.numba_ext.jit import called, if_none, inline
 from numbanorm.numba_ext.vectors import load
 from numbanorm.tuning import LANES
 
@@ -87,23 +87,25 @@ def keep_dy(dy, fused, row, n, distance):
                 _write_dy(fused, row, n, distance, row.dresidual)
 
 
-@inline
-def row_of_norm(fused, row, n, distance, scratch):
-    """Return a row of n elements with the gradient of norm(x) + residual in the place of dy.
+def _same_row(fused, row, n, distance, scratch):
+    return row
 
-    That is written to ``scratch`` (n or more,). Elements from ``distance`` on are prefetched.
-    """
-    if fused is None:
-        return row
+
+def _row_of_norm(fused, row, n, distance, scratch):
     _write_dy_called(fused, row, n, distance, scratch)
     return Row(scratch, row.x, row.mask, None, None, None, row.forward)
 
 
-@inline
-def row_again(fused, streamed, row, n, scratch):
-    """Return a row whose gradient is in ``scratch`` already, and write that of the residual."""
-    if fused is None:
-        return row
+# Return a row of n elements with the gradient of norm(x) + residual in the place of dy, which is
+# written to scratch (n,). Elements from ``distance`` on are prefetched.
+row_of_norm = if_none(_same_row, _row_of_norm)
+
+
+def _row_again(fused, streamed, row, n, scratch):
+    return row
+
+
+def _row_from_scratch(fused, streamed, row, n, scratch):
     if fused[1]:
         start = np.intp(0)
         if streamed:
@@ -111,3 +113,7 @@ def row_again(fused, streamed, row, n, scratch):
         else:
             write_part_of_row(scratch, start, n, row.dresidual, start)
     return Row(scratch, row.x, row.mask, None, None, None, row.forward)
+
+
+# Return a row whose gradient is in scratch already, and write that of the residual.
+row_again = if_none(_row_again, _row_from_scratch)
