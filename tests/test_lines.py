@@ -105,9 +105,9 @@ def place(n_rows, n, like, found):
     for k in range(n_rows):
         for i in range(n):
             total += rows[k, i]
-    for i in range(row.shape[0]):
+    for i in range(row.size):
         total += row[i]
-    size = rows.shape[0], rows.shape[1], row.shape[0]
+    size = rows.shape[0], rows.shape[1], row.size
     release((rows, row))
     return total, size
 

@@ -238,7 +238,7 @@ class Pieces(Layout):
         sums = self._gradient_sums(dy, x, saved, fused, forward)
         if kept is not None:
             # Made once, it is dresidual, or in the place where dx will be.
-            dy, forward, streamed = kept, None, streamed and kept is not dx
+            dy, fused, forward, streamed = kept, None, None, streamed and kept is not dx
         dgroups, dmixture = np.zeros((2, self.groups.total)), np.zeros(mixture.shape)
         dparameters = np.zeros((2, *self.parameter_view))
         run(
