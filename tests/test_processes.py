@@ -636,7 +636,8 @@ def test_older_version_of_the_library(package):
     env = no_cache_dir(**NO_HOME)
     before = normalized(root=package.parent, **env)
     sources = package / "kernels"
-    new, old = "return (x - m) * s - s  # ------", "return multiply_add(x - m, s, t)"
+    old = "return multiply_add(x - coef.m, coef.s, coef.t)"
+    new = "return (x - coef.m) * coef.s - coef.s  # ------"
     edit(sources / "formulas.py", (old, new))
     changed = normalized(root=package.parent, **env)
     assert changed["y"] == [[[-2.0, 0.0], [0.0, 0.0]]]
