@@ -12,7 +12,7 @@ from numbanorm.core.types import Array, Axes, Float64
 def channel_axis(x: Array, axis: int) -> int:
     """Return the channel axis of x as a number from 1 on."""
     if type(axis) is int and 0 < axis < x.ndim:
-        return axis  # all is well: to find that out takes as long as a small kernel
+        return axis  # the checks below take as long as a small kernel
     if x.ndim < 2:
         raise ValueError(f"x: a batch axis and a channel axis are needed, got shape {x.shape}")
     (channel,) = normalize_axes(check_channel_axis(axis), x.ndim, "axis")

@@ -90,6 +90,10 @@ class Tuning:
     """Elements from which a call is worth waking threads (10 to 20 us)."""
     piece_work: int = 4
     """Elements that a piece of the algebra counts for in ``parallel_from``."""
+    row_work: int = 1 << 5
+    """The same for a row of few elements with a weight for each, but each for no more than
+    ``piece_work``: it takes so long to begin and end. Forward and backward of LayerNorm (4096, 8)
+    took 0.16 ms instead of 0.23 on two threads of an AMD EPYC."""
 
     cache_bytes: int | None = dataclasses.field(default_factory=cache_bytes)
     """Bytes of the last cache, which say what is streamed, see ``stream_bytes``. None: nothing."""

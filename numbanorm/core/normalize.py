@@ -290,10 +290,9 @@ def differentiate(
 
     One of them is dy if ``in_place``. ``dresidual`` is needed where there was a residual.
     """
-    layout, second, second_copied = saved.recipe.layout, None, None
+    layout = saved.layout
     target, copied = layout.to_target(dx)
-    if dresidual is not None:
-        second, second_copied = layout.to_target(dresidual)
+    second, second_copied = (None, None) if dresidual is None else layout.to_target(dresidual)
     in_place = in_place and copied is None
     gradients = run_backward(layout.to_view(dy), saved, in_place, target, second)
     finish_target(target, copied)

@@ -81,6 +81,7 @@ def keep_dy(dy, fused, row, n, distance):
 
     Elements from ``distance`` on are prefetched, unless that is None.
     """
+    # One by one: Numba leaves out a branch only where it asks for None alone.
     if fused is not None:
         if dy is not None:
             if fused[5]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable
+from contextlib import nullcontext
 from typing import Any, Self
 
 import numpy as np
@@ -396,12 +397,8 @@ class Norm(State, OverAxes):
                 "..._backward of numbanorm.functional keep what each use needs"
             )
         exchange = self._saved.exchange
-        if exchange is None:
-            found = backward(dy, self._saved, out, out_residual, self._empty)
-        else:
-            with exchange.turn(BACKWARD_ROWS):
-                found = backward(dy, self._saved, out, out_residual, self._empty)
-        dx, dresidual, gradients = found
+        with nullcontext() if exchange is None else exchange.turn(BACKWARD_ROWS):
+            dx, dresidual, gradients = backward(dy, self._saved, out, out_residual, self._empty)
         self._add_gradients(gradients)
         self.__dict__["_saved"] = None
         return dx if dresidual is None else (dx, dresidual)
@@ -561,7 +558,7 @@ class Norm(State, OverAxes):
         >>> numbanorm.BatchNorm2d(2).train().training
         True
         """
-        self.__dict__["training"] = check_flag(mode, "mode")  # checked, as by setattr()
+        self.training = check_flag(mode, "mode")
         return self
 
     def eval(self) -> Self:

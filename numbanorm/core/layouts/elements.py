@@ -283,9 +283,9 @@ class ElementRows(Elements):
 
     @functools.cached_property
     def _work(self) -> int:
-        """How many elements the rows are worth: one takes as long to begin and end as 32."""
-        m, d = self.view
-        return m * max(d, min(32, d * self.tuning.piece_work))
+        """How many elements the rows are worth, see ``row_work``."""
+        (m, d), t = self.view, self.tuning
+        return m * max(d, min(t.row_work, d * t.piece_work))
 
     def run_forward(
         self, x: Array, mask: Array | None, parameters: Array, job: Job, streamed: bool,
