@@ -132,3 +132,30 @@ def vectors_end(streamed, y, begin, n):
     """
     least = max(LANES, line_size(y)) if streamed else LANES
     return n - (n - begin) % least
+
+
+@inline
+def write_part_of_row(buffer, i, n, y, k):
+    """Write n elements, less than a line or a vector, by ordinary stores."""
+    for d in range(0, n, LANES):
+        n_valid = min(LANES, n - d)
+        write(False, load(buffer, i + d, n_valid), y, k + d, n_valid)
+
+
+@inline
+def stream_row(buffer, n, y, at, distance):
+    """Write a row (n,) to y (N,) from ``at`` on: whole vectors by streaming stores.
+
+    A store to a part of a line waits for that line, and later stores wait behind it: the lines in
+    which the row ``distance`` ahead begins and ends are prefetched.
+    """
+    start, head = np.intp(0), elements_to_line(True, y, at, n)
+    if head > 0:
+        prefetch(y, at + distance)
+        write_part_of_row(buffer, start, head, y, at)
+    end = vectors_end(True, y, head, n)
+    for i in range(head, end, LANES):
+        write(True, load(buffer, i, None), y, at + i, None)
+    if end < n:
+        prefetch(y, at + end + distance)
+        write_part_of_row(buffer, end, n - end, y, at + end)

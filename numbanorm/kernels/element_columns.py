@@ -7,6 +7,7 @@ from numbanorm.kernels.access import (
     arithmetic,
     read,
     read_one,
+    stream_row,
     take_row,
     write,
 )
@@ -25,7 +26,7 @@ from numbanorm.kernels.fused import make_y, read_dy, write_dresidual
 from numbanorm.kernels.modes import ColumnTiles, Mode
 from numbanorm.kernels.outputs import write_row
 from numbanorm.kernels.reduce import ColumnAffine, add_to_columns, add_to_vector
-from numbanorm.kernels.scratch import stream_row, three_rows
+from numbanorm.kernels.scratch import three_rows
 from numbanorm.numba_ext.jit import if_none, inline, kernel
 from numbanorm.numba_ext.launch import thread_range
 from numbanorm.numba_ext.lines import allocate, fence, line_size, release, to_next_line

@@ -6,10 +6,16 @@ function from the same coefficients as forward, and thus the same bits.
 
 import numpy as np
 
-from numbanorm.kernels.access import Row, prefetch_row, read, write
+from numbanorm.kernels.access import (
+    Row,
+    prefetch_row,
+    read,
+    stream_row,
+    write,
+    write_part_of_row,
+)
 from numbanorm.kernels.activations import activate, differentiate
 from numbanorm.kernels.formulas import norm
-from numbanorm.kernels.scratch import stream_row, write_part_of_row
 from numbanorm.numba_ext.jit import called, if_none, inline
 from numbanorm.numba_ext.vectors import load
 from numbanorm.tuning import LANES

@@ -1,11 +1,8 @@
 """Scratch arrays: copies, repeats and sums of what fits in a cache."""
 
-import numpy as np
-
-from numbanorm.kernels.access import elements_to_line, vectors_end, write
 from numbanorm.kernels.formulas import ScaleShift
 from numbanorm.numba_ext.jit import called, inline
-from numbanorm.numba_ext.vectors import load, prefetch, splat, store, total
+from numbanorm.numba_ext.vectors import load, splat, store, total
 from numbanorm.numba_ext.views import flat_slice, unstack
 from numbanorm.tuning import LANES
 
@@ -126,30 +123,3 @@ def take_features(values, feature, row):
     else:
         for i in range(n):
             row[i] = values[feature[i]]
-
-
-@inline
-def write_part_of_row(buffer, i, n, y, k):
-    """Write n elements, less than a line or a vector, by ordinary stores."""
-    for d in range(0, n, LANES):
-        n_valid = min(LANES, n - d)
-        write(False, load(buffer, i + d, n_valid), y, k + d, n_valid)
-
-
-@inline
-def stream_row(buffer, n, y, at, distance):
-    """Write a row (n,) to y (N,) from ``at`` on: whole vectors by streaming stores.
-
-    A store to a part of a line waits for that line, and later stores wait behind it: the lines in
-    which the row ``distance`` ahead begins and ends are prefetched.
-    """
-    start, head = np.intp(0), elements_to_line(True, y, at, n)
-    if head > 0:
-        prefetch(y, at + distance)
-        write_part_of_row(buffer, start, head, y, at)
-    end = vectors_end(True, y, head, n)
-    for i in range(head, end, LANES):
-        write(True, load(buffer, i, None), y, at + i, None)
-    if end < n:
-        prefetch(y, at + end + distance)
-        write_part_of_row(buffer, end, n - end, y, at + end)
