@@ -196,7 +196,7 @@ def _same_memory(a: Array, b: Array) -> bool:
 
 def _fused(
     activation: Activation | None, residual: Array | None, x: Array, dx: Array | None,
-    dresidual: Array | None = None,
+    dresidual: Array | None = None, keeps_dy: bool = False,
 ) -> Any:  # fmt: skip
     """Return what kernels.access calls ``fused``; in the place of what is not there are others."""
     aligned = False
@@ -205,7 +205,7 @@ def _fused(
     return (
         tuple(activation or NO_ACTIVATION), residual is not None,
         x if residual is None else residual, dx if dresidual is None else dresidual, aligned,
-        False,
+        keeps_dy,
     )  # fmt: skip
 
 
@@ -312,7 +312,7 @@ def run_backward(
     recipe, x, fused = saved.recipe, saved.x, None
     assert x is not None
     if recipe.activation is not None or saved.residual is not None:
-        fused = _fused(recipe.activation, saved.residual, x, dx, dresidual)
+        fused = _fused(recipe.activation, saved.residual, x, dx, dresidual, recipe.keeps_dy)
     # In evaluation forward may write longer runs of memory than backward.
     streamed = recipe.is_streamed and not in_place and recipe.layout.streams()
     gradients = recipe.layout.backward(dy, x, saved, fused, streamed, dx)

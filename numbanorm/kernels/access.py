@@ -36,6 +36,7 @@ def arithmetic(array):
 # begins in a line where dx does, and whether it is kept: written before sums are taken, and read as
 # dy after that. Where there is no residual, both arrays are others, which are left alone, but for
 # dx where it is kept; the gradient is None in forward.
+ACTIVATION, HAS_RESIDUAL, RESIDUAL, DRESIDUAL, IS_ALIGNED, IS_KEPT = range(6)
 
 
 class Row(NamedTuple):
@@ -59,7 +60,8 @@ def take_row(dy, x, mask, fused, forward, at, n):
     """Return the row of n elements that begins at element ``at`` in memory."""
     return Row(
         flat_slice(dy, at, n), flat_slice(x, at, n), flat_slice(mask, at, n), fused,
-        flat_slice(member(fused, 2), at, n), flat_slice(member(fused, 3), at, n), forward,
+        flat_slice(member(fused, RESIDUAL), at, n),
+        flat_slice(member(fused, DRESIDUAL), at, n), forward,
     )  # fmt: skip
 
 

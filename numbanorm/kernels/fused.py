@@ -7,6 +7,10 @@ function from the same coefficients as forward, and thus the same bits.
 import numpy as np
 
 from numbanorm.kernels.access import (
+    ACTIVATION,
+    HAS_RESIDUAL,
+    IS_ALIGNED,
+    IS_KEPT,
     Row,
     prefetch_row,
     read,
@@ -28,7 +32,7 @@ from numbanorm.tuning import LANES
 def norm_row(fused, row, i, n, coef, c):
     """Return norm(x) + residual of a row from i on, see access.read; coef is read from c on."""
     z = norm(load(coef, c, n), read(row.x, i, n))
-    if fused is not None and fused[1]:
+    if fused is not None and fused[HAS_RESIDUAL]:
         z = z + read(row.residual, i, n)
     return z
 
@@ -37,7 +41,7 @@ def norm_row(fused, row, i, n, coef, c):
 def make_y(fused, row, i, n, coef, c):
     """Return a vector of y, see norm_row."""
     z = norm_row(fused, row, i, n, coef, c)
-    return z if fused is None else activate(fused[0], z)
+    return z if fused is None else activate(fused[ACTIVATION], z)
 
 
 @inline
@@ -46,16 +50,16 @@ def read_dy(fused, forward, row, i, n, c):
     dy = read(row.dy, i, n)
     if fused is None:
         return dy
-    if fused[5]:
+    if fused[IS_KEPT]:
         return read(row.dresidual, i, n)
-    return differentiate(fused[0], norm_row(fused, row, i, n, forward, c), dy)
+    return differentiate(fused[ACTIVATION], norm_row(fused, row, i, n, forward, c), dy)
 
 
 @inline
 def write_dresidual(fused, streamed, row, dy, i, n):
     """Write what read_dy returned to the gradient of the residual, if there is one."""
-    if fused is not None and fused[1] and not fused[5]:
-        write(streamed and fused[4], dy, row.dresidual, i, n)
+    if fused is not None and fused[HAS_RESIDUAL] and not fused[IS_KEPT]:
+        write(streamed and fused[IS_ALIGNED], dy, row.dresidual, i, n)
 
 
 # -- Rows: apart from sums, whose vectors a call for an activation would have to store.
@@ -69,11 +73,11 @@ def _write_dy(fused, row, n, distance, target):
         if distance is not None:
             prefetch_row(row, i + distance)
         z = norm_row(fused, row, i, None, row.forward, i)
-        write(False, differentiate(fused[0], z, read(row.dy, i, None)), target, i, None)
+        write(False, differentiate(fused[ACTIVATION], z, read(row.dy, i, None)), target, i, None)
     if end < n:
         z = norm_row(fused, row, end, n - end, row.forward, end)
         dy = read(row.dy, end, n - end)
-        write(False, differentiate(fused[0], z, dy), target, end, n - end)
+        write(False, differentiate(fused[ACTIVATION], z, dy), target, end, n - end)
 
 
 @called
@@ -90,7 +94,7 @@ def keep_dy(dy, fused, row, n, distance):
     # One by one: Numba leaves out a branch only where it asks for None alone.
     if fused is not None:
         if dy is not None:
-            if fused[5]:
+            if fused[IS_KEPT]:
                 _write_dy(fused, row, n, distance, row.dresidual)
 
 
@@ -113,7 +117,7 @@ def _row_again(fused, streamed, row, n, scratch):
 
 
 def _row_from_scratch(fused, streamed, row, n, scratch):
-    if fused[1]:
+    if fused[HAS_RESIDUAL]:
         start = np.intp(0)
         if streamed:
             stream_row(scratch, n, row.dresidual, start, start)

@@ -12,8 +12,8 @@ from numbanorm.kernels.formulas import (
     group_coefficients,
     round_coefficients,
     unshift_all,
+    write_all_statistics,
     write_rstds,
-    write_statistics,
 )
 from numbanorm.kernels.fused import keep_dy
 from numbanorm.kernels.modes import GroupTiles, Mode
@@ -170,10 +170,9 @@ def group_rows(
         if dy is None:
             if use_batch_stats:
                 # Now they are mean, m2 and the mean's rest.
-                unshift_all(flat_slice(n, 0, reduced.n), center, s1, s0)
-                for g in range(reduced.n):
-                    moments = n[g], center[g], s1[g]
-                    write_statistics(first + g, *moments, mode.center, count, mean, var)
+                of_groups = flat_slice(n, 0, reduced.n)
+                unshift_all(of_groups, center, s1, s0)
+                write_all_statistics(of_groups, center, s1, mode.center, counts, means, variances)
             write_rstds(counts, variances, mode.eps, rstd)
         else:
             write_rstds(counts, variances, mode.eps, rstd)

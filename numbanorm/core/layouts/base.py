@@ -5,7 +5,7 @@ import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from typing import Any, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -80,6 +80,16 @@ class Recipe(NamedTuple):
     def geometry(self) -> Geometry:
         """Over which axes of x."""
         return self.layout.geometry
+
+    @property
+    def keeps_dy(self) -> bool:
+        """Whether backward makes the gradient of norm(x) + residual once, and keeps it.
+
+        Only where the slope is a curve, which takes long to make, and not in an output of 16 bits,
+        which would round it.
+        """
+        is_curve = self.activation is not None and self.activation.kind != LINES
+        return is_curve and self.layout.has_room_for_dy and self.dtype == self.arithmetic
 
 
 class Job(NamedTuple):
@@ -237,15 +247,6 @@ class Saved(NamedTuple):
         return Statistic(geometry.reductions[k], None if given else n.astype(np.int64), mean, var)
 
 
-def is_curve(saved: Saved, fused: Any) -> bool:
-    """Tell whether an output has room for the slope of an activation that takes long to make.
-
-    One of 16 bits has not: it would be rounded.
-    """
-    is_exact = saved.recipe.dtype == saved.recipe.arithmetic
-    return fused is not None and fused[0][0] != LINES and is_exact
-
-
 class Gradients(NamedTuple):
     """Gradients of weight and bias, and of a mixture's logits (2, S) if it has several parts."""
 
@@ -338,6 +339,9 @@ class Layout(ABC):
     view: Axes
     tiles: Any
     tuning: Tuning
+
+    # Whether kernels may keep the gradient of norm(x) + residual in dresidual, or in dx.
+    has_room_for_dy: ClassVar[bool] = False
 
     @classmethod
     @abstractmethod

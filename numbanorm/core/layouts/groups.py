@@ -9,9 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from numbanorm.core.groups import group_of_pieces
-from numbanorm.core.layouts.base import Arrangement, Gradients, Job, Saved, is_curve, n_folded
+from numbanorm.core.layouts.base import Arrangement, Gradients, Job, Saved, n_folded
 from numbanorm.core.layouts.whole import WholeGroups, axes_around
 from numbanorm.core.types import Array, Axes, Float64
+from numbanorm.kernels.access import HAS_RESIDUAL
 from numbanorm.kernels.algebra import feature_gradients
 from numbanorm.kernels.group_columns import backward_group_columns, forward_group_columns
 from numbanorm.kernels.group_rows import group_rows
@@ -100,6 +101,8 @@ def _group_axes(axes: Arrangement) -> _Axes | None:
 class GroupRows(GroupsWithWeights):
     """(A, R, B, L): the R rows of each of A * B groups have a weight each."""
 
+    has_room_for_dy = True
+
     @classmethod
     def fit(cls, axes: Arrangement) -> Self | None:
         """Take groups of rows that fit in a cache."""
@@ -141,8 +144,9 @@ class GroupRows(GroupsWithWeights):
     ) -> Gradients:
         """Write dx, with the sums of each row in the same kernel."""
         found, sums = saved.statistics, np.empty((2, len(self.features)))
-        if is_curve(saved, fused):
-            fused, streamed = (*fused[:-1], True), streamed and fused[1]
+        if saved.recipe.keeps_dy:
+            # Without a residual it is in dx, whose lines are in a cache then.
+            streamed = streamed and fused[HAS_RESIDUAL]
         run(
             group_rows, dy.size,
             dy, x, saved.mask, fused, self.features, found.parameters, (*saved.mode,),

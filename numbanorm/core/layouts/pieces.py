@@ -26,11 +26,11 @@ from numbanorm.core.layouts.base import (
     Saved,
     Statistic,
     Statistics,
-    is_curve,
     n_folded,
 )
 from numbanorm.core.types import Array, Axes, Float64
 from numbanorm.kernels import algebra
+from numbanorm.kernels.access import DRESIDUAL, HAS_RESIDUAL
 from numbanorm.kernels.apply import apply_columns, apply_rows
 from numbanorm.kernels.modes import PieceTiles
 from numbanorm.kernels.reduce import reduce_columns, reduce_rows
@@ -230,15 +230,14 @@ class Pieces(Layout):
         found, n = saved.statistics, self.n_pieces
         assert found.pieces is not None
         mixture = ALONE if saved.mixture is None else saved.mixture
-        forward, kept = None, None
+        forward = None
         if fused is not None:
             _, forward = self._coefficients(found.groups, found.parameters, saved)
-            if self._keeps(saved, fused):
-                kept, fused = fused[3], (*fused[:-1], True)
         sums = self._gradient_sums(dy, x, saved, fused, forward)
-        if kept is not None:
+        if saved.recipe.keeps_dy:
             # Made once, it is dresidual, or in the place where dx will be.
-            dy, fused, forward, streamed = kept, None, None, streamed and kept is not dx
+            dy, streamed = fused[DRESIDUAL], streamed and fused[HAS_RESIDUAL]
+            fused, forward = None, None
         dgroups, dmixture = np.zeros((2, self.groups.total)), np.zeros(mixture.shape)
         dparameters = np.zeros((2, *self.parameter_view))
         run(
@@ -281,10 +280,6 @@ class Pieces(Layout):
             call(algebra.add_parts, sums, merged)
             return merged.reshape(2, -1)
         return sums.reshape(2, -1)
-
-    def _keeps(self, saved: Saved, fused: Any) -> bool:
-        """Tell whether the gradient of norm(x) + residual is written while it is summed up."""
-        return False
 
     # -- Kernels -----------------------------------------------------------------------------------
 
@@ -339,6 +334,8 @@ class Pieces(Layout):
 class PieceRows(Pieces):
     """(P, L): piece p is the contiguous row p, as the inner axes come last: N, C, (H, W)."""
 
+    has_room_for_dy = True
+
     @classmethod
     def fit(cls, axes: Arrangement) -> Self | None:
         """Take what has no columns."""
@@ -352,9 +349,6 @@ class PieceRows(Pieces):
             axes.geometry, axes.order, axes.affine, (n, length), tiles, t,
             axes.grid(axes.run), (n, n_parts, 1),
         )  # fmt: skip
-
-    def _keeps(self, saved: Saved, fused: Any) -> bool:
-        return is_curve(saved, fused)
 
     @property
     def _kernels(self) -> tuple[Callable[..., None], Callable[..., None]]:
